@@ -1,0 +1,80 @@
+"""The command line: one lazy Click group, then one thin module per command."""
+
+import importlib
+import signal
+from typing import Any
+
+import click
+
+from ping_llm import __version__
+from ping_llm.cli.options import debug_option
+from ping_llm.errors import PingLLMError
+
+# Each command: the module here that defines it as `command`, and its line in `ping-llm --help`.
+# The lines are repeated here, under a test, so that `--help` need not import the modules.
+COMMANDS = {
+    "inspect-data": ("inspect_data", "Show what a data set holds, and what is wrong with it."),
+    "prepare-data": ("prepare_data", "Turn measurements into probe rows for training."),
+    "quickstart": ("quickstart", "Run the whole story once on simulated data, in minutes."),
+    "simulate": ("simulate", "Write the measurements of a synthetic internet."),
+    "train": ("train", "Train a decoder on probe rows."),
+}
+
+
+class Terminated(BaseException):
+    """SIGTERM arrived: unwinds the stack, so that whoever holds work can keep it."""
+
+
+class LazyGroup(click.Group):
+    """Imports a command's module when it is asked for; turns errors into exit codes, once."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        """Returns the names of all commands, sorted."""
+        del ctx
+        return sorted(COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        """Returns the command of that name, or None where there is none."""
+        del ctx
+        if cmd_name not in COMMANDS:
+            return None
+        return importlib.import_module(f"ping_llm.cli.{COMMANDS[cmd_name][0]}").command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Writes the table of commands without importing any of them."""
+        with formatter.section("Commands"):
+            formatter.write_dl([(name, COMMANDS[name][1]) for name in self.list_commands(ctx)])
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Runs the command. Exits 1 after a `PingLLMError`, 130 / 143 after SIGINT / SIGTERM."""
+        try:
+            return super().invoke(ctx)
+        except PingLLMError as error:
+            if ctx.find_root().meta.get("debug"):
+                raise
+            click.echo(f"error: {error}", err=True)
+            ctx.exit(1)
+        except KeyboardInterrupt:
+            click.echo("stopped; run the same command again to continue", err=True)
+            ctx.exit(130)
+        except Terminated:
+            click.echo("terminated; run the same command again to continue", err=True)
+            ctx.exit(143)
+
+
+@click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="ping-llm")
+@debug_option
+def cli() -> None:
+    """Learn the internet's latencies, and read what language models compute."""
+
+
+def _terminate(signum: int, frame: object) -> None:
+    del signum, frame
+    raise Terminated
+
+
+def main() -> None:
+    """Runs the command line; the console script."""
+    signal.signal(signal.SIGTERM, _terminate)
+    cli()

@@ -1,0 +1,1 @@
+"""Measurements: from any input to packed batches of tokens."""

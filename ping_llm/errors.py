@@ -1,0 +1,21 @@
+"""The errors a user can cause. Each message says what, which value, and what to do."""
+
+
+class PingLLMError(Exception):
+    """An error whose message is for the user: the CLI prints it in one line and exits with 1."""
+
+
+class ConfigError(PingLLMError):
+    """A setting has a value that cannot be, or does not fit the others."""
+
+
+class DataError(PingLLMError):
+    """Input data cannot be read, or is not what it should be."""
+
+
+class StorageError(PingLLMError):
+    """A file or object store did not do what was asked of it."""
+
+
+class CheckpointError(PingLLMError):
+    """A checkpoint cannot be written, read, or fitted to the model it is for."""
