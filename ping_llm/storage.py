@@ -1,0 +1,181 @@
+"""Files wherever they are: local paths, `gs://bucket/...` and `s3://bucket/...`.
+
+Bytes in bulk go through Arrow's file systems, which find credentials as the clouds' own tools do.
+"""
+
+import dataclasses
+import fnmatch
+import hashlib
+import os
+import shutil
+import tempfile
+from pathlib import Path
+from typing import BinaryIO
+
+from pyarrow import fs
+
+from ping_llm.errors import StorageError
+
+REMOTE = ("gs://", "s3://")
+
+
+@dataclasses.dataclass(frozen=True)
+class StoredFile:
+    """One file found.
+
+    Attributes:
+        url: Path or URL, as `open_input` takes it.
+        size: Bytes.
+    """
+
+    url: str
+    size: int
+
+
+def is_remote(url: str | Path) -> bool:
+    """Returns whether `url` names an object store."""
+    return str(url).startswith(REMOTE)
+
+
+def join(url: str | Path, name: str) -> str:
+    """Returns the path or URL of `name` below `url`."""
+    return f"{str(url).rstrip('/')}/{name}"
+
+
+def _filesystem(url: str) -> tuple[fs.FileSystem, str, str]:
+    """Returns (file system, path within it, prefix that turns a path back into a URL)."""
+    if not is_remote(url):
+        if "://" in url:
+            raise StorageError(f"{url}: unknown scheme; expected a local path, gs:// or s3://")
+        return fs.LocalFileSystem(), os.path.abspath(url), ""
+    scheme, _, path = url.partition("://")
+    authority, _, key = path.partition("/")  # `anonymous@bucket` reads a public bucket
+    if not authority:
+        raise StorageError(f"{url}: it names no bucket; expected {scheme}://bucket/path")
+    try:
+        filesystem, bucket = fs.FileSystem.from_uri(f"{scheme}://{authority}")
+    except (OSError, ValueError) as error:
+        raise StorageError(f"{url}: {error}") from None
+    prefix = f"{scheme}://{authority.removesuffix(bucket)}"
+    return filesystem, f"{bucket}/{key}", prefix
+
+
+def find(pattern: str | Path) -> list[StoredFile]:
+    """Returns the files that a file, directory or glob names, sorted by URL.
+
+    A directory stands for all files below it but hidden ones (names that begin with `.` or `_`).
+
+    Raises:
+        StorageError: Nothing is there, or it cannot be listed.
+    """
+    pattern = str(pattern)
+    filesystem, path, prefix = _filesystem(pattern)
+    try:
+        info = filesystem.get_file_info(path)
+        if info.type == fs.FileType.File:
+            return [StoredFile(prefix + info.path, info.size)]
+        if info.type == fs.FileType.Directory:
+            base, wanted = path, None
+        else:
+            fixed = path[: min((path.find(c) for c in "*?[" if c in path), default=len(path))]
+            base, wanted = fixed.rpartition("/")[0] or "/", path
+            if fixed == path:
+                raise StorageError(f"{pattern} does not exist")
+        selector = fs.FileSelector(base, recursive=True, allow_not_found=True)
+        found = [f for f in filesystem.get_file_info(selector) if f.type == fs.FileType.File]
+    except OSError as error:
+        raise StorageError(f"{pattern} cannot be listed: {error}") from None
+    if wanted is None:
+        below = len(base.rstrip("/")) + 1
+        hidden = (".", "_")
+        found = [
+            f for f in found if not any(p.startswith(hidden) for p in f.path[below:].split("/"))
+        ]
+    else:
+        # One `*` stays within one directory, as in a shell.
+        parts = wanted.split("/")
+        found = [f for f in found if _matches(f.path.split("/"), parts)]
+    if not found:
+        raise StorageError(f"{pattern}: no file there")
+    return sorted((StoredFile(prefix + f.path, f.size) for f in found), key=lambda f: f.url)
+
+
+def _matches(names: list[str], patterns: list[str]) -> bool:
+    pairs = zip(names, patterns, strict=False)
+    return len(names) == len(patterns) and all(fnmatch.fnmatchcase(n, p) for n, p in pairs)
+
+
+def open_input(url: str | Path) -> BinaryIO:
+    """Returns a seekable binary file to read.
+
+    Raises:
+        StorageError: It is absent or cannot be read.
+    """
+    filesystem, path, _ = _filesystem(str(url))
+    try:
+        return filesystem.open_input_file(path)
+    except OSError as error:
+        raise StorageError(f"{url} cannot be read: {error}") from None
+
+
+def exists(url: str | Path) -> bool:
+    """Returns whether there is a file of that name."""
+    filesystem, path, _ = _filesystem(str(url))
+    try:
+        return filesystem.get_file_info(path).type == fs.FileType.File
+    except OSError as error:
+        raise StorageError(f"{url} cannot be reached: {error}") from None
+
+
+def upload_directory(local: Path, url: str, *, last: str) -> None:
+    """Copies the files of the directory `local` to `url`, the file named `last` after the others.
+
+    So whoever sees `last` sees them all.
+
+    Raises:
+        StorageError: A copy failed; `last` is then not there.
+    """
+    filesystem, path, _ = _filesystem(url)
+    names = sorted(p.name for p in local.iterdir() if p.is_file())
+    for name in [*(n for n in names if n != last), last]:
+        try:
+            with (
+                open(local / name, "rb") as source,
+                filesystem.open_output_stream(f"{path.rstrip('/')}/{name}") as sink,
+            ):
+                shutil.copyfileobj(source, sink, 8 << 20)
+        except OSError as error:
+            raise StorageError(f"{join(url, name)} cannot be written: {error}") from None
+
+
+def local_directory(url: str | Path, *, identity: str) -> Path:
+    """Returns a local directory with the files below `url`, which one can memory-map.
+
+    A local `url` is returned as it is. A remote one is copied once into the user's cache
+    (`$XDG_CACHE_HOME/ping-llm`), under a name made of `url` and the content of the file named
+    `identity`: when that changes, so does the copy.
+
+    Raises:
+        StorageError: There is no file `identity` below `url`, or a copy failed.
+    """
+    if not is_remote(url):
+        return Path(url)
+    with open_input(join(url, identity)) as file:
+        key = hashlib.sha256(str(url).encode() + b"\0" + file.read()).hexdigest()[:24]
+    root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ping-llm"
+    target = root / key
+    if target.is_dir():
+        return target
+    root.mkdir(parents=True, exist_ok=True)
+    building = Path(tempfile.mkdtemp(prefix=f"{key}-", dir=root))
+    try:
+        for file in find(url):
+            with open_input(file.url) as source, open(building / Path(file.url).name, "wb") as sink:
+                shutil.copyfileobj(source, sink, 8 << 20)
+        building.rename(target)
+    except OSError as error:
+        if not target.is_dir():  # else: another process was first, with the same content
+            raise StorageError(f"{url} cannot be copied to {target}: {error}") from None
+    finally:
+        shutil.rmtree(building, ignore_errors=True)
+    return target
