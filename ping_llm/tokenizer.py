@@ -1,0 +1,449 @@
+"""The token language: measurements to token ids and back.
+
+267 ids: eleven that give structure, then one for each byte. A measurement is MEASUREMENT_START and
+then its fields in any order, each a token that names the field and a fixed number of bytes,
+big-endian. `docs/token-language.md` has the table and the reasons.
+
+`encode` works on a whole batch of segments at once; `decode` reads any ids whatever, one by one.
+"""
+
+import dataclasses
+import ipaddress
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+from ping_llm.errors import DataError
+
+MEASUREMENT_START = 0
+SRC_IPV4 = 1
+SRC_IPV6 = 2
+DST_IPV4 = 3
+DST_IPV6 = 4
+TIMESTAMP_ABS = 5
+TIMESTAMP_DELTA1 = 6
+TIMESTAMP_DELTA4 = 7
+RTT_START = 8
+THROUGHPUT_START = 9
+FAILED = 10
+BYTE_0 = 11
+VOCAB_SIZE = BYTE_0 + 256
+
+TOKEN_NAMES = (
+    "MEASUREMENT_START",
+    "SRC_IPV4",
+    "SRC_IPV6",
+    "DST_IPV4",
+    "DST_IPV6",
+    "TIMESTAMP_ABS",
+    "TIMESTAMP_DELTA1",
+    "TIMESTAMP_DELTA4",
+    "RTT_START",
+    "THROUGHPUT_START",
+    "FAILED",
+)
+# How many bytes follow each of the ids below BYTE_0.
+PAYLOAD_BYTES = (0, 4, 16, 4, 16, 8, 1, 4, 2, 2, 0)
+
+# What a token is about, for the loss per field. An id below BYTE_0 is structure; a byte is of the
+# field of the last id below BYTE_0 before it.
+FIELDS = ("structure", "source", "destination", "time", "rtt")
+STRUCTURE, SOURCE, DESTINATION, TIME, RTT = range(5)
+FIELD_OF_PAYLOAD = (
+    STRUCTURE,
+    SOURCE,
+    SOURCE,
+    DESTINATION,
+    DESTINATION,
+    TIME,
+    TIME,
+    TIME,
+    RTT,
+    RTT,
+    RTT,
+)
+
+MANTISSA_BITS = 11
+MAX_RTT_MS = 2047 * 2.0**31 / 1000
+
+# The most tokens a measurement takes without its time; a first time; a later one, in time order.
+UNTIMED_TOKENS = {4: 1 + 5 + 5 + 3, 6: 1 + 17 + 17 + 3}
+FIRST_TIME_TOKENS = 9
+NEXT_TIME_TOKENS = 5
+MAX_MEASUREMENT_TOKENS = UNTIMED_TOKENS[6] + FIRST_TIME_TOKENS
+
+IPV4_PREFIX = bytes(10) + b"\xff\xff"
+
+
+@dataclasses.dataclass(frozen=True)
+class Measurements:
+    """Some measurements, one array a field.
+
+    Attributes:
+        event_time: Seconds since 1970 UTC [n], int64.
+        has_time: Whether the time is known; where it is not, `event_time` means nothing [n], bool.
+        src_addr: Source addresses, IPv4 as IPv4-mapped IPv6 [n, 16], uint8.
+        dst_addr: Destination addresses, likewise [n, 16], uint8.
+        ip_version: 4 or 6, of both addresses [n], int8.
+        rtt: Round-trip time in ms, below 0 where the measurement failed [n], floating.
+    """
+
+    event_time: np.ndarray
+    has_time: np.ndarray
+    src_addr: np.ndarray
+    dst_addr: np.ndarray
+    ip_version: np.ndarray
+    rtt: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.event_time)
+
+
+@dataclasses.dataclass(frozen=True)
+class Problem:
+    """Something in a token sequence that is no measurement.
+
+    Attributes:
+        position: Index of the token where it shows.
+        reason: What is wrong, for a person.
+    """
+
+    position: int
+    reason: str
+
+
+def encode_rtt(ms: np.ndarray) -> np.ndarray:
+    """Returns the 16-bit codes of round-trip times in ms, uint16.
+
+    A code is a 5-bit exponent and an 11-bit mantissa, `mantissa * 2**exponent` microseconds, in
+    canonical form: exponent 0 or mantissa >= 1024. The time is rounded once, half to even.
+
+    Raises:
+        DataError: A time is negative, not finite, or above `MAX_RTT_MS`.
+    """
+    ms = np.asarray(ms, np.float64)
+    valid = (ms >= 0) & (ms <= MAX_RTT_MS)  # false for NaN too
+    if not valid.all():
+        raise DataError(
+            f"RTT {ms[~valid].flat[0]} ms has no code; codes are for 0..{MAX_RTT_MS} ms"
+        )
+    us = np.maximum(ms * 1000, 1.0)
+    _, bits = np.frexp(us)
+    exponent = np.maximum(bits - MANTISSA_BITS, 0)
+    mantissa = np.rint(np.ldexp(us, -exponent)).astype(np.int32)
+    # Rounded up to 2048, the code carries by itself from the mantissa to exponent + 1 and mantissa
+    # 0; only the top bit of that mantissa is missing.
+    code = (exponent << MANTISSA_BITS) + mantissa
+    return np.where(mantissa == 2048, code + 1024, code).astype(np.uint16)
+
+
+def decode_rtt(codes: np.ndarray) -> np.ndarray:
+    """Returns the round-trip times in ms, float64, of 16-bit codes, canonical or not."""
+    codes = np.asarray(codes, np.int32)
+    return np.ldexp((codes & 2047).astype(np.float64), codes >> MANTISSA_BITS) / 1000
+
+
+# --- encode -----------------------------------------------------------------------------------
+# Which tokens a measurement has, and where each field stands in it, depends on four things only:
+# the family, the form of its time, whether it failed, and the order of the fields. The two tables
+# below hold every such layout.
+
+_NO_TIME, _ABS, _DELTA1, _DELTA4 = range(4)
+_TIME_TOKENS = (0, FIRST_TIME_TOKENS, 2, NEXT_TIME_TOKENS)
+
+
+def _layout_tables() -> tuple[np.ndarray, np.ndarray]:
+    """Returns (start of each field within a measurement [4, 1024], tokens in all [1024])."""
+    starts, lengths = np.zeros((4, 1024), np.uint8), np.zeros(1024, np.uint8)
+    for order_code in range(64):
+        order = [order_code & 3, order_code >> 2 & 3, order_code >> 4]
+        order.append(6 - sum(order))
+        if sorted(order) != [0, 1, 2, 3]:
+            continue
+        for rest in range(16):
+            family6, time_form, failed = rest & 1, rest >> 1 & 3, rest >> 3
+            address = 17 if family6 else 5
+            sizes = (address, address, _TIME_TOKENS[time_form], 1 if failed else 3)
+            layout, at = order_code << 4 | rest, 1
+            for field in order:
+                starts[field, layout] = at
+                at += sizes[field]
+            lengths[layout] = at
+    return starts, lengths
+
+
+_FIELD_STARTS, _LENGTHS = _layout_tables()
+
+
+def _scatter(tokens: np.ndarray, starts: np.ndarray, head: int, payload: np.ndarray) -> None:
+    """Writes `head` and then the bytes `payload` [n, k] at each of `starts` [n].
+
+    One item of a few tokens is written at a time, through a view of `tokens` as overlapping items:
+    a third of the time of an index per token.
+    """
+    n, k = payload.shape
+    items = np.empty((n, k + 1), np.uint16)
+    items[:, 0] = head
+    np.add(payload, BYTE_0, out=items[:, 1:], dtype=np.uint16)
+    dtype = np.dtype((np.void, 2 * (k + 1)))
+    view = np.ndarray(max(len(tokens) - k, 0), dtype, buffer=tokens, strides=(2,))
+    view[starts] = items.view(dtype)[:, 0]
+
+
+def _big_endian(values: np.ndarray, n_bytes: int) -> np.ndarray:
+    """Returns the low `n_bytes` bytes of integers [n] as uint8 [n, n_bytes], high byte first."""
+    return values.astype(f">u{n_bytes}").view(np.uint8).reshape(len(values), n_bytes)
+
+
+def _time_forms(measurements: Measurements, segment_offsets: np.ndarray):
+    """Returns (form of each time [n] uint8, seconds since the previous time [n] uint64)."""
+    forms = np.zeros(len(measurements), np.uint8)
+    deltas = np.zeros(len(measurements), np.uint64)
+    timed = np.flatnonzero(measurements.has_time)
+    if len(timed) == 0:
+        return forms, deltas
+    times = measurements.event_time[timed]
+    # A segment's first time is the first of `timed` at or after the segment's start.
+    first = np.searchsorted(timed, segment_offsets[:-1])
+    forward = np.empty(len(timed), bool)
+    forward[1:] = times[1:] >= times[:-1]
+    forward[first[first < len(timed)]] = False
+    # Exact for any pair of times: where `forward`, the difference fits uint64 though not int64.
+    delta = np.diff(times.astype(np.uint64), prepend=np.uint64(0))
+    near = np.where(delta < 2**32, np.where(delta < 256, _DELTA1, _DELTA4), _ABS)
+    forms[timed] = np.where(forward, near, _ABS)
+    deltas[timed] = delta
+    return forms, deltas
+
+
+def encode(
+    measurements: Measurements, *, segment_offsets: np.ndarray, field_order: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """Returns the tokens of segments of measurements, end to end, and where each segment starts.
+
+    Args:
+        measurements: The measurements of all segments, end to end, n of them.
+        segment_offsets: Segment s is measurements `[s]:[s + 1]`, from 0 to n [S + 1], int64.
+        field_order: The order in which each measurement's fields stand, a permutation of source 0,
+            destination 1, time 2, result 3; an unknown time is left out [n, 4], uint8.
+
+    Returns:
+        (tokens uint16, token_offsets int64 [S + 1]): segment s is `tokens[o[s]:o[s + 1]]`.
+
+    Raises:
+        DataError: An RTT has no code (`encode_rtt`).
+    """
+    n = len(measurements)
+    forms, deltas = _time_forms(measurements, segment_offsets)
+    failed = measurements.rtt < 0
+    family6 = measurements.ip_version == 6
+    rest = family6.view(np.uint8) | forms << 1 | failed.view(np.uint8) << 3
+    order_code = field_order[:, 0] | field_order[:, 1] << 2 | field_order[:, 2] << 4
+    layout = order_code.astype(np.uint16) << 4 | rest
+    starts = np.zeros(n + 1, np.int64)
+    np.cumsum(_LENGTHS[layout], out=starts[1:])
+    tokens = np.empty(starts[n], np.uint16)
+    tokens[starts[:n]] = MEASUREMENT_START
+
+    def write(field: int, where: np.ndarray, head: int, payload: np.ndarray) -> None:
+        _scatter(tokens, starts[where] + _FIELD_STARTS[field][layout[where]], head, payload)
+
+    for among, width, src, dst in (
+        (~family6, 4, SRC_IPV4, DST_IPV4),
+        (family6, 16, SRC_IPV6, DST_IPV6),
+    ):
+        where = np.flatnonzero(among)
+        write(0, where, src, measurements.src_addr[where, 16 - width :])
+        write(1, where, dst, measurements.dst_addr[where, 16 - width :])
+    times = measurements.event_time
+    for form, head, width, values in (
+        (_ABS, TIMESTAMP_ABS, 8, times),
+        (_DELTA1, TIMESTAMP_DELTA1, 1, deltas),
+        (_DELTA4, TIMESTAMP_DELTA4, 4, deltas),
+    ):
+        where = np.flatnonzero(forms == form)
+        write(2, where, head, _big_endian(values[where].astype(np.uint64), width))
+    where = np.flatnonzero(~failed)
+    write(3, where, RTT_START, _big_endian(encode_rtt(measurements.rtt[where]), 2))
+    where = np.flatnonzero(failed)
+    write(3, where, FAILED, np.empty((len(where), 0), np.uint8))
+    return tokens, starts[segment_offsets]
+
+
+# --- decode -----------------------------------------------------------------------------------
+
+_SOURCE, _DESTINATION, _TIME, _RESULT = range(4)
+# Which field of a measurement an id below BYTE_0 gives.
+_FIELD_OF_HEAD = {
+    SRC_IPV4: _SOURCE,
+    SRC_IPV6: _SOURCE,
+    DST_IPV4: _DESTINATION,
+    DST_IPV6: _DESTINATION,
+    TIMESTAMP_ABS: _TIME,
+    TIMESTAMP_DELTA1: _TIME,
+    TIMESTAMP_DELTA4: _TIME,
+    RTT_START: _RESULT,
+    FAILED: _RESULT,
+}
+_FIELD_NAMES = ("source", "destination", "timestamp", "result")
+
+
+def decode(tokens: Sequence[int] | np.ndarray) -> tuple[Measurements, list[Problem]]:
+    """Returns the measurements in the tokens of one segment, and what did not parse.
+
+    Any ids may be given. A measurement that is not well-formed is left out as a whole and adds one
+    `Problem`; reading goes on at the next MEASUREMENT_START. A timestamp read before the
+    measurement went wrong still counts as the previous one for what follows.
+    """
+    ids = np.asarray(tokens).tolist()
+    found: list[dict[int, tuple[int, bytes]]] = []
+    problems: list[Problem] = []
+    times: list[int | None] = []
+    previous: int | None = None
+    at = 0
+    while at < len(ids):
+        begin = at
+        fields: dict[int, tuple[int, bytes]] = {}
+        time: int | None = None
+        problem: Problem | None = None
+        if ids[at] != MEASUREMENT_START:
+            problem = Problem(at, f"{token_name(ids[at])} outside a measurement")
+        at += 1
+        while at < len(ids) and ids[at] != MEASUREMENT_START:
+            head, position = ids[at], at
+            if problem is not None or head not in _FIELD_OF_HEAD:
+                problem = problem or Problem(at, f"{token_name(head)} where a field should start")
+                at += 1
+                continue
+            at += 1
+            size = PAYLOAD_BYTES[head]
+            payload = [token - BYTE_0 for token in ids[at : at + size]]
+            valid = [0 <= byte <= 255 for byte in payload]
+            length = valid.index(False) if False in valid else len(payload)
+            at += length
+            field = _FIELD_OF_HEAD[head]
+            if length < size:
+                problem = Problem(position, f"{token_name(head)} has {length} of {size} bytes")
+            elif field in fields:
+                problem = Problem(position, f"a second {_FIELD_NAMES[field]}")
+            else:
+                fields[field] = (head, bytes(payload))
+                if field == _TIME:
+                    time, reason = _read_time(head, bytes(payload), previous)
+                    problem = Problem(position, reason) if reason else None
+                    previous = previous if time is None else time
+        problem = problem or _incomplete(fields, begin)
+        if problem is not None:
+            problems.append(problem)
+        else:
+            found.append(fields)
+            times.append(time)
+    return _measurements(found, times), problems
+
+
+def _read_time(head: int, payload: bytes, previous: int | None) -> tuple[int | None, str]:
+    """Returns (the time, why there is none)."""
+    if head == TIMESTAMP_ABS:
+        return int.from_bytes(payload, "big", signed=True), ""
+    if previous is None:
+        return None, f"{token_name(head)} without a timestamp before it"
+    time = previous + int.from_bytes(payload, "big")
+    return (time, "") if time < 2**63 else (None, f"{token_name(head)} leads beyond 64 bits")
+
+
+def _incomplete(fields: dict[int, tuple[int, bytes]], begin: int) -> Problem | None:
+    for field in (_SOURCE, _DESTINATION, _RESULT):
+        if field not in fields:
+            return Problem(begin, f"a measurement without a {_FIELD_NAMES[field]}")
+    if len(fields[_SOURCE][1]) != len(fields[_DESTINATION][1]):
+        return Problem(begin, "source and destination of different families")
+    return None
+
+
+def _measurements(found: list[dict[int, tuple[int, bytes]]], times: list[int | None]):
+    def addresses(field: int) -> np.ndarray:
+        packed = [fields[field][1] for fields in found]
+        mapped = b"".join(IPV4_PREFIX + p if len(p) == 4 else p for p in packed)
+        return np.frombuffer(mapped, np.uint8).reshape(-1, 16)
+
+    results = [fields[_RESULT] for fields in found]
+    codes = np.array([int.from_bytes(payload, "big") for _, payload in results], np.uint16)
+    failed = np.array([head == FAILED for head, _ in results], bool)
+    return Measurements(
+        event_time=np.array([time or 0 for time in times], np.int64),
+        has_time=np.array([time is not None for time in times], bool),
+        src_addr=addresses(_SOURCE),
+        dst_addr=addresses(_DESTINATION),
+        ip_version=np.array([4 if len(f[_SOURCE][1]) == 4 else 6 for f in found], np.int8),
+        rtt=np.where(failed, -1.0, decode_rtt(codes)),
+    )
+
+
+# --- for people -------------------------------------------------------------------------------
+
+
+def token_name(token: int) -> str:
+    """Returns the name of an id: `RTT_START`, `byte 7f`, or `unknown id 300`."""
+    if 0 <= token < BYTE_0:
+        return TOKEN_NAMES[token]
+    return f"byte {token - BYTE_0:02x}" if BYTE_0 <= token < VOCAB_SIZE else f"unknown id {token}"
+
+
+def field_of(tokens: np.ndarray) -> np.ndarray:
+    """Returns which of `FIELDS` each token of sequences [..., T] belongs to [..., T], int8.
+
+    An id below BYTE_0 is structure; a byte is of the field of the last such id before it.
+    """
+    tokens = np.asarray(tokens)
+    is_byte = tokens >= BYTE_0
+    position = np.where(is_byte, 0, np.arange(tokens.shape[-1]))
+    head = np.take_along_axis(tokens, np.maximum.accumulate(position, axis=-1), axis=-1)
+    known = is_byte & (head < BYTE_0)  # false for bytes that nothing precedes
+    return np.array(FIELD_OF_PAYLOAD, np.int8)[np.where(known, head, MEASUREMENT_START)]
+
+
+def format_tokens(
+    tokens: Sequence[int] | np.ndarray, colour: Callable[[str, str], str] | None = None
+) -> str:
+    """Returns tokens as text, one measurement a line: names, then payloads as what they mean.
+
+    Args:
+        tokens: Any ids.
+        colour: Called with each piece of text and its field (one of `FIELDS`); returns the text to
+            show in its place.
+    """
+    ids, at = np.asarray(tokens).tolist(), 0
+    lines: list[list[str]] = []
+    while at < len(ids):
+        head = ids[at]
+        if head == MEASUREMENT_START or not lines:
+            lines.append([])
+        size = PAYLOAD_BYTES[head] if 0 <= head < BYTE_0 else 0
+        payload = [token - BYTE_0 for token in ids[at + 1 : at + 1 + size]]
+        whole = len(payload) == size and all(0 <= byte <= 255 for byte in payload)
+        text, field = (
+            token_name(head),
+            FIELDS[FIELD_OF_PAYLOAD[head]] if size else FIELDS[STRUCTURE],
+        )
+        if size and whole:
+            text = f"{text} {_payload_text(head, bytes(payload))}"
+        lines[-1].append(colour(text, field) if colour else text)
+        at += 1 + size if whole else 1
+    return "\n".join(" ".join(line) for line in lines)
+
+
+def _payload_text(head: int, payload: bytes) -> str:
+    value = int.from_bytes(payload, "big")
+    if head in (SRC_IPV4, DST_IPV4):
+        return str(ipaddress.IPv4Address(payload))
+    if head in (SRC_IPV6, DST_IPV6):
+        return str(ipaddress.IPv6Address(payload))
+    if head == TIMESTAMP_ABS:
+        seconds = int.from_bytes(payload, "big", signed=True)
+        inside = 0 <= seconds < 2**32
+        return f"{np.datetime64(seconds, 's')}Z" if inside else f"{seconds} s"
+    if head in (TIMESTAMP_DELTA1, TIMESTAMP_DELTA4):
+        return f"+{value} s"
+    if head == RTT_START:
+        return f"{decode_rtt(np.array(value)):.3f} ms"
+    return f"0x{value:04x}"
