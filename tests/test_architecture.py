@@ -32,8 +32,8 @@ RESERVED = {
     "jax": lambda path: path.parts[0] not in {"data", "tokenizer.py", "packing.py"},
     "flax": lambda path: path.parts[0] not in {"data", "tokenizer.py", "packing.py"},
     "grain": lambda path: path == Path("data/pipeline.py"),
-    "torch": lambda path: False,
-    "transformers": lambda path: False,
+    "torch": lambda path: path == Path("extraction/parity.py"),
+    "transformers": lambda path: path == Path("extraction/parity.py"),
 }
 
 

@@ -1,0 +1,63 @@
+import json
+
+import pytest
+from click.testing import CliRunner
+
+from ping_llm.cli import cli
+from ping_llm.data.simulate import simulate
+
+
+@pytest.fixture(scope="module")
+def raw(tmp_path_factory):
+    path = tmp_path_factory.mktemp("inspect") / "s.parquet"
+    simulate(path, probes=10, days=1.0, measurements=2000, seed=0)
+    return path
+
+
+def run(*arguments):
+    return CliRunner().invoke(cli, ["inspect-data", *map(str, arguments)])
+
+
+def test_json_is_one_object_with_the_keys_of_the_contract(raw, tmp_path):
+    result = run(raw, "--json", "--samples", 2, "--report", tmp_path / "r.html")
+    assert result.exit_code == 0, result.output
+    found = json.loads(result.stdout)
+    keys = "measurements failed_fraction ipv6_fraction probes time_first time_last rtt_ms checks"
+    assert set(keys.split()) <= set(found)
+    assert found["measurements"] == 2000
+    assert {"p5", "p50", "p95"} <= set(found["rtt_ms"])
+    assert set(found["checks"][0]) == {"name", "ok", "count", "detail"}
+    assert len(found["samples"]) == 2
+    assert (tmp_path / "r.html").read_text().startswith("<!DOCTYPE html>")
+
+
+def test_the_text_fits_80_columns(raw):
+    result = run(raw, "--samples", 2)
+    assert result.exit_code == 0
+    assert "checks" in result.stdout
+    assert max(map(len, result.stdout.splitlines())) <= 80
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (["{tmp}/none.parquet"], 1, "does not exist"),
+        (["{tmp}"], 1, "{tmp}"),
+        (["{raw}", "--samples", "-1"], 1, "samples=-1 must be 0 or more"),
+        (["{raw}", "--report", "{tmp}/no/r.html"], 1, "there is no directory"),
+        (["{raw}", "--samples", "x"], 2, "not a valid integer"),
+        (["{raw}", "--report", "{tmp}"], 2, "is a directory"),
+        (["{raw}", "--html", "x"], 2, "No such option"),
+        ([], 2, "Missing argument 'PATH'"),
+    ],
+)
+def test_bad_arguments_have_one_clear_line_and_an_exit_code(
+    raw, tmp_path, arguments, code, message
+):
+    result = run(*(a.format(tmp=tmp_path, raw=raw) for a in arguments))
+    assert result.exit_code == code
+    assert message.format(tmp=tmp_path) in result.stderr
+    assert "Traceback" not in result.output
+    assert result.stdout == ""
+    if code == 1:
+        assert len(result.stderr.strip().splitlines()) == 1
