@@ -38,18 +38,21 @@ def next_token_batch(tokens: np.ndarray, segment_ids: np.ndarray, positions: np.
     )
 
 
-def best_fit(lengths: np.ndarray, capacity: int) -> list[list[int]]:
+def best_fit(lengths: np.ndarray, capacity: int | np.ndarray) -> list[list[int]]:
     """Returns which segments go into each sequence of `capacity` tokens.
+
+    Capacities may differ [n]: a segment that fits nowhere opens a sequence of its own capacity.
 
     Longest first, each into the fullest sequence that it still fits (best-fit decreasing).
     """
     sequences: list[list[int]] = []
     room: list[tuple[int, int]] = []  # (what is left, which sequence), ascending
+    capacities = np.broadcast_to(capacity, len(lengths))
     for i in np.argsort(-lengths, kind="stable").tolist():
         length = int(lengths[i])
         at = bisect.bisect_left(room, (length, -1))
         if at == len(room):
-            left, sequence = capacity, len(sequences)
+            left, sequence = int(capacities[i]), len(sequences)
             sequences.append([])
         else:
             left, sequence = room.pop(at)

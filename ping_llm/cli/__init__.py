@@ -8,21 +8,19 @@ import click
 
 from ping_llm import __version__
 from ping_llm.cli.options import debug_option
-from ping_llm.errors import PingLLMError
+from ping_llm.errors import PingLLMError, Stopped
 
 # Each command: the module here that defines it as `command`, and its line in `ping-llm --help`.
 # The lines are repeated here, under a test, so that `--help` need not import the modules.
 COMMANDS = {
+    "bench": ("bench", "Measure the throughput of one part on this machine."),
     "inspect-data": ("inspect_data", "Show what a data set holds, and what is wrong with it."),
+    "predict": ("predict", "Predict RTT distributions and failures."),
     "prepare-data": ("prepare_data", "Turn measurements into probe rows for training."),
     "quickstart": ("quickstart", "Run the whole story once on simulated data, in minutes."),
     "simulate": ("simulate", "Write the measurements of a synthetic internet."),
     "train": ("train", "Train a decoder on probe rows."),
 }
-
-
-class Terminated(BaseException):
-    """SIGTERM arrived: unwinds the stack, so that whoever holds work can keep it."""
 
 
 class LazyGroup(click.Group):
@@ -57,9 +55,10 @@ class LazyGroup(click.Group):
         except KeyboardInterrupt:
             click.echo("stopped; run the same command again to continue", err=True)
             ctx.exit(130)
-        except Terminated:
-            click.echo("terminated; run the same command again to continue", err=True)
-            ctx.exit(143)
+        except Stopped as stopped:
+            name = signal.Signals(stopped.signum).name
+            click.echo(f"stopped by {name}; run the same command again to continue", err=True)
+            ctx.exit(128 + stopped.signum)
 
 
 @click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})
@@ -70,8 +69,8 @@ def cli() -> None:
 
 
 def _terminate(signum: int, frame: object) -> None:
-    del signum, frame
-    raise Terminated
+    del frame
+    raise Stopped(signum)
 
 
 def main() -> None:

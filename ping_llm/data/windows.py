@@ -1,0 +1,342 @@
+"""Windows: which measurements of which probe make one training context, and in what form.
+
+This is the law of sampling, vectorised over many visits at once. Every random number is a function
+of (seed, epoch, row, k, what it is for), computed by SplitMix64 from a counter, so a window does
+not depend on what else is drawn, in which order, or by which process.
+"""
+
+import dataclasses
+
+import numpy as np
+
+from ping_llm import tokenizer
+from ping_llm.data.rows import FlatRows, ProbeRows
+from ping_llm.errors import ConfigError
+from ping_llm.tokenizer import Measurements
+
+MEASUREMENTS_PER_VISIT = 30
+MAX_VISITS = 16
+
+FULL, PARTIAL, NONE = range(3)
+FULL_SHARE, PARTIAL_SHARE = 0.4, 0.3
+UNTIMED_FRACTION = (0.1, 0.9)
+
+# What a random number is for: the scalars of a visit, then one stream per purpose.
+_SIZE, _OFFSET, _MODE, _FRACTION, _COIN = range(5)
+_SELECT, _PLACE, _FIELDS = range(101, 104)
+
+_GOLDEN = np.uint64(0x9E3779B97F4A7C15)
+_PERMUTATIONS = np.array(
+    [
+        (a, b, c, 6 - a - b - c)
+        for a in range(4)
+        for b in range(4)
+        for c in range(4)
+        if len({a, b, c}) == 3
+    ],
+    np.uint8,
+)
+
+
+def _mix(x: np.ndarray) -> np.ndarray:
+    """Returns uint64 `x` scrambled: the finaliser of SplitMix64."""
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return x ^ (x >> np.uint64(31))
+
+
+def draw(key: np.ndarray, index: np.ndarray | int) -> np.ndarray:
+    """Returns random bits `index` of the stream `key`, uint64: output `index` of SplitMix64."""
+    index = np.atleast_1d(np.asarray(index, np.uint64))  # arrays wrap around without a warning
+    return _mix(key + (index + np.uint64(1)) * _GOLDEN)
+
+
+def _uniform(key: np.ndarray, index: np.ndarray | int) -> np.ndarray:
+    """Returns random number `index` of the stream `key`, uniform on [0, 1)."""
+    return (draw(key, index) >> np.uint64(11)) * 2.0**-53
+
+
+def make_keys(seed: int, *parts: np.ndarray) -> np.ndarray:
+    """Returns one uint64 key for each element of the integer arrays `parts`, all [n] alike."""
+    key = np.full(np.shape(parts[0]), seed % 2**64, np.uint64)
+    for part in parts:
+        key = draw(_mix(key), part)
+    return key
+
+
+def permuted(index: np.ndarray, size: int, key: np.ndarray) -> np.ndarray:
+    """Returns where `index` [n] in 0..size - 1 goes under the permutation that `key` [n] names.
+
+    A Feistel network over the next power of four, walked until it lands below `size`: nothing of
+    the permutation is stored, however large `size` is.
+    """
+    half = np.uint64(max(1, ((size - 1).bit_length() + 1) // 2))
+    low = (np.uint64(1) << half) - np.uint64(1)
+    out = np.array(index, np.uint64)
+    todo = np.arange(len(out))
+    while len(todo):
+        value, keys = out[todo], key[todo]
+        for round_ in range(6):
+            left, right = value >> half, value & low
+            value = right << half | (left ^ (draw(draw(keys, round_), right) & low))
+        out[todo] = value
+        todo = todo[value >= size]
+    return out.astype(np.int64)
+
+
+@dataclasses.dataclass(frozen=True)
+class Visits:
+    """Some visits, one (row, k) of one epoch each.
+
+    Attributes:
+        epoch: Which epoch [n], int64.
+        row: Which probe row [n], int64.
+        k: Which visit to that row in that epoch [n], int64.
+    """
+
+    epoch: np.ndarray
+    row: np.ndarray
+    k: np.ndarray
+
+
+def visits_per_row(n_measurements: np.ndarray) -> np.ndarray:
+    """Returns how often an epoch visits rows of that many measurements."""
+    return np.minimum(-(-n_measurements // MEASUREMENTS_PER_VISIT), MAX_VISITS)
+
+
+class VisitOrder:
+    """The endless sequence of visits: every (row, k) once an epoch, in an order of the epoch's own.
+
+    Attributes:
+        per_epoch: Visits in one epoch.
+    """
+
+    def __init__(self, n_measurements: np.ndarray, seed: int):
+        per_row = visits_per_row(n_measurements)
+        self._ends = np.cumsum(per_row)
+        self._seed = seed
+        self.per_epoch = int(per_row.sum())
+
+    def __getitem__(self, index: np.ndarray) -> Visits:
+        """Returns the visits at `index` [n], counted from the start of epoch 0."""
+        epoch, place = np.divmod(index, self.per_epoch)
+        visit = permuted(place, self.per_epoch, make_keys(self._seed, epoch))
+        row = np.searchsorted(self._ends, visit, side="right")
+        before = np.where(row > 0, self._ends[row - 1], 0)
+        return Visits(epoch, row, visit - before)
+
+
+@dataclasses.dataclass(frozen=True)
+class Selection:
+    """What visits show: a segment of measurements each, v of them, n measurements in all.
+
+    Attributes:
+        segment_offsets: Visit i shows measurements `[i]:[i + 1]` of the rest [v + 1], int64.
+        index: Which measurement of the visit's row [n], int64.
+        has_time: Whether its time is shown [n], bool.
+        field_order: The order of its fields, for `tokenizer.encode` [n, 4], uint8.
+    """
+
+    segment_offsets: np.ndarray
+    index: np.ndarray
+    has_time: np.ndarray
+    field_order: np.ndarray
+
+
+def check_length(length: int) -> None:
+    """Checks that sequences of `length` tokens hold any one measurement.
+
+    Raises:
+        ConfigError: They do not.
+    """
+    if length < tokenizer.MAX_MEASUREMENT_TOKENS:
+        raise ConfigError(
+            f"seq_len={length - 1} is too short for one measurement; "
+            f"set it to {tokenizer.MAX_MEASUREMENT_TOKENS - 1} or more"
+        )
+
+
+def _untimed(m: np.ndarray, mode: np.ndarray, fraction: np.ndarray, coin: np.ndarray) -> np.ndarray:
+    """Returns how many of the `m` measurements of each visit lose their time, int64."""
+    some = np.clip(np.rint(fraction * m).astype(np.int64), 1, np.maximum(m - 1, 1))
+    partial = np.where(m > 1, some, coin)
+    return np.where(mode == FULL, 0, np.where(mode == NONE, m, partial))
+
+
+def largest_count(
+    ip_version: np.ndarray, mode: np.ndarray, fraction: np.ndarray, coin: np.ndarray, length: int
+) -> np.ndarray:
+    """Returns the most measurements [v] that fit `length` tokens whatever their values are."""
+    base = np.where(ip_version == 6, tokenizer.UNTIMED_TOKENS[6], tokenizer.UNTIMED_TOKENS[4])
+    first, later = tokenizer.FIRST_TIME_TOKENS, tokenizer.NEXT_TIME_TOKENS
+    timed_share = np.where(mode == FULL, 1.0, np.where(mode == NONE, 0.0, 1 - fraction))
+    # Without rounding of the timed count this would be it; rounding moves it by less than 2.
+    count = ((length + later - first) / (base + later * timed_share)).astype(np.int64) + 2
+    for _ in range(4):
+        timed = count - _untimed(count, mode, fraction, coin)
+        tokens = count * base + np.where(timed > 0, first + later * (timed - 1), 0)
+        count -= tokens > length
+    return np.maximum(count, 1)
+
+
+def _ragged(counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Returns (segment, index within it) of each element of segments of `counts` elements."""
+    segment = np.repeat(np.arange(len(counts)), counts)
+    return segment, np.arange(len(segment)) - np.repeat(np.cumsum(counts) - counts, counts)
+
+
+def _shuffled(counts: np.ndarray, key: np.ndarray) -> np.ndarray:
+    """Returns 0..count - 1 of each segment in uniformly random order, segments end to end."""
+    segment, index = _ragged(counts)
+    # One sort of plain integers: segment, then random bits, then the index, which makes all differ.
+    segment_bits = np.uint64(len(counts).bit_length())
+    index_bits = int(counts.max(initial=0)).bit_length()
+    low = np.uint64((1 << index_bits) - 1)
+    packed = draw(key[segment], index) >> segment_bits & ~low
+    packed |= segment.astype(np.uint64) << (np.uint64(64) - segment_bits) | index.astype(np.uint64)
+    packed.sort()
+    return (packed & low).astype(np.int64)
+
+
+def _first_distinct(size: np.ndarray, count: np.ndarray, key: np.ndarray) -> np.ndarray:
+    """Returns the first `count` distinct numbers of each visit's stream on 0..size - 1.
+
+    Which is a uniform sample without replacement, in random order, at no cost in `size`.
+    """
+    draws = 2 * count
+    while True:
+        visit, index = _ragged(draws)
+        value = (_uniform(key[visit], index) * size[visit]).astype(np.int64)
+        # Sorted by (visit, value, index), the first of each run of equal values is its first draw.
+        index_bits = int(draws.max(initial=0)).bit_length()
+        value_bits = int(size.max(initial=0)).bit_length()
+        packed = (visit << value_bits | value) << index_bits | index
+        packed.sort()
+        runs = packed >> index_bits
+        firsts = packed[np.flatnonzero(np.diff(runs, prepend=-1))]
+        owner = firsts >> (index_bits + value_bits)
+        found = np.bincount(owner, minlength=len(size))
+        if np.all(found >= count):
+            break
+        draws *= 2
+    is_first = np.zeros(len(value), bool)
+    is_first[(np.cumsum(draws) - draws)[owner] + (firsts & ((1 << index_bits) - 1))] = True
+    owner, rank = _ragged(found)
+    return value[is_first][rank < count[owner]]
+
+
+def _sample(size: np.ndarray, count: np.ndarray, key: np.ndarray) -> np.ndarray:
+    """Returns `count` of 0..size - 1 for each visit, a uniform subset in random order."""
+    dense = size <= 4 * count
+    out = np.empty(count.sum(), np.int64)
+    from_dense = np.repeat(dense, count)
+    _, rank = _ragged(size[dense])
+    taken = rank < np.repeat(count[dense], size[dense])
+    out[from_dense] = _shuffled(size[dense], key[dense])[taken]
+    out[~from_dense] = _first_distinct(size[~dense], count[~dense], key[~dense])
+    return out
+
+
+def select(
+    keys: np.ndarray, n_measurements: np.ndarray, ip_version: np.ndarray, length: int
+) -> Selection:
+    """Returns what visits show of their rows, such that each fits a sequence of `length` tokens.
+
+    Args:
+        keys: `make_keys(seed, epoch, row, k)` of each visit [v].
+        n_measurements: Measurements in the visit's row [v].
+        ip_version: The row's family, 4 or 6 [v].
+        length: Tokens of an empty sequence, at least `MAX_MEASUREMENT_TOKENS`.
+    """
+    n = n_measurements
+    window = np.exp(_uniform(keys, _SIZE) * np.log(n + 1)).astype(np.int64)
+    window = np.minimum(window, n)  # n + 1 only by rounding
+    offset = (_uniform(keys, _OFFSET) * (n - window + 1)).astype(np.int64)
+    toss = _uniform(keys, _MODE)
+    mode = np.where(
+        toss < FULL_SHARE, FULL, np.where(toss < FULL_SHARE + PARTIAL_SHARE, PARTIAL, NONE)
+    )
+    low, high = UNTIMED_FRACTION
+    fraction = low + (high - low) * _uniform(keys, _FRACTION)
+    coin = (_uniform(keys, _COIN) < 0.5).astype(np.int64)
+
+    count = np.minimum(window, largest_count(ip_version, mode, fraction, coin, length))
+    untimed = _untimed(count, mode, fraction, coin)
+    visit, rank = _ragged(count)
+    # The first `untimed` of those chosen, a uniform subset in random order, lose their time and
+    # take the first `untimed` of the shuffled places. The rest fill the others in time order.
+    chosen = _sample(window, count, draw(keys, _SELECT))
+    place = _shuffled(count, draw(keys, _PLACE))
+    timed = rank >= untimed[visit]
+    owner = visit[timed]
+    for numbers in (chosen, place):
+        base = owner * (int(numbers.max(initial=0)) + 1)
+        numbers[timed] = np.sort(base + numbers[timed]) - base
+    segment_offsets = np.concatenate([[0], np.cumsum(count)])
+    at = segment_offsets[visit] + place
+    index, has_time = np.empty_like(chosen), np.empty(len(visit), bool)
+    index[at] = offset[visit] + chosen
+    has_time[at] = timed
+    bits = draw(draw(keys, _FIELDS)[visit], rank)
+    order = _PERMUTATIONS[(bits >> np.uint64(32)) * np.uint64(24) >> np.uint64(32)]
+    return Selection(segment_offsets, index, has_time, order)
+
+
+def gather(rows: ProbeRows, row: np.ndarray, selection: Selection) -> Measurements:
+    """Returns the selected measurements of rows `row` [v], read from the files."""
+    offsets = selection.segment_offsets
+    counts, n = np.diff(offsets), len(selection.index)
+    event_time, rtt = np.empty(n, np.int64), np.empty(n, np.float32)
+    dst_addr, src_addr = np.empty((n, 16), np.uint8), np.empty((len(row), 16), np.uint8)
+    # Addresses move as one item of 16 bytes each: half the time of a row of an array.
+    batch_index = rows.batch_index[row].tolist()
+    columns = {b: _columns(rows.batches[b]) for b in set(batch_index)}
+    dst_items, src_items = dst_addr.view(_ADDRESS)[:, 0], src_addr.view(_ADDRESS)[:, 0]
+    starts = np.empty(len(row), np.int64)
+    row_in_batch = rows.row_in_batch[row].tolist()
+    for i, (b, r) in enumerate(zip(batch_index, row_in_batch, strict=True)):
+        starts[i] = rows.batches[b].offsets[r]
+        src_items[i] = columns[b][0][r]
+    index = np.repeat(starts, counts) + selection.index
+    bounds = offsets.tolist()
+    for b, start, stop in zip(batch_index, bounds, bounds[1:], strict=False):
+        _, times, dsts, rtts = columns[b]
+        at = index[start:stop]
+        event_time[start:stop] = times[at]
+        dst_items[start:stop] = dsts[at]
+        rtt[start:stop] = rtts[at]
+    return Measurements(
+        event_time=event_time,
+        has_time=selection.has_time,
+        src_addr=np.repeat(src_items, counts).view(np.uint8).reshape(n, 16),
+        dst_addr=dst_addr,
+        ip_version=np.repeat(rows.ip_version[row], counts),
+        rtt=rtt,
+    )
+
+
+_ADDRESS = np.dtype((np.void, 16))
+
+
+def _columns(flat: FlatRows) -> tuple[np.ndarray, ...]:
+    """Returns (sources, times, destinations, RTTs) with an address as one item."""
+    src_addr, dst_addr = (part.view(_ADDRESS)[:, 0] for part in (flat.src_addr, flat.dst_addr))
+    return src_addr, flat.event_time, dst_addr, flat.rtt
+
+
+def encode_visits(
+    rows: ProbeRows, visits: Visits, *, seed: int, length: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Returns (tokens, token_offsets): one segment of at most `length` tokens a visit.
+
+    Raises:
+        DataError: A row is not in time order or has an RTT without a code.
+    """
+    keys = make_keys(seed, visits.epoch, visits.row, visits.k)
+    selection = select(keys, rows.n_measurements[visits.row], rows.ip_version[visits.row], length)
+    measurements = gather(rows, visits.row, selection)
+    return tokenizer.encode(
+        measurements,
+        segment_offsets=selection.segment_offsets,
+        field_order=selection.field_order,
+    )

@@ -1,0 +1,74 @@
+import json
+
+import pytest
+from click.testing import CliRunner
+
+from ping_llm.cli import cli
+from ping_llm.data.prepare import prepare_data
+from ping_llm.data.simulate import simulate
+
+KEYS = {
+    "tokens_per_second",
+    "real_tokens_per_second",
+    "padding_fraction",
+    "tokens_per_cpu_second",
+    "first_batch_seconds",
+    "batches",
+    "seconds",
+    "cpu_seconds",
+    "peak_rss_bytes",
+}
+
+
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("bench")
+    source = directory / "s.parquet"
+    simulate(source, probes=20, days=2.0, measurements=3000, seed=0)
+    prepare_data([str(source)], output=str(directory / "rows"))
+    return directory / "rows"
+
+
+def run(*arguments):
+    return CliRunner().invoke(cli, ["bench", "loader", *map(str, arguments)])
+
+
+def test_json_holds_every_figure_and_they_agree(rows):
+    result = run("--data", rows, "--seconds", 0.3, "--seq-len", 256, "--batch-size", 4, "--json")
+    assert result.exit_code == 0, result.output
+    found = json.loads(result.stdout)
+    assert set(found) == KEYS
+    tokens = found["batches"] * 4 * 256
+    assert found["tokens_per_second"] == pytest.approx(tokens / found["seconds"])
+    assert found["real_tokens_per_second"] == pytest.approx(
+        found["tokens_per_second"] * (1 - found["padding_fraction"])
+    )
+    assert 0 <= found["padding_fraction"] < 1
+    assert 0 < found["first_batch_seconds"] <= found["seconds"]
+    assert found["peak_rss_bytes"] > 10_000_000
+
+
+def test_the_text_says_real_tokens_and_padding(rows):
+    result = run("--data", rows, "--seconds", 0.1, "--seq-len", 256)
+    assert "M real tokens/s" in result.stdout
+    assert "padding" in result.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (["--data", "{tmp}"], 1, "has no dataset.json"),
+        (["--data", "{rows}", "--seconds", "0"], 1, "seconds=0.0 must be above 0"),
+        (["--data", "{rows}", "--seconds", "nan"], 1, "seconds=nan must be above 0"),
+        (["--data", "{rows}", "--batch-size", "0"], 1, "batch_size=0 must be"),
+        (["--data", "{rows}", "--seq-len", "45"], 1, "seq_len=45 is too short"),
+        (["--data", "{rows}", "--num-workers", "-1"], 1, "num_workers=-1 must be"),
+        (["--data", "{rows}", "--batch-size", "x"], 2, "not a valid integer"),
+        ([], 2, "--data"),
+    ],
+)
+def test_bad_arguments_have_a_clear_message_and_exit_code(rows, tmp_path, arguments, code, message):
+    result = run(*(a.format(tmp=tmp_path, rows=rows) for a in arguments))
+    assert result.exit_code == code
+    assert message in result.stderr
+    assert "Traceback" not in result.stderr
