@@ -19,3 +19,21 @@ class StorageError(PingLLMError):
 
 class CheckpointError(PingLLMError):
     """A checkpoint cannot be written, read, or fitted to the model it is for."""
+
+
+class TrainingError(PingLLMError):
+    """Training cannot go on, such as after a loss that is not a number."""
+
+
+class Stopped(BaseException):
+    """A signal ended the work, which was saved first where there was something to save.
+
+    Not an `Exception`, like `KeyboardInterrupt`: nothing on the way should take it for an error.
+
+    Attributes:
+        signum: The signal.
+    """
+
+    def __init__(self, signum: int):
+        super().__init__(signum)
+        self.signum = signum

@@ -1,0 +1,197 @@
+"""Checkpoints of a run: written in the background, whole or not at all, read onto any mesh.
+
+A checkpoint holds named trees of arrays and a JSON object of notes. Arrays are stored by the name
+of their place in the tree, so that what is on disk knows nothing of Flax's and Optax's classes.
+"""
+
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+from flax import nnx
+
+from ping_llm.errors import CheckpointError
+from ping_llm.models.config import DecoderConfig
+from ping_llm.models.decoder import Decoder
+
+TREES = ("params", "opt_state")
+_NOTES = "notes"
+
+
+class Checkpoints:
+    """The checkpoints in one directory, by step; a context manager.
+
+    Opening it removes what a killed process left half written. Saving returns as soon as the
+    arrays are copied; a failure to write is raised by the next `save`, `wait` or exit.
+    """
+
+    def __init__(self, directory: str | Path, *, keep: int | None):
+        """Opens `directory`, made where there is none.
+
+        Args:
+            directory: Where they are.
+            keep: Number of newest checkpoints to keep; None: for reading; opening changes nothing.
+        """
+        self.directory = Path(directory).absolute()
+        options = ocp.CheckpointManagerOptions(
+            max_to_keep=keep,
+            create=keep is not None,
+        )
+        handlers: dict[str, ocp.CheckpointHandler] = {
+            **{name: ocp.StandardCheckpointHandler() for name in TREES},
+            _NOTES: ocp.JsonCheckpointHandler(),
+        }
+        try:
+            if keep is not None and jax.process_index() == 0:
+                # Orbax's own cleaning leaves a directory killed between commit and rename.
+                for unfinished in self.directory.glob("*.orbax-checkpoint-tmp*"):
+                    shutil.rmtree(unfinished)
+            self._manager = ocp.CheckpointManager(
+                self.directory, options=options, item_handlers=handlers
+            )
+        except Exception as error:  # Orbax and TensorStore raise many kinds
+            raise CheckpointError(f"{directory}: cannot be opened: {_line(error)}") from error
+
+    def __enter__(self) -> "Checkpoints":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        try:
+            self._manager.close()
+        except Exception as error:
+            if kind is None:  # else the error on its way says more
+                raise self._failed(error) from error
+
+    def latest(self) -> int | None:
+        """Returns the step of the newest whole checkpoint, or None where there is none."""
+        return self._manager.latest_step()
+
+    def save(self, step: int, trees: Mapping[str, Any], notes: Mapping[str, Any]) -> None:
+        """Begins to write a checkpoint, after waiting for the one before.
+
+        Args:
+            step: Its number.
+            trees: Trees of arrays by their names in `TREES`. They may be donated once this
+                returns: on a CPU, JAX does not reuse a buffer that Orbax is still reading.
+            notes: What JSON can hold.
+        """
+        items = {name: ocp.args.StandardSave(_by_place(tree)) for name, tree in trees.items()}
+        args = ocp.args.Composite(**items, **{_NOTES: ocp.args.JsonSave(dict(notes))})
+        try:
+            self._manager.save(step, args=args, force=True)
+        except Exception as error:
+            raise self._failed(error) from error
+
+    def wait(self) -> None:
+        """Returns when everything is written."""
+        try:
+            self._manager.wait_until_finished()
+        except Exception as error:
+            raise self._failed(error) from error
+
+    def restore(self, step: int, trees: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Returns (trees, notes) of a checkpoint.
+
+        Args:
+            step: Its number.
+            trees: By name, trees of `jax.ShapeDtypeStruct`; their shardings say where arrays go.
+                Trees of the checkpoint that are not named are not read.
+        """
+        where = self.directory / str(step)
+        wanted = {name: _by_place(tree) for name, tree in trees.items()}
+        try:
+            stored = self._manager.item_metadata(step)
+            shapes = {name: stored[name].tree if stored[name] else {} for name in wanted}
+        except Exception as error:
+            raise _unreadable(where, error) from error
+        for name in wanted:
+            _check_shapes(where, wanted[name], shapes[name])
+        items = {name: ocp.args.StandardRestore(tree) for name, tree in wanted.items()}
+        args = ocp.args.Composite(**items, **{_NOTES: ocp.args.JsonRestore()})
+        try:
+            read = self._manager.restore(step, args=args)
+        except Exception as error:
+            raise _unreadable(where, error) from error
+        restored = {
+            name: jax.tree.unflatten(
+                jax.tree.structure(tree), [read[name][at] for at in wanted[name]]
+            )
+            for name, tree in trees.items()
+        }
+        return restored, read[_NOTES]
+
+    def _failed(self, error: Exception) -> CheckpointError:
+        latest = self.latest()
+        kept = "no earlier one exists" if latest is None else f"the one of step {latest} is intact"
+        return CheckpointError(
+            f"{self.directory}: a checkpoint could not be written: {_line(error)}; {kept}"
+        )
+
+
+def load_run(run: str | Path) -> tuple[dict[str, Any], Any, Any]:
+    """Returns (config, graphdef, params): `config.json` of a run and its newest decoder.
+
+    The run may be in training meanwhile; nothing of it is changed.
+
+    Raises:
+        CheckpointError: `run` is no run, has no checkpoint yet, or is damaged.
+    """
+    path = Path(run) / "config.json"
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+        cfg = DecoderConfig.from_json(config["model"])
+    except FileNotFoundError:
+        raise CheckpointError(
+            f"{run} is not a run: it has no config.json; make one with `ping-llm train`"
+        ) from None
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{path} is damaged: {_line(error)}; restore it") from None
+    checkpoints = Path(run) / "checkpoints"
+    if not checkpoints.is_dir():
+        raise CheckpointError(f"{run} has no checkpoint yet; train it for some steps first")
+    graphdef, shapes = nnx.split(nnx.eval_shape(lambda: Decoder(cfg, rngs=nnx.Rngs(0))))
+    place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    abstract = jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place), shapes
+    )
+    with Checkpoints(checkpoints, keep=None) as stored:
+        step = stored.latest()
+        if step is None:
+            raise CheckpointError(f"{run} has no checkpoint yet; train it for some steps first")
+        trees, _ = stored.restore(step, {"params": abstract})
+    return config, graphdef, trees["params"]
+
+
+def _by_place(tree: Any) -> dict[str, Any]:
+    leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
+    return {jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in leaves}
+
+
+def _check_shapes(where: Path, wanted: Mapping[str, Any], stored: Mapping[str, Any]) -> None:
+    if missing := sorted(wanted.keys() - stored.keys()):
+        raise CheckpointError(f"{where} lacks {missing[0]}; it is of another model or damaged")
+    if extra := sorted(stored.keys() - wanted.keys()):
+        raise CheckpointError(f"{where} holds {extra[0]}, which this model does not have")
+    for place, leaf in wanted.items():
+        if tuple(stored[place].shape) != tuple(leaf.shape):
+            have, want = tuple(stored[place].shape), tuple(leaf.shape)
+            raise CheckpointError(
+                f"{where}: {place} has shape {have}, this model's has {want}; "
+                "load it with the settings it was trained with"
+            )
+
+
+def _unreadable(where: Path, error: Exception) -> CheckpointError:
+    return CheckpointError(
+        f"{where}: cannot be read, it may be damaged: {_line(error)}; "
+        "remove that directory to go on from the checkpoint before it"
+    )
+
+
+def _line(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0][:300]}" if lines else type(error).__name__

@@ -1,0 +1,221 @@
+"""The layers of a decoder: norm, rotary embedding, attention, gated MLP."""
+
+import math
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.sharding import PartitionSpec as P
+from jaxtyping import Array, Float, Int
+
+from ping_llm import sharding
+from ping_llm.models.config import DecoderConfig, YarnScaling
+
+QUERY_BLOCK = 128  # best of 64, 128, 256 for T = 1024 on a CPU
+MASKED = -1e30  # finite, so that no row of scores turns into NaN
+
+
+def rms_norm(cfg: DecoderConfig, width: int, *, rngs: nnx.Rngs) -> nnx.RMSNorm:
+    """Returns an RMSNorm over the last axis; its mean square is taken in float32."""
+    return nnx.RMSNorm(
+        width,
+        epsilon=cfg.rms_norm_eps,
+        dtype=jnp.dtype(cfg.dtype),
+        param_dtype=jnp.dtype(cfg.param_dtype),
+        scale_metadata=sharding.metadata(sharding.NORM_D),
+        rngs=rngs,
+    )
+
+
+def linear(
+    cfg: DecoderConfig,
+    d_in: int,
+    d_out: int,
+    spec: P,
+    *,
+    bias: bool = False,
+    scale: float = 1.0,
+    rngs: nnx.Rngs,
+) -> nnx.Linear:
+    """Returns a linear layer whose kernel [d_in, d_out] lives on the mesh as `spec` says.
+
+    At first, what it makes of inputs of unit variance has standard deviation `scale`.
+    """
+    return nnx.Linear(
+        d_in,
+        d_out,
+        use_bias=bias,
+        dtype=jnp.dtype(cfg.dtype),
+        param_dtype=jnp.dtype(cfg.param_dtype),
+        kernel_init=nnx.initializers.normal(scale / math.sqrt(d_in)),
+        kernel_metadata=sharding.metadata(spec),
+        bias_metadata=sharding.metadata(sharding.BIAS_F),
+        rngs=rngs,
+    )
+
+
+def output_scale(cfg: DecoderConfig) -> float:
+    """Returns the initial scale of a layer that writes to the residual stream.
+
+    Each block writes twice; with this scale the sum of all L blocks does not grow with L.
+    """
+    return 1 / math.sqrt(2 * cfg.n_layers)
+
+
+def rope_frequencies(cfg: DecoderConfig) -> tuple[np.ndarray, float]:
+    """Returns (radians per position [H / 2], scale of the rotated vectors)."""
+    exponents = np.arange(0, cfg.head_dim, 2, dtype=np.float64) / cfg.head_dim
+    frequencies = cfg.rope_theta**-exponents
+    yarn = cfg.rope_scaling
+    if yarn is None:
+        return frequencies.astype(np.float32), 1.0
+    # A dimension that turns often over the original context is kept, one that hardly turns is
+    # divided by the factor, and between the two bounds the mix is linear.
+    low = _dimension_of(yarn.beta_fast, cfg, yarn)
+    high = _dimension_of(yarn.beta_slow, cfg, yarn)
+    if yarn.truncate:
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, cfg.head_dim - 1)
+    if low == high:
+        high += 0.001
+    divided = np.clip((np.arange(cfg.head_dim // 2) - low) / (high - low), 0.0, 1.0)
+    frequencies = frequencies * (1 - divided) + frequencies / yarn.factor * divided
+    return frequencies.astype(np.float32), _attention_factor(yarn)
+
+
+def _dimension_of(rotations: float, cfg: DecoderConfig, yarn: YarnScaling) -> float:
+    turns = yarn.original_max_positions / (rotations * 2 * math.pi)
+    return cfg.head_dim * math.log(turns) / (2 * math.log(cfg.rope_theta))
+
+
+def _attention_factor(yarn: YarnScaling) -> float:
+    def scale(weight: float) -> float:
+        return 0.1 * weight * math.log(yarn.factor) + 1.0 if yarn.factor > 1 else 1.0
+
+    if yarn.attention_factor is not None:
+        return yarn.attention_factor
+    if yarn.mscale and yarn.mscale_all_dim:
+        return scale(yarn.mscale) / scale(yarn.mscale_all_dim)
+    return scale(1.0)
+
+
+def rope_angles(
+    cfg: DecoderConfig, positions: Int[Array, "B T"]
+) -> tuple[Float[Array, "B T 1 h"], Float[Array, "B T 1 h"]]:
+    """Returns the cosines and sines of the rotations at `positions`, for half a head, float32."""
+    frequencies, scale = rope_frequencies(cfg)
+    angles = positions[:, :, None, None].astype(jnp.float32) * frequencies  # [B, T, 1, H / 2]
+    return jnp.cos(angles) * scale, jnp.sin(angles) * scale
+
+
+def rotate(
+    x: Float[Array, "B T N H"], cos: Float[Array, "B T 1 h"], sin: Float[Array, "B T 1 h"]
+) -> Float[Array, "B T N H"]:
+    """Returns `x` with its first and second half rotated into each other."""
+    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    turned = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+    return turned.astype(x.dtype)
+
+
+def attention(
+    q: Float[Array, "B T N H"],
+    k: Float[Array, "B T K H"],
+    v: Float[Array, "B T K H"],
+    segment_ids: Int[Array, "B T"],
+    window: Int[Array, ""] | None = None,
+) -> Float[Array, "B T N H"]:
+    """Returns causal attention inside each segment.
+
+    Queries are taken in blocks; a block meets only the keys up to its own end, which halves the
+    work, and builds only its own part of the mask. Its scores are computed again in the backward
+    pass. At 8 x 1024 tokens, 4 heads of 32, this took a sixth of the time of
+    `jax.nn.dot_product_attention` with a mask on 2 CPU cores.
+
+    Args:
+        q: Queries; N is a multiple of K.
+        k: Keys.
+        v: Values.
+        segment_ids: Segment of each token; a token meets only its own segment.
+        window: Number of keys a query sees, itself included; None: all before it.
+    """
+    B, T, N, H = q.shape
+    K = k.shape[2]
+    q = (q * H**-0.5).reshape(B, T, K, N // K, H)
+    block = jax.checkpoint(_attend_block, static_argnums=(6,))
+    outputs = []
+    for start in range(0, T, QUERY_BLOCK):
+        stop = min(start + QUERY_BLOCK, T)
+        queries, segments = q[:, start:stop], segment_ids[:, start:stop]
+        seen = k[:, :stop], v[:, :stop], segment_ids[:, :stop]
+        outputs.append(block(queries, segments, *seen, window, start))
+    return jnp.concatenate(outputs, axis=1).reshape(B, T, N, H)
+
+
+def _attend_block(q, q_segments, k, v, k_segments, window, start):
+    distance = start + np.arange(q.shape[1])[:, None] - np.arange(k.shape[1])  # [t, s]
+    visible = (q_segments[:, :, None] == k_segments[:, None, :]) & (distance >= 0)  # [B, t, s]
+    if window is not None:
+        visible &= distance < window
+    scores = jnp.einsum("btkgh,bskh->bkgts", q, k, preferred_element_type=jnp.float32)
+    weights = jax.nn.softmax(jnp.where(visible[:, None, None], scores, MASKED))
+    return jnp.einsum("bkgts,bskh->btkgh", weights.astype(v.dtype), v)
+
+
+# How queries meet keys: called as `attention` is; `prediction/decode.py` adds keys of its own.
+Attend = Callable[[Array, Array, Array, Array, Array | None], Array]
+
+
+class Attention(nnx.Module):
+    """Grouped-query attention with rotary positions, inside segments."""
+
+    def __init__(self, cfg: DecoderConfig, *, rngs: nnx.Rngs):
+        self.head_dim = cfg.head_dim
+        q_width, kv_width = cfg.n_heads * cfg.head_dim, cfg.n_kv_heads * cfg.head_dim
+        up, bias = sharding.UP_DF, cfg.qkv_bias
+        self.q = linear(cfg, cfg.d_model, q_width, up, bias=bias, rngs=rngs)
+        self.k = linear(cfg, cfg.d_model, kv_width, up, bias=bias, rngs=rngs)
+        self.v = linear(cfg, cfg.d_model, kv_width, up, bias=bias, rngs=rngs)
+        scale = output_scale(cfg)
+        self.out = linear(cfg, q_width, cfg.d_model, sharding.DOWN_FD, scale=scale, rngs=rngs)
+        if cfg.qk_norm:
+            self.q_norm = rms_norm(cfg, cfg.head_dim, rngs=rngs)
+            self.k_norm = rms_norm(cfg, cfg.head_dim, rngs=rngs)
+        self.qk_norm = cfg.qk_norm
+
+    def __call__(
+        self,
+        x: Float[Array, "B T D"],
+        segment_ids: Int[Array, "B T"],
+        cos: Float[Array, "B T 1 h"],
+        sin: Float[Array, "B T 1 h"],
+        window: Int[Array, ""] | None,
+        attend: Attend = attention,
+    ) -> Float[Array, "B T D"]:
+        """Returns what attention adds to the residual stream."""
+        q, k, v = (self._heads(project(x)) for project in (self.q, self.k, self.v))
+        if self.qk_norm:
+            q, k = self.q_norm(q), self.k_norm(k)
+        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+        attended = attend(q, k, v, segment_ids, window)  # [B, T, N, H]
+        return self.out(attended.reshape(*x.shape[:2], -1))
+
+    def _heads(self, x: Array) -> Array:
+        heads = x.reshape(*x.shape[:2], -1, self.head_dim)
+        return sharding.constrain(heads, sharding.HEADS_BTNH)
+
+
+class MLP(nnx.Module):
+    """Gated MLP: down(silu(gate(x)) * up(x))."""
+
+    def __init__(self, cfg: DecoderConfig, *, rngs: nnx.Rngs):
+        self.gate = linear(cfg, cfg.d_model, cfg.d_ff, sharding.UP_DF, rngs=rngs)
+        self.up = linear(cfg, cfg.d_model, cfg.d_ff, sharding.UP_DF, rngs=rngs)
+        scale = output_scale(cfg)
+        self.down = linear(cfg, cfg.d_ff, cfg.d_model, sharding.DOWN_FD, scale=scale, rngs=rngs)
+
+    def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+        """Returns what the MLP adds to the residual stream."""
+        hidden = jax.nn.silu(self.gate(x)) * self.up(x)  # [B, T, F]
+        return self.down(hidden)

@@ -1,0 +1,138 @@
+"""The device mesh, where each kind of array lives on it, and how several processes join."""
+
+import os
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from ping_llm.errors import ConfigError
+
+MESH_AXES = ("data", "fsdp", "tensor")
+
+# The last letters are the dimensions. The vocabulary is not split: 267 is odd.
+EMBED_VD = P(None, "tensor")
+HEAD_DV = P("tensor", None)
+UP_DF = P("fsdp", "tensor")  # also D to heads
+DOWN_FD = P("tensor", "fsdp")  # also heads to D
+BIAS_F = P("tensor")
+NORM_D = P()
+BATCH_BT = P(("data", "fsdp"))
+RESIDUAL_BTD = P(("data", "fsdp"), None, None)
+HEADS_BTNH = P(("data", "fsdp"), None, "tensor", None)
+
+# What JAX's own detection goes by: any of these means that a launcher started several processes.
+_CLUSTER_VARIABLES = ("SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "TPU_WORKER_HOSTNAMES")
+
+
+def parse_mesh(text: str) -> dict[str, int]:
+    """Returns the axis sizes in `text`, such as `data=-1,fsdp=2`; axes left out have size 1.
+
+    When no axis is -1 and `data` is left out, `data` is -1: it takes the devices that are left.
+    """
+    sizes: dict[str, int] = {}
+    for part in filter(None, (part.strip() for part in text.split(","))):
+        name, _, value = part.partition("=")
+        if name not in MESH_AXES:
+            raise ConfigError(
+                f"mesh axis {name!r} in {text!r} is not one of {', '.join(MESH_AXES)}"
+            )
+        if name in sizes:
+            raise ConfigError(f"mesh {text!r} gives {name} twice")
+        try:
+            sizes[name] = int(value)
+        except ValueError:
+            raise ConfigError(f"mesh {text!r}: {name}={value!r} is not a whole number") from None
+    if -1 not in sizes.values():
+        sizes.setdefault("data", -1)
+    return {axis: sizes.get(axis, 1) for axis in MESH_AXES}
+
+
+def make_mesh(*, data: int = -1, fsdp: int = 1, tensor: int = 1) -> Mesh:
+    """Returns a mesh over every device, with axes `MESH_AXES`; one -1 stands for what is left."""
+    sizes, present = [data, fsdp, tensor], jax.device_count()
+    shown = f"{data=} x {fsdp=} x {tensor=}"
+    if any(size < 1 and size != -1 for size in sizes) or sizes.count(-1) > 1:
+        raise ConfigError(f"mesh {shown}: sizes are at least 1, and only one may be -1")
+    if -1 in sizes:
+        given = -int(np.prod(sizes))
+        if present % given:
+            raise ConfigError(f"mesh {shown}: {given} does not divide the {present} devices")
+        sizes[sizes.index(-1)] = present // given
+    elif (needed := int(np.prod(sizes))) != present:
+        raise ConfigError(f"mesh {shown} needs {needed} devices; JAX sees {present}")
+    auto = (AxisType.Auto,) * len(MESH_AXES)
+    return jax.make_mesh(tuple(sizes), MESH_AXES, axis_types=auto)
+
+
+def metadata(spec: P) -> dict[str, Any]:
+    """Returns what an `nnx.Param` is told, so that `nnx.get_named_sharding` finds `spec`.
+
+    Values are placed when a whole state is made, not one by one: without a mesh a model works too.
+    """
+    return {"out_sharding": spec, "eager_sharding": False}
+
+
+def constrain(x: jax.Array, spec: P) -> jax.Array:
+    """Returns `x`, laid out by `spec` where a mesh is set, untouched where none is."""
+    if jax.sharding.get_abstract_mesh().empty:
+        return x
+    return jax.lax.with_sharding_constraint(x, spec)
+
+
+def batch_share(mesh: Mesh, batch_size: int) -> tuple[int, int]:
+    """Returns (index, count): this process holds part `index` of `count` of a batch's rows.
+
+    Processes that differ along `tensor` only hold the same part.
+    """
+    groups = mesh.shape["data"] * mesh.shape["fsdp"]
+    if batch_size % groups:
+        shape = f"data={mesh.shape['data']} x fsdp={mesh.shape['fsdp']}"
+        raise ConfigError(f"{batch_size=} must be a multiple of {groups}, the mesh's {shape}")
+    rows = NamedSharding(mesh, BATCH_BT).addressable_devices_indices_map((batch_size,)).values()
+    spans = {index[0].indices(batch_size)[:2] for index in rows if index is not None}
+    start, stop = min(span[0] for span in spans), max(span[1] for span in spans)
+    held = sum(end - begin for begin, end in spans)
+    if held != stop - start or batch_size % held or start % held:
+        raise ConfigError(
+            f"{batch_size=}: this mesh gives process {jax.process_index()} rows that are not one "
+            "equal run; make data x fsdp a multiple or a divisor of the number of processes"
+        )
+    return start // held, batch_size // held
+
+
+def place_batch(mesh: Mesh, batch: Mapping[str, np.ndarray]) -> dict[str, jax.Array]:
+    """Returns global arrays [B, ...] made of every process's own rows."""
+    sharding = NamedSharding(mesh, BATCH_BT)
+    make = jax.make_array_from_process_local_data
+    return {name: make(sharding, rows) for name, rows in batch.items()}
+
+
+def start_processes(
+    coordinator: str | None = None, num_processes: int | None = None, process_id: int | None = None
+) -> None:
+    """Joins this process to the others: by the three flags, or by the cluster's own variables.
+
+    Without flags and outside a cluster this does nothing. It must come before any other use of
+    JAX's devices.
+    """
+    if jax.distributed.is_initialized():
+        return
+    if coordinator is not None and num_processes is not None and process_id is not None:
+        if not 0 <= process_id < num_processes:
+            raise ConfigError(f"{process_id=} must be in 0..{num_processes - 1}, {num_processes=}")
+        jax.distributed.initialize(coordinator, num_processes, process_id)
+    elif (coordinator, num_processes, process_id) != (None, None, None):
+        raise ConfigError(
+            f"{coordinator=}, {num_processes=} and {process_id=} go together: give all or none"
+        )
+    elif _in_cluster():
+        jax.distributed.initialize()
+
+
+def _in_cluster() -> bool:
+    values = (os.environ.get(name, "") for name in _CLUSTER_VARIABLES)
+    return any(value not in ("", "1", "localhost") for value in values)

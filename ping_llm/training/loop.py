@@ -1,0 +1,362 @@
+"""Training from start to end: data in, a run directory out, and on again after any stop."""
+
+import dataclasses
+import json
+import signal
+import threading
+from collections.abc import Iterable
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh, NamedSharding
+
+from ping_llm import report, sharding, tokenizer
+from ping_llm.checkpoints import Checkpoints
+from ping_llm.data import pipeline
+from ping_llm.errors import ConfigError, Stopped, StorageError
+from ping_llm.packing import Batch
+from ping_llm.progress import progress
+from ping_llm.training.config import TrainConfig, check_unchanged, load_config, to_json
+from ping_llm.training.metrics import Meter, RunLog, by_field, write_text
+from ping_llm.training.optimizer import learning_rate_at, make_optimizer
+from ping_llm.training.step import (
+    TrainState,
+    abstract_state,
+    init_state,
+    make_eval_step,
+    make_train_step,
+)
+
+SCHEMA_VERSION = 1
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TrainResult:
+    """Where a run stands.
+
+    Attributes:
+        step: Steps taken.
+        loss: Training loss, nats a token, mean over the last `log_every` steps.
+        valid_loss: Loss on the valid split; None where the data have none.
+        real_tokens_per_second: Tokens that are not padding, over the whole run's training time.
+        padding_fraction: Part of all places in the batches that is padding.
+        mfu: Part of the devices' peak that was used for real tokens; None where no peak is known.
+        peak_device_bytes: Most memory used on one device; on a CPU, by the process.
+        parameters: Number of parameters.
+        seconds: Time spent on training steps, compilation and evaluation aside.
+        output: The run directory.
+    """
+
+    step: int
+    loss: float
+    valid_loss: float | None
+    real_tokens_per_second: float
+    padding_fraction: float
+    mfu: float | None
+    peak_device_bytes: int
+    parameters: int
+    seconds: float
+    output: str
+
+
+def train(
+    data: str | Path,
+    output: str | Path,
+    *,
+    preset: str | None = None,
+    config_file: str | Path | None = None,
+    overrides: Iterable[str] = (),
+    steps: int | None = None,
+    batch_size: int | None = None,
+    seq_len: int | None = None,
+    mesh: str | None = None,
+    seed: int | None = None,
+    coordinator: str | None = None,
+    num_processes: int | None = None,
+    process_id: int | None = None,
+) -> TrainResult:
+    """Trains the run in `output`, from its newest checkpoint if it has one; returns its state.
+
+    A run that already has its steps is not touched.
+
+    Args:
+        data: A directory of probe rows.
+        output: The run directory, made where there is none.
+        preset: Name of a model and its settings; None: `tiny`.
+        config_file: TOML file of settings.
+        overrides: Settings as `key=value`.
+        steps: As in `TrainConfig`, like the next four; None: what the settings above say.
+        batch_size: Sequences in a global batch.
+        seq_len: Tokens in a sequence.
+        mesh: Sizes of the mesh axes.
+        seed: Seed of parameters and data order.
+        coordinator: Address of process 0, `host:port`, for a run of several processes.
+        num_processes: How many there are.
+        process_id: Which one this is.
+
+    Raises:
+        ConfigError: A setting cannot be, or is not what `output` was begun with.
+        DataError: `data` is not a data set.
+        StorageError: `output` cannot be written.
+        CheckpointError: A checkpoint cannot be written or read.
+        TrainingError: The loss is not a number any more.
+        Stopped: SIGINT or SIGTERM came; the run is saved.
+    """
+    cfg = load_config(
+        preset=preset,
+        config_file=None if config_file is None else Path(config_file),
+        overrides=overrides,
+        flags={
+            "steps": steps,
+            "batch_size": batch_size,
+            "seq_len": seq_len,
+            "mesh": mesh,
+            "seed": seed,
+        },
+    )
+    if cfg.model.vocab_size < tokenizer.VOCAB_SIZE:
+        size, needed = cfg.model.vocab_size, tokenizer.VOCAB_SIZE
+        raise ConfigError(f"model.vocab_size={size} is too small for the {needed} token ids")
+    data, output = Path(data), Path(output)
+    fingerprint = pipeline.data_fingerprint(data)
+    _check_output(output, cfg, fingerprint)
+    sharding.start_processes(coordinator, num_processes, process_id)
+    device_mesh = sharding.make_mesh(**sharding.parse_mesh(cfg.mesh))
+    index, count = sharding.batch_share(device_mesh, cfg.batch_size)
+    with (
+        pipeline.TrainLoader(
+            data,
+            batch_size=cfg.batch_size,
+            seq_len=cfg.seq_len,
+            seed=cfg.seed,
+            process_index=index,
+            process_count=count,
+        ) as loader,
+        Checkpoints(output / "checkpoints", keep=cfg.keep_checkpoints) as checkpoints,
+    ):
+        done = checkpoints.latest() or 0
+        log = RunLog(output / "metrics.jsonl", last_step=done)
+        if done < cfg.steps:
+            if jax.process_index() == 0:
+                _write_config(output, cfg, data, fingerprint)
+                log.cut()
+            batches = pipeline.eval_batches(
+                data,
+                "valid",
+                batch_size=cfg.batch_size,
+                seq_len=cfg.seq_len,
+                count=cfg.eval_batches,
+            )
+            valid = [_rows_of(batch, index, count) for batch in batches]
+            _Run(cfg, loader, valid, checkpoints, log, device_mesh).train()
+            if jax.process_index() == 0:
+                report.loss_plot(log.rows, output / "loss.png")
+    return _result(cfg, output, log)
+
+
+class _Run:
+    """The parts of a run between its start and its end."""
+
+    def __init__(
+        self,
+        cfg: TrainConfig,
+        loader: pipeline.TrainLoader,
+        valid: list[Batch],
+        checkpoints: Checkpoints,
+        log: RunLog,
+        mesh: Mesh,
+    ):
+        self.cfg, self.loader, self.checkpoints, self.log = cfg, loader, checkpoints, log
+        self.mesh = mesh
+        self.valid = [self._place(batch) for batch in valid]
+        self.schedule = learning_rate_at(cfg)
+        tx = make_optimizer(cfg)
+        graphdef, abstract = abstract_state(cfg.model, tx, mesh=mesh)
+        self.step = checkpoints.latest() or 0
+        if self.step:
+            trees = {"params": abstract.params, "opt_state": abstract.opt_state}
+            trees, notes = checkpoints.restore(self.step, trees)
+            step = jax.device_put(np.int32(self.step), abstract.step.sharding)
+            self.state = TrainState(step, **trees)
+            self.meter = Meter(cfg, notes["meter"])
+            loader.set_state(notes["loader"])
+        else:
+            _, self.state = init_state(cfg.model, tx, seed=cfg.seed, mesh=mesh)
+            self.meter = Meter(cfg)
+        self.eval_step = make_eval_step(graphdef)
+        train_step = make_train_step(graphdef, cfg.model, tx, accumulate_steps=cfg.accumulate_steps)
+        with jax.set_mesh(mesh):
+            # Compiled once, for one shape: another one is an error, not a silent recompilation.
+            self.train_step = train_step.lower(abstract, self._batch_shapes()).compile()
+
+    def train(self) -> None:
+        """Takes the steps that are left."""
+        cfg = self.cfg
+        title = f"train {cfg.preset}, {cfg.model.parameter_count():,} parameters"
+        with (
+            _StopSignals() as signals,
+            progress(title, total=cfg.steps, unit="steps") as bar,
+            jax.set_mesh(self.mesh),
+        ):
+            self.meter.start_clock()
+            while self.step < cfg.steps:
+                batch = self._place(next(self.loader))
+                self.state, metrics = self.train_step(self.state, batch)
+                self.step += 1
+                self.meter.add(self.step, metrics)
+                last = self.step == cfg.steps
+                log_now = last or self.step % cfg.log_every == 0
+                stop = None if last else signals.agreed(at_log_point=log_now)
+                if log_now or self.step % cfg.eval_every == 0:
+                    self._write_row(evaluate=last or self.step % cfg.eval_every == 0)
+                rate = f"{self.meter.tokens_per_second:,.0f} tokens/s"
+                bar.update(done=self.step, note=f"loss {self.meter.last_loss:.4f}  {rate}")
+                if last or stop or self.step % cfg.checkpoint_every == 0:
+                    self._save()
+                if last or stop:
+                    self.checkpoints.wait()
+                if stop:
+                    raise Stopped(stop)
+
+    def _write_row(self, *, evaluate: bool) -> None:
+        self.meter.fetch()
+        row = self.meter.row(self.step, float(self.schedule(self.step - 1)))
+        if evaluate and self.valid:
+            sums = [self.eval_step(self.state.params, batch) for batch in self.valid]
+            nll, count = (np.sum(part, axis=0) for part in zip(*jax.device_get(sums), strict=True))
+            row["valid_loss"] = float(nll.sum() / count.sum())
+            row |= by_field("valid_loss_", nll, count)
+            self.meter.start_clock()
+        self.log.append(row)
+
+    def _save(self) -> None:
+        self.meter.fetch()  # nothing that is not finite gets into a checkpoint
+        trees = {"params": self.state.params, "opt_state": self.state.opt_state}
+        notes = {"loader": _all_lanes(self.loader), "meter": self.meter.state()}
+        self.checkpoints.save(self.step, trees, notes)
+
+    def _batch_shapes(self) -> dict[str, jax.ShapeDtypeStruct]:
+        shape = (self.cfg.batch_size, self.cfg.seq_len)
+        where = NamedSharding(self.mesh, sharding.BATCH_BT)
+        return {
+            field.name: jax.ShapeDtypeStruct(
+                shape, np.float32 if field.name == "mask" else np.int32, sharding=where
+            )
+            for field in dataclasses.fields(Batch)
+        }
+
+    def _place(self, batch: Batch) -> dict[str, jax.Array]:
+        arrays = {field.name: getattr(batch, field.name) for field in dataclasses.fields(Batch)}
+        return sharding.place_batch(self.mesh, arrays)
+
+
+def _rows_of(batch: Batch, index: int, count: int) -> Batch:
+    """Returns part `index` of `count` equal parts of a batch's rows."""
+    rows = len(batch.inputs) // count
+    own = slice(index * rows, (index + 1) * rows)
+    parts = {field.name: getattr(batch, field.name)[own] for field in dataclasses.fields(Batch)}
+    return Batch(**parts)
+
+
+def _all_lanes(loader: pipeline.TrainLoader) -> dict[str, Any]:
+    """Returns the loader's state with the places of every process's lanes."""
+    state = loader.get_state()
+    if jax.process_count() == 1:
+        return state
+    places = np.array([state["first_lane"], *state["positions"]])
+    gathered = np.asarray(multihost_utils.process_allgather(places)).tolist()
+    states = {first: {**state, "first_lane": first, "positions": at} for first, *at in gathered}
+    return pipeline.merge_states(list(states.values()))
+
+
+class _StopSignals:
+    """Notes SIGINT and SIGTERM while a step runs; a second one acts as it did before."""
+
+    def __init__(self) -> None:
+        self._noted = 0
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> "_StopSignals":
+        if threading.current_thread() is threading.main_thread():
+            for signum in (signal.SIGINT, signal.SIGTERM):
+                self._before[signum] = signal.signal(signum, self._note)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for signum, handler in self._before.items():
+            signal.signal(signum, handler)
+
+    def _note(self, signum: int, frame: FrameType | None) -> None:
+        del frame
+        self._noted = signum
+        self.__exit__()
+
+    def agreed(self, *, at_log_point: bool) -> int:
+        """Returns the signal that every process is to stop for now, 0 for none.
+
+        Several processes must stop at the same step, so they ask each other, but only where they
+        wait for the devices anyway.
+        """
+        if jax.process_count() == 1:
+            return self._noted
+        if not at_log_point:
+            return 0
+        return int(np.max(multihost_utils.process_allgather(np.int32(self._noted))))
+
+
+def _check_output(output: Path, cfg: TrainConfig, fingerprint: str) -> None:
+    """Raises a `ConfigError` where `output` holds something that this run cannot go on from."""
+    path = output / "config.json"
+    try:
+        if not path.exists():
+            others = [entry.name for entry in output.iterdir()] if output.exists() else []
+            if any(not name.startswith(".") for name in others):
+                raise ConfigError(f"{output} is not empty and holds no run; choose another output")
+            return
+        stored = json.loads(path.read_text(encoding="utf-8"))
+        settings, trained_on = stored["train"] | {"model": stored["model"]}, stored["data"]
+    except OSError as error:
+        raise StorageError(f"{output}: cannot be read: {error.strerror}") from None
+    except (ValueError, KeyError, TypeError):
+        raise ConfigError(f"{path} is damaged; restore it, or choose another output") from None
+    if trained_on["fingerprint"] != fingerprint:
+        raise ConfigError(
+            f"data: {output} was begun on other data ({trained_on['path']}, fingerprint "
+            f"{trained_on['fingerprint']}, now {fingerprint}); choose another output"
+        )
+    check_unchanged(settings, cfg, output=output)
+
+
+def _write_config(output: Path, cfg: TrainConfig, data: Path, fingerprint: str) -> None:
+    settings = to_json(cfg)
+    model = settings.pop("model")
+    config = {
+        "schema_version": SCHEMA_VERSION,
+        "parameters": cfg.model.parameter_count(),
+        "model": model,
+        "train": settings,
+        "data": {"path": str(data), "fingerprint": fingerprint},
+    }
+    write_text(output / "config.json", json.dumps(config, indent=2) + "\n")
+
+
+def _result(cfg: TrainConfig, output: Path, log: RunLog) -> TrainResult:
+    if not log.rows or "padding_fraction" not in log.rows[-1]:
+        raise StorageError(f"{output / 'metrics.jsonl'} lacks the lines of this run's steps")
+    row = log.rows[-1]
+    return TrainResult(
+        step=row["step"],
+        loss=row["loss"],
+        valid_loss=row.get("valid_loss"),
+        real_tokens_per_second=row["tokens"] / row["seconds"],
+        padding_fraction=row["padding_fraction"],
+        mfu=row["mfu"],
+        peak_device_bytes=row["peak_device_bytes"],
+        parameters=cfg.model.parameter_count(),
+        seconds=row["seconds"],
+        output=str(output),
+    )

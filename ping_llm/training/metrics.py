@@ -1,0 +1,182 @@
+"""What a run says about itself: numbers gathered step by step, and the lines of `metrics.jsonl`."""
+
+import json
+import math
+import os
+import resource
+import sys
+import time
+from collections import deque
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from ping_llm import tokenizer
+from ping_llm.errors import StorageError, TrainingError
+from ping_llm.training import flops
+from ping_llm.training.config import TrainConfig
+
+# Steps the host may run ahead of the devices: enough to keep them busy, few enough that the batches
+# waiting there stay small.
+MAX_IN_FLIGHT = 4
+
+
+class Meter:
+    """Gathers the metrics of steps, and fetches them from the devices only when asked.
+
+    Attributes:
+        tokens_per_second: Real tokens a second between the last two fetches.
+        last_loss: Loss of the newest step fetched.
+    """
+
+    def __init__(self, cfg: TrainConfig, saved: Mapping[str, Any] | None = None):
+        """Starts from nothing, or from what `state` gave when a checkpoint was written."""
+        saved = saved or {"window": [], "totals": {"seconds": 0.0, "tokens": 0.0, "flops": 0.0}}
+        self._cfg = cfg
+        self._window = deque(saved["window"], maxlen=cfg.log_every)
+        self._totals: dict[str, float] = dict(saved["totals"])
+        self._pending: list[tuple[int, dict[str, jax.Array]]] = []
+        self._clock = time.monotonic()
+        self.tokens_per_second, self.last_loss = 0.0, math.nan
+
+    def start_clock(self) -> None:
+        """Leaves out the time since the last fetch, which did not go into steps."""
+        self._clock = time.monotonic()
+
+    def add(self, step: int, metrics: dict[str, jax.Array]) -> None:
+        """Takes note of the metrics of a step, which may still be under way."""
+        self._pending.append((step, metrics))
+        if len(self._pending) >= MAX_IN_FLIGHT:
+            self._pending[-MAX_IN_FLIGHT][1]["loss"].block_until_ready()
+
+    def fetch(self) -> None:
+        """Waits for every step so far and adds up what they gave.
+
+        Raises:
+            TrainingError: A loss or a gradient was not finite.
+        """
+        fetched = jax.device_get([metrics for _, metrics in self._pending])
+        now = time.monotonic()
+        tokens = 0.0
+        for (step, _), metrics in zip(self._pending, fetched, strict=True):
+            values = {name: np.asarray(value).tolist() for name, value in metrics.items()}
+            if not (math.isfinite(values["loss"]) and math.isfinite(values["grad_norm"])):
+                loss, grad_norm = values["loss"], values["grad_norm"]
+                raise TrainingError(
+                    f"step {step} went out of bounds: {loss=}, {grad_norm=}; the checkpoints "
+                    f"before it are kept; a smaller learning_rate (now "
+                    f"{self._cfg.learning_rate}) or clip_norm (now {self._cfg.clip_norm}) may help"
+                )
+            tokens += values["tokens"]
+            model, pairs = self._cfg.model, values["pairs"]
+            self._totals["flops"] += flops.training_flops(model, values["tokens"], pairs)
+            self._window.append(values)
+        if self._pending:
+            self._totals["tokens"] += tokens
+            self._totals["seconds"] += now - self._clock
+            self.tokens_per_second = tokens / (now - self._clock)
+            self.last_loss = self._window[-1]["loss"]
+        self._pending.clear()
+        self._clock = now
+
+    def row(self, step: int, learning_rate: float) -> dict[str, Any]:
+        """Returns the line of `metrics.jsonl` for a step whose metrics were fetched."""
+        nll = np.sum([values["field_nll"] for values in self._window], axis=0)
+        count = np.sum([values["field_count"] for values in self._window], axis=0)
+        places = step * self._cfg.batch_size * self._cfg.seq_len
+        totals = self._totals
+        return {
+            "step": step,
+            "loss": float(np.mean([values["loss"] for values in self._window])),
+            **by_field("loss_", nll, count),
+            "grad_norm": self._window[-1]["grad_norm"],
+            "learning_rate": learning_rate,
+            "real_tokens_per_second": self.tokens_per_second,
+            "tokens": int(totals["tokens"]),
+            "padding_fraction": 1 - totals["tokens"] / places,
+            "flops": totals["flops"],
+            "mfu": self._mfu(),
+            "peak_device_bytes": peak_device_bytes(),
+            "seconds": totals["seconds"],
+        }
+
+    def state(self) -> dict[str, Any]:
+        """Returns what the next `Meter` of this run needs, as JSON values."""
+        return {"window": list(self._window), "totals": self._totals}
+
+    def _mfu(self) -> float | None:
+        peak = flops.peak_flops(jax.devices()[0].device_kind)
+        if peak is None or not self._totals["seconds"]:
+            return None
+        return self._totals["flops"] / self._totals["seconds"] / (peak * jax.device_count())
+
+
+def by_field(prefix: str, nll: np.ndarray, count: np.ndarray) -> dict[str, float | None]:
+    """Returns the mean NLL of each field, named with `prefix`; None for a field without targets."""
+    return {
+        f"{prefix}{name}": float(nll[i] / count[i]) if count[i] else None
+        for i, name in enumerate(tokenizer.FIELDS)
+    }
+
+
+def peak_device_bytes() -> int:
+    """Returns the most memory used on one device so far; on a CPU, by this process."""
+    stats = [device.memory_stats() for device in jax.local_devices()]
+    peaks = [stat["peak_bytes_in_use"] for stat in stats if stat]
+    if peaks:
+        return max(peaks)
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+class RunLog:
+    """The lines of a run's `metrics.jsonl`, each step once.
+
+    Attributes:
+        rows: The lines so far.
+    """
+
+    def __init__(self, path: Path, *, last_step: int):
+        """Reads the lines up to `last_step`; what comes after it is cut off before the next."""
+        self._path = path
+        self.rows = [row for row in _read_whole_lines(path) if row["step"] <= last_step]
+
+    def cut(self) -> None:
+        """Makes the file hold `rows`, and nothing after them that a killed process left."""
+        text = "".join(json.dumps(row, allow_nan=False) + "\n" for row in self.rows)
+        write_text(self._path, text)
+
+    def append(self, row: dict[str, Any]) -> None:
+        """Adds a line, and writes it where this is the process that writes."""
+        self.rows.append(row)
+        if jax.process_index() == 0:
+            try:
+                with self._path.open("a", encoding="utf-8") as file:
+                    file.write(json.dumps(row, allow_nan=False) + "\n")
+            except OSError as error:
+                raise StorageError(f"{self._path}: cannot be written: {error.strerror}") from None
+
+
+def _read_whole_lines(path: Path) -> list[dict[str, Any]]:
+    rows = []
+    if path.exists():
+        for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+            try:
+                rows.append(json.loads(line))
+            except ValueError:  # torn by a kill: what follows was never whole
+                break
+    return rows
+
+
+def write_text(path: Path, text: str) -> None:
+    """Puts `text` in a file, in one move: a reader sees the old text or the new one."""
+    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        unfinished.write_text(text, encoding="utf-8")
+        unfinished.replace(path)
+    except OSError as error:
+        unfinished.unlink(missing_ok=True)
+        raise StorageError(f"{path}: cannot be written: {error.strerror}") from None

@@ -1,0 +1,181 @@
+"""One optimizer step."""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
+from jaxtyping import Array, Float, Int
+
+from ping_llm import tokenizer
+from ping_llm.models.config import DecoderConfig
+from ping_llm.models.decoder import Decoder
+from ping_llm.training import flops
+
+Arrays = Mapping[str, Array]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class TrainState:
+    """What a resumed run needs, apart from its place in the data.
+
+    Attributes:
+        step: Number of steps taken.
+        params: Parameters of the decoder, an `nnx.State`.
+        opt_state: State of the optimizer, every moment laid out like its parameter.
+    """
+
+    step: Int[Array, ""]
+    params: Any
+    opt_state: Any
+
+
+def init_state(
+    cfg: DecoderConfig, tx: optax.GradientTransformation, *, seed: int, mesh: Mesh
+) -> tuple[Any, TrainState]:
+    """Returns (graphdef, state). Each array is created on its own devices."""
+    graphdef, abstract = abstract_state(cfg, tx, mesh=mesh)
+
+    def init(key: Array) -> TrainState:
+        return _new_state(cfg, tx, key)
+
+    with jax.set_mesh(mesh):
+        shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
+        return graphdef, jax.jit(init, out_shardings=shardings)(jax.random.key(seed))
+
+
+def abstract_state(
+    cfg: DecoderConfig, tx: optax.GradientTransformation, *, mesh: Mesh
+) -> tuple[Any, TrainState]:
+    """Returns (graphdef, state) with shapes, dtypes and shardings in the place of values."""
+    graphdef = nnx.graphdef(nnx.eval_shape(lambda: Decoder(cfg, rngs=nnx.Rngs(0))))
+    with jax.set_mesh(mesh):
+        state = jax.eval_shape(lambda: _new_state(cfg, tx, jax.random.key(0)))
+        shardings = nnx.get_named_sharding(state, mesh)
+
+    def place(leaf, where):
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where)
+
+    return graphdef, jax.tree.map(place, state, shardings)
+
+
+def _new_state(cfg: DecoderConfig, tx: optax.GradientTransformation, key: Array) -> TrainState:
+    _, params = nnx.split(Decoder(cfg, rngs=nnx.Rngs(params=key)))
+    return TrainState(jnp.zeros((), jnp.int32), params, tx.init(params))
+
+
+def target_fields(inputs: Int[Array, "B T"], targets: Int[Array, "B T"]) -> Int[Array, "B T"]:
+    """Returns the index in `tokenizer.FIELDS` of each target, as `tokenizer.field_of` does.
+
+    A byte belongs to the field of the last id below `BYTE_0`, which may stand in the row's first
+    input.
+    """
+    row = jnp.concatenate([inputs[:, :1], targets], axis=1)  # [B, T + 1]
+    place = jnp.where(row < tokenizer.BYTE_0, jnp.arange(row.shape[1]), 0)
+    last_marker = jax.lax.associative_scan(jnp.maximum, place, axis=1)
+    marker = jnp.take_along_axis(row, last_marker, axis=1)
+    of_payload = jnp.asarray((*tokenizer.FIELD_OF_PAYLOAD, tokenizer.STRUCTURE))
+    fields = of_payload[jnp.minimum(marker, tokenizer.BYTE_0)]
+    return jnp.where(row < tokenizer.BYTE_0, tokenizer.STRUCTURE, fields)[:, 1:]
+
+
+def field_losses(
+    nll: Float[Array, "B T"], fields: Int[Array, "B T"], mask: Float[Array, "B T"]
+) -> tuple[Float[Array, "5"], Float[Array, "5"]]:
+    """Returns per field the sum of `nll`, and the number of targets, where `mask` is 1."""
+    chosen = jax.nn.one_hot(fields, len(tokenizer.FIELDS)) * mask[:, :, None]  # [B, T, fields]
+    return jnp.einsum("btf,bt->f", chosen, nll), jnp.sum(chosen, axis=(0, 1))
+
+
+def _negative_log_likelihood(graphdef: Any, params: Any, batch: Arrays) -> Float[Array, "B T"]:
+    model = nnx.merge(graphdef, params)
+    logits = model(batch["inputs"], batch["segment_ids"], batch["positions"])
+    return optax.softmax_cross_entropy_with_integer_labels(logits, batch["targets"])
+
+
+def make_train_step(
+    graphdef: Any,
+    cfg: DecoderConfig,
+    tx: optax.GradientTransformation,
+    *,
+    accumulate_steps: int = 1,
+) -> Callable[[TrainState, Arrays], tuple[TrainState, dict[str, Array]]]:
+    """Returns the compiled `train_step(state, batch) -> (state, metrics)`; `state` is given up.
+
+    It is to be called where `jax.set_mesh` holds.
+
+    The metrics of a step: `loss`, nats per target, `grad_norm` before clipping, `field_nll` and
+    `field_count` by `tokenizer.FIELDS`, `tokens` that are not padding, and `pairs` as
+    `flops.attended_pairs` counts them.
+
+    Args:
+        graphdef: The static part of the model.
+        cfg: Its shape.
+        tx: The optimizer.
+        accumulate_steps: Number of parts the batch is cut into; their gradients are added up, and
+            the step is that of the whole batch.
+    """
+
+    def loss_fn(params, batch, count):
+        nll = _negative_log_likelihood(graphdef, params, batch)
+        fields = target_fields(batch["inputs"], batch["targets"])
+        sums = field_losses(nll, fields, batch["mask"])
+        return jnp.sum(nll * batch["mask"]) / count, sums
+
+    def gradients(params, batch):
+        count = jnp.maximum(jnp.sum(batch["mask"]), 1.0)
+        value_and_grad = jax.value_and_grad(loss_fn, has_aux=True)
+        if accumulate_steps == 1:
+            return value_and_grad(params, batch, count)
+
+        def add_part(total, part):
+            return jax.tree.map(jnp.add, total, value_and_grad(params, part, count)), None
+
+        parts = jax.tree.map(lambda rows: _cut(rows, accumulate_steps), batch)
+        first = jax.tree.map(lambda rows: rows[0], parts)
+        shapes = jax.eval_shape(value_and_grad, params, first, count)
+        zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
+        return jax.lax.scan(add_part, zeros, parts)[0]
+
+    def train_step(state: TrainState, batch: Arrays):
+        (loss, (nll, count)), grads = gradients(state.params, batch)
+        updates, opt_state = tx.update(grads, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+        segment_ids, positions = batch["segment_ids"], batch["positions"]
+        metrics = {
+            "loss": loss,
+            "grad_norm": optax.tree.norm(grads),
+            "field_nll": nll,
+            "field_count": count,
+            "tokens": jnp.sum(segment_ids != 0),
+            "pairs": flops.attended_pairs(cfg, segment_ids, positions),
+        }
+        # Said again for what comes out, or XLA might lay it out otherwise.
+        new_state = TrainState(state.step + 1, params, opt_state)
+        new_state = jax.lax.with_sharding_constraint(new_state, nnx.get_partition_spec(new_state))
+        return new_state, jax.lax.with_sharding_constraint(metrics, P())
+
+    return jax.jit(train_step, donate_argnames="state")
+
+
+def make_eval_step(graphdef: Any) -> Callable[[Any, Arrays], tuple[Array, Array]]:
+    """Returns the compiled `eval_step(params, batch)`: per field, the NLL's sum and the count."""
+
+    def eval_step(params, batch):
+        nll = _negative_log_likelihood(graphdef, params, batch)
+        fields = target_fields(batch["inputs"], batch["targets"])
+        sums = field_losses(nll, fields, batch["mask"])
+        return jax.lax.with_sharding_constraint(sums, P())
+
+    return jax.jit(eval_step)
+
+
+def _cut(rows: Array, parts: int) -> Array:
+    # Part i takes every `parts`-th row, so that each device keeps the rows it has.
+    return rows.reshape(-1, parts, *rows.shape[1:]).swapaxes(0, 1)

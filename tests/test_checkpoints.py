@@ -1,0 +1,143 @@
+import resource
+import shutil
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from ping_llm import sharding
+from ping_llm.checkpoints import Checkpoints
+from ping_llm.errors import CheckpointError
+
+ROWS = 512
+
+
+def tree(value=0.0, **mesh_axes):
+    mesh = sharding.make_mesh(**(mesh_axes or dict(data=4)))
+    where = NamedSharding(mesh, P(("data", "fsdp"), "tensor"))
+    kernel = jax.device_put(jnp.full((ROWS, 64), value), where)
+    return {"kernel": kernel, "count": jnp.asarray(3, jnp.int32)}
+
+
+def shapes(of):
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), of)
+
+
+def save_and_wait(checkpoints, kernel):
+    checkpoints.save(2, {"params": {"kernel": kernel}}, {})
+    checkpoints.wait()
+
+
+def save_one(directory, step=1, value=1.0):
+    with Checkpoints(directory, keep=3) as checkpoints:
+        checkpoints.save(step, {"params": tree(value)}, {"note": [1, "two", 0.1]})
+
+
+def test_what_is_saved_comes_back(tmp_path):
+    save_one(tmp_path, value=0.1)
+    with Checkpoints(tmp_path, keep=3) as checkpoints:
+        assert checkpoints.latest() == 1
+        trees, notes = checkpoints.restore(1, {"params": shapes(tree())})
+    np.testing.assert_array_equal(trees["params"]["kernel"], np.full((ROWS, 64), np.float32(0.1)))
+    assert trees["params"]["count"] == 3
+    assert notes == {"note": [1, "two", 0.1]}
+
+
+def test_a_save_holds_the_state_of_its_step_though_later_steps_reuse_its_memory(tmp_path):
+    step = jax.jit(lambda x: jax.tree.map(lambda leaf: leaf + 1, x), donate_argnums=0)
+    state, copies = tree(), []
+    with Checkpoints(tmp_path, keep=100) as checkpoints:
+        for number in range(6):
+            copies.append(jax.tree.map(np.array, step(jax.tree.map(jnp.copy, state))))
+            state = step(state)
+            checkpoints.save(number, {"params": state}, {})
+            # The memory of `state` is free for the next step while it is still being written.
+    with Checkpoints(tmp_path, keep=100) as checkpoints:
+        for number, copy in enumerate(copies):
+            trees, _ = checkpoints.restore(number, {"params": shapes(tree())})
+            jax.tree.map(np.testing.assert_array_equal, trees["params"], copy)
+
+
+@pytest.mark.parametrize("axes", [dict(data=1, fsdp=4), dict(data=1, fsdp=2, tensor=2)])
+def test_a_checkpoint_is_read_onto_another_mesh(tmp_path, axes):
+    save_one(tmp_path, value=7.0)
+    wanted = shapes(tree(**axes))
+    with Checkpoints(tmp_path, keep=3) as checkpoints:
+        kernel = checkpoints.restore(1, {"params": wanted})[0]["params"]["kernel"]
+    assert kernel.sharding == wanted["kernel"].sharding
+    np.testing.assert_array_equal(kernel, np.full((ROWS, 64), 7.0))
+
+
+def test_only_the_newest_are_kept(tmp_path):
+    with Checkpoints(tmp_path, keep=2) as checkpoints:
+        for step in (1, 2, 5):
+            checkpoints.save(step, {"params": tree()}, {})
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["2", "5"]
+
+
+def test_what_a_killed_process_left_is_removed_and_not_taken_for_a_checkpoint(tmp_path):
+    save_one(tmp_path)
+    stale = tmp_path / "2.orbax-checkpoint-tmp"
+    shutil.copytree(tmp_path / "1", stale)
+    with Checkpoints(tmp_path, keep=3) as checkpoints:
+        assert checkpoints.latest() == 1
+    assert not stale.exists()
+
+
+def test_a_model_of_another_shape_is_refused_by_the_name_of_the_array(tmp_path):
+    save_one(tmp_path)
+    wanted = shapes(tree())
+    wider = wanted | {"kernel": jax.ShapeDtypeStruct((ROWS, 128), jnp.float32)}
+    with Checkpoints(tmp_path, keep=3) as checkpoints:
+        with pytest.raises(CheckpointError, match=r"kernel has shape \(512, 64\).*\(512, 128\)"):
+            checkpoints.restore(1, {"params": wider})
+        with pytest.raises(CheckpointError, match="lacks bias"):
+            checkpoints.restore(1, {"params": wanted | {"bias": wanted["count"]}})
+        with pytest.raises(CheckpointError, match="holds count, which this model does not have"):
+            checkpoints.restore(1, {"params": {"kernel": wanted["kernel"]}})
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+@pytest.mark.parametrize("damage", ["truncated", "no metadata", "no notes", "emptied"])
+def test_a_damaged_checkpoint_is_named_with_the_way_out(tmp_path, damage):
+    save_one(tmp_path)
+    params = tmp_path / "1" / "params"
+    if damage == "truncated":
+        for path in [*params.rglob("d/*"), *params.rglob("*.ocdbt")]:
+            path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    elif damage == "no metadata":
+        (params / "_METADATA").unlink()
+    elif damage == "no notes":
+        shutil.rmtree(tmp_path / "1" / "notes")
+    else:
+        shutil.rmtree(params)
+    damaged = pytest.raises(CheckpointError, match=f"{tmp_path}/1")
+    with Checkpoints(tmp_path, keep=3) as checkpoints, damaged:
+        checkpoints.restore(1, {"params": shapes(tree())})
+
+
+def test_a_directory_that_cannot_be_made_is_an_error_of_one_line(tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(CheckpointError, match=r"file/checkpoints: cannot be opened") as error:
+        Checkpoints(tmp_path / "file" / "checkpoints", keep=1)
+    assert "\n" not in str(error.value)
+
+
+def test_a_failed_write_is_an_error_and_leaves_the_checkpoint_before(tmp_path):
+    save_one(tmp_path)
+    noise = jnp.asarray(np.random.default_rng(0).normal(size=(ROWS, 64)), jnp.float32)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    checkpoints = Checkpoints(tmp_path, keep=3)
+    # As on a full disk, a write is cut short: no file may grow beyond 50 kB.
+    resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, hard))
+    try:
+        with pytest.raises(CheckpointError, match=r"could not be written: .*step 1 is intact"):
+            save_and_wait(checkpoints, noise)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    save_one(tmp_path, step=2)
+    with Checkpoints(tmp_path, keep=3) as checkpoints:
+        assert checkpoints.latest() == 2

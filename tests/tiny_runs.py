@@ -1,0 +1,57 @@
+"""Small runs with random weights, for tests of what is done with trained ones."""
+
+import dataclasses
+import functools
+import json
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from ping_llm.checkpoints import Checkpoints
+from ping_llm.data.pipeline import data_fingerprint
+from ping_llm.models.config import DecoderConfig
+from ping_llm.models.decoder import Decoder
+
+CONFIG = DecoderConfig(
+    vocab_size=267,
+    d_model=32,
+    n_layers=2,
+    n_heads=4,
+    n_kv_heads=2,
+    head_dim=8,
+    d_ff=64,
+    dtype="float32",
+)
+SEQ_LEN = 256
+
+
+@functools.cache
+def decoder(**changes):
+    """Returns (graphdef, params) of `CONFIG` with `changes`, larger than at a start: tokens meet."""
+    cfg = dataclasses.replace(CONFIG, **changes)
+
+
+    def params():
+        made = nnx.state(Decoder(cfg, rngs=nnx.Rngs(0)))
+        return jax.tree.map(lambda leaf: leaf * 3, made)
+
+    return nnx.graphdef(nnx.eval_shape(lambda: Decoder(cfg, rngs=nnx.Rngs(0)))), jax.jit(params)()
+
+
+def write_run(path: Path, data: Path | None = None) -> Path:
+    """Returns `path`, made a run directory of that decoder, trained on `data` as it claims."""
+    path.mkdir()
+    fingerprint = None if data is None else data_fingerprint(data)
+    config = {
+        "schema_version": 1,
+        "model": dataclasses.asdict(CONFIG),
+        "train": {"seq_len": SEQ_LEN},
+        "data": {"path": str(data or path / "gone"), "fingerprint": fingerprint},
+    }
+    (path / "config.json").write_text(json.dumps(config))
+    with Checkpoints(path / "checkpoints", keep=1) as checkpoints:
+        checkpoints.save(1, {"params": decoder()[1], "opt_state": {"count": jnp.zeros(())}}, {})
+        checkpoints.wait()
+    return path

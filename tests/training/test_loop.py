@@ -1,0 +1,219 @@
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from ping_llm.errors import CheckpointError, ConfigError, DataError, Stopped, TrainingError
+from ping_llm.training.loop import train
+
+SMALL = [
+    "model.n_layers=1",
+    "model.d_model=16",
+    "model.n_heads=2",
+    "model.n_kv_heads=1",
+    "model.head_dim=8",
+    "model.d_ff=16",
+    "batch_size=4",
+    "seq_len=64",
+    "learning_rate=1e-2",
+    "eval_batches=1",
+    "log_every=1",
+]
+
+
+def run(data, output, *overrides, steps=6):
+    return train(data, output, overrides=[*SMALL, *overrides], steps=steps)
+
+
+def lines(output):
+    return [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def finished(probe_rows, tmp_path_factory):
+    """A run of 6 steps that was never interrupted, and its result."""
+    output = tmp_path_factory.mktemp("runs") / "finished"
+    return output, run(probe_rows, output, "checkpoint_every=2")
+
+
+@pytest.fixture
+def copy_of_finished(finished, tmp_path):
+    return shutil.copytree(finished[0], tmp_path / "run")
+
+
+def test_a_run_leaves_what_the_design_says(finished):
+    output, result = finished
+    config = json.loads((output / "config.json").read_text())
+    assert config["model"]["d_model"] == 16
+    assert config["train"]["steps"] == 6
+    assert config["parameters"] == result.parameters
+    assert (output / "loss.png").stat().st_size > 1000
+    assert sorted(path.name for path in (output / "checkpoints").iterdir()) == ["2", "4", "6"]
+    rows = lines(output)
+    assert [row["step"] for row in rows] == [1, 2, 3, 4, 5, 6]
+    assert rows[-1]["loss"] < rows[0]["loss"]
+    assert rows[-1]["valid_loss"] == result.valid_loss
+    assert {"loss_rtt", "valid_loss_rtt", "grad_norm", "learning_rate"} <= rows[-1].keys()
+    assert result.step == 6
+    assert result.loss == rows[-1]["loss"]
+    assert 0 <= result.padding_fraction < 0.5
+    assert result.real_tokens_per_second > 0
+    assert result.mfu is None
+
+
+def test_a_finished_run_is_not_touched_and_gives_the_same_result(finished, probe_rows):
+    output, result = finished
+    before = {path: path.stat().st_mtime_ns for path in output.rglob("*") if path.is_file()}
+    assert run(probe_rows, output, "checkpoint_every=2") == result
+    assert run(probe_rows, output, "checkpoint_every=2", steps=3) == result
+    after = {path: path.stat().st_mtime_ns for path in output.rglob("*") if path.is_file()}
+    assert before == after
+
+
+def test_more_steps_go_on_where_the_run_ended_on_another_mesh(copy_of_finished, probe_rows):
+    before = lines(copy_of_finished)
+    result = run(probe_rows, copy_of_finished, "mesh=data=2,fsdp=2", steps=8)
+    after = lines(copy_of_finished)
+    assert [row["step"] for row in after] == list(range(1, 9))
+    assert after[:6] == before
+    assert result.step == 8
+
+
+def test_a_resumed_run_equals_one_that_never_stopped(finished, probe_rows, copy_of_finished):
+    shutil.rmtree(copy_of_finished / "checkpoints" / "6")
+    with (copy_of_finished / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 7, "los')  # as a killed process leaves it
+    result = run(probe_rows, copy_of_finished, "checkpoint_every=2")
+    assert [row["loss"] for row in lines(copy_of_finished)] == [
+        row["loss"] for row in lines(finished[0])
+    ]
+    assert result.valid_loss == finished[1].valid_loss
+
+
+def test_other_settings_on_the_same_output_are_refused_by_name(finished, probe_rows):
+    with pytest.raises(ConfigError, match="seed=1, was 0"):
+        run(probe_rows, finished[0], "seed=1")
+    with pytest.raises(ConfigError, match=r"model\.d_ff=8, was 16"):
+        run(probe_rows, finished[0], "model.d_ff=8")
+
+
+def test_other_data_on_the_same_output_are_refused(finished, probe_rows, tmp_path):
+    other = shutil.copytree(probe_rows, tmp_path / "rows")
+    metadata = json.loads((other / "dataset.json").read_text())
+    (other / "dataset.json").write_text(json.dumps(metadata | {"seed": 5}))
+    with pytest.raises(ConfigError, match="was begun on other data"):
+        run(other, finished[0])
+
+
+def test_an_output_that_holds_something_else_is_refused(probe_rows, tmp_path):
+    (tmp_path / "thesis.tex").write_text("years of work")
+    with pytest.raises(ConfigError, match="is not empty and holds no run"):
+        run(probe_rows, tmp_path)
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(ConfigError, match=r"config\.json is damaged"):
+        run(probe_rows, tmp_path)
+
+
+def test_data_that_are_not_prepared_are_refused(tmp_path):
+    with pytest.raises(DataError, match="prepare-data"):
+        run(tmp_path / "absent", tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("mesh=data=3", "needs 3 devices; JAX sees 4"),
+        ("batch_size=6", "batch_size=6 must be a multiple of 4"),
+        ("model.vocab_size=200", "model.vocab_size=200 is too small"),
+        ("seq_len=8", "seq_len"),
+    ],
+)
+def test_settings_that_do_not_fit_leave_no_output(probe_rows, tmp_path, override, message):
+    with pytest.raises(ConfigError, match=message):
+        run(probe_rows, tmp_path / "run", override)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_damaged_checkpoint_says_what_to_do(copy_of_finished, probe_rows):
+    shutil.rmtree(copy_of_finished / "checkpoints" / "6" / "params")
+    with pytest.raises(CheckpointError, match=r"checkpoints/6.*remove that directory"):
+        run(probe_rows, copy_of_finished, steps=8)
+
+
+def test_a_loss_that_is_not_a_number_stops_and_keeps_the_checkpoints(probe_rows, tmp_path):
+    overrides = ["learning_rate=1e30", "clip_norm=1e30", "checkpoint_every=1", "warmup_steps=0"]
+    with pytest.raises(TrainingError, match=r"step \d went out of bounds: .*=nan"):
+        run(probe_rows, tmp_path / "run", *overrides)
+    assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["1"]
+
+
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_saves_at_once_and_the_run_can_go_on(finished, probe_rows, tmp_path, signum):
+    output = tmp_path / "run"
+    before = signal.getsignal(signum)
+
+    class SignalAtStep2:
+        def __init__(self, schedule):
+            self.schedule = schedule
+
+        def __call__(self, taken):
+            if taken == 1:  # called for the line of step 2
+                os.kill(os.getpid(), signum)
+            return self.schedule(taken)
+
+    with pytest.MonkeyPatch.context() as patch:
+        from ping_llm.training import loop
+
+        patch.setattr(
+            loop, "learning_rate_at", lambda cfg: SignalAtStep2(lambda taken: 0.0 * taken)
+        )
+        with pytest.raises(Stopped) as stopped:
+            run(probe_rows, output, "checkpoint_every=100")
+    assert stopped.value.signum == signum
+    assert signal.getsignal(signum) == before
+    assert [path.name for path in (output / "checkpoints").iterdir()] == ["3"]
+    if signum == signal.SIGTERM:
+        run(probe_rows, output)
+        assert [row["loss"] for row in lines(output)] == [row["loss"] for row in lines(finished[0])]
+
+
+@pytest.mark.slow
+def test_killed_at_random_steps_it_ends_bit_for_bit_as_if_it_had_not_been(probe_rows, tmp_path):
+    """Five times kill -9, at a random moment between and inside saves."""
+    overrides = [f"--set={text}" for text in [*SMALL, "checkpoint_every=2", "eval_every=7"]]
+    script = "from ping_llm.cli import main; main()"
+    environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
+
+    def command(output):
+        flags = ["--data", str(probe_rows), "--output", str(output), "--steps", "60"]
+        return [sys.executable, "-c", script, "train", *flags, *overrides]
+
+    def start(output):
+        silent = dict(stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        return subprocess.Popen(command(output), env=environment, **silent)
+
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    assert start(whole).wait() == 0
+    rng = random.Random(0)
+    for wanted in sorted(rng.sample(range(3, 55), 5)):
+        process = start(killed)
+        metrics = killed / "metrics.jsonl"
+        while process.poll() is None:
+            if metrics.exists() and metrics.read_bytes().count(b"\n") >= wanted:
+                time.sleep(rng.uniform(0.0, 0.02))
+                process.kill()
+            time.sleep(0.001)
+        assert process.wait() == -signal.SIGKILL
+    assert start(killed).wait() == 0
+    timed = ("seconds", "real_tokens_per_second", "peak_device_bytes")
+    for one, other in zip(lines(killed), lines(whole), strict=True):
+        for name in timed:
+            del one[name], other[name]
+        assert one == other
