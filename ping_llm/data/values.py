@@ -1,0 +1,192 @@
+"""Text to numbers, whole columns at once: addresses, times and decimals as files spell them.
+
+Each function returns values beside a code per value that says what is wrong with it, if anything;
+nothing is guessed. Python runs once per distinct value at most, and only for rare spellings.
+"""
+
+# pyarrow.compute makes its functions when it is imported:
+# pyright: reportAttributeAccessIssue=false
+import dataclasses
+import datetime
+import socket
+from collections.abc import Callable
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+OK, MISSING, INVALID = 0, 1, 2
+
+MAPPED_PREFIX = bytes(10) + b"\xff\xff"  # IPv4-mapped IPv6, RFC 4291
+_DECIMAL = r"^[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?$"
+_NOT_FINITE = r"(?i)^[+-]?(nan|inf|infinity)$"
+_ISO_8601 = (
+    r"^(?P<base>[0-9]{4}-[0-9]{2}-[0-9]{2}[T ][0-9]{2}:[0-9]{2}(?::[0-9]{2})?)"
+    r"(?:[.,][0-9]+)?(?P<zone>Z|[+-][0-9]{2}(?::?[0-9]{2})?)?$"
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Addresses:
+    """A column of addresses, dictionary-encoded.
+
+    Attributes:
+        values: The distinct addresses [U, 16], uint8; IPv4 as IPv4-mapped IPv6.
+        family: 4 or 6; 0 where the text is no address [U], int8.
+        codes: Which of `values` a record has; -1 where it has none [n], int32.
+    """
+
+    values: np.ndarray
+    family: np.ndarray
+    codes: np.ndarray
+
+    def family_of_records(self) -> np.ndarray:
+        """Returns `family` of each record, 0 also where the address is missing [n], int8."""
+        return np.append(self.family, np.int8(0))[self.codes]
+
+    def problems(self) -> np.ndarray:
+        """Returns OK, MISSING or INVALID for each record [n], uint8."""
+        invalid = np.where(self.family == 0, INVALID, OK).astype(np.uint8)
+        return np.append(invalid, np.uint8(MISSING))[self.codes]
+
+
+def _text_buffers(array: pa.Array) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Returns start and length [n] of each string of a `binary` array, and all bytes."""
+    _, offsets, data = array.buffers()
+    bounds = np.frombuffer(offsets or b"", np.int32)[array.offset : array.offset + len(array) + 1]
+    if len(array) == 0:
+        bounds = np.zeros(1, np.int32)
+    return bounds[:-1], np.diff(bounds), np.frombuffer(data or b"", np.uint8)
+
+
+def _parse_ipv4(starts: np.ndarray, lengths: np.ndarray, data: np.ndarray):
+    """Returns (uint8 [n, 4], ok [n]): dotted quads without leading zeros, as inet_pton takes."""
+    n = len(starts)
+    octets, part = np.zeros((n, 4), np.uint8), np.zeros(n, np.int64)
+    value, digits, ok = np.zeros(n, np.int32), np.zeros(n, np.int32), np.ones(n, bool)
+    rows = np.arange(n)
+    for column in range(16):
+        index = np.minimum(starts + column, max(len(data) - 1, 0))
+        # A dot that closes the last number stands behind the text.
+        char = np.where(column < lengths, data[index], ord(".")).astype(np.uint8)
+        live = column <= lengths
+        digit = char - np.uint8(48)
+        is_digit, is_dot = digit < 10, char == ord(".")
+        ends = live & is_dot
+        ok &= ~live | is_digit | is_dot
+        ok &= ~ends | ((digits > 0) & (digits <= 3) & (value <= 255) & (part < 4))
+        ok &= ~(live & is_digit & (digits > 0) & (value == 0))  # 010 is 8 to some, 10 to others
+        octets[rows[ends], part[ends] & 3] = value[ends].astype(np.uint8)
+        value = np.where(is_dot, 0, np.minimum(value, 999) * 10 + digit)
+        digits = np.where(is_dot, 0, digits + 1)
+        part += ends
+    return octets, ok & (part == 4)
+
+
+def parse_addresses(column: pa.Array) -> Addresses:
+    """Returns a column of strings, or a dictionary of strings, as parsed addresses.
+
+    IPv6 is what `inet_pton` accepts, so no zone ids; IPv4-mapped IPv6 is the IPv4 address.
+    """
+    if not pa.types.is_dictionary(column.type):
+        column = pc.dictionary_encode(column.cast(pa.binary()))
+    texts = column.dictionary.cast(pa.binary())
+    indices = pc.fill_null(column.indices.cast(pa.int32()), -1).to_numpy()
+    if texts.null_count:  # a dictionary may hold null as a value
+        null = texts.is_null().to_numpy(zero_copy_only=False)
+        indices = np.where(np.append(null, False)[indices], -1, indices).astype(np.int32)
+        texts = pc.fill_null(texts, b"")
+    starts, lengths, data = _text_buffers(texts)
+    values, family = np.zeros((len(texts), 16), np.uint8), np.zeros(len(texts), np.int8)
+    short = np.flatnonzero((lengths >= 7) & (lengths <= 15))
+    octets, ok = _parse_ipv4(starts[short].astype(np.int64), lengths[short], data)
+    short = short[ok]
+    values[short, :12] = np.frombuffer(MAPPED_PREFIX, np.uint8)
+    values[short, 12:] = octets[ok]
+    family[short] = 4
+    for i in np.flatnonzero(family == 0):
+        packed = _inet6(texts[int(i)].as_py())
+        if packed is not None:
+            values[i] = np.frombuffer(packed, np.uint8)
+            family[i] = 4 if packed.startswith(MAPPED_PREFIX) else 6
+    empty = np.append(lengths == 0, False)
+    return Addresses(values, family, np.where(empty[indices], -1, indices).astype(np.int32))
+
+
+def _inet6(text: bytes) -> bytes | None:
+    try:
+        return socket.inet_pton(socket.AF_INET6, text.decode("ascii"))
+    except (OSError, ValueError):
+        return None
+
+
+def parse_floats(column: pa.Array) -> tuple[np.ndarray, np.ndarray]:
+    """Returns (float64 [n], OK / MISSING / INVALID [n]) of decimals as text; "" is missing.
+
+    "nan" and "inf" are numbers here, so that who uses them can say what is wrong with them.
+    """
+    column = pc.if_else(pc.equal(column, ""), pa.scalar(None, pa.string()), column)
+    problem = np.where(column.is_null().to_numpy(zero_copy_only=False), MISSING, OK)
+    try:
+        numbers = column.cast(pa.float64())
+    except pa.ArrowInvalid:  # some text is no number: a slower way that finds which
+        is_number = pc.or_(
+            pc.match_substring_regex(column, _DECIMAL),
+            pc.match_substring_regex(column, _NOT_FINITE),
+        )
+        is_number = pc.fill_null(is_number, True)
+        problem[~is_number.to_numpy(zero_copy_only=False)] = INVALID
+        column = pc.if_else(is_number, column, pa.scalar(None, pa.string()))
+        numbers = _each_distinct(column, float, pa.float64())
+    return pc.fill_null(numbers, 0.0).to_numpy(), problem.astype(np.uint8)
+
+
+def to_seconds(numbers: np.ndarray, problem: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Returns float64 epoch times floored to whole seconds int64 [n], and their problems."""
+    usable = np.abs(numbers) < 2**53  # false for nan
+    seconds = np.floor(np.where(usable, numbers, 0)).astype(np.int64)
+    return seconds, np.where((problem == OK) & ~usable, INVALID, problem)
+
+
+def parse_times(column: pa.Array) -> tuple[np.ndarray, np.ndarray]:
+    """Returns (epoch seconds int64 [n], problem [n]) of epoch seconds or ISO 8601 text.
+
+    Fractions are floored away. A time without a zone is UTC; a date alone is no time.
+    """
+    numbers, problem = parse_floats(column)
+    rest = np.flatnonzero(problem == INVALID)
+    seconds, problem = to_seconds(numbers, problem)
+    if len(rest):
+        parts = pc.extract_regex(column.take(pa.array(rest)), _ISO_8601)
+        base = _each_distinct(pc.struct_field(parts, "base"), _civil_seconds, pa.int64())
+        zone = _each_distinct(pc.struct_field(parts, "zone"), _zone_seconds, pa.int64())
+        utc = pc.subtract(base, zone)
+        found = utc.is_valid().to_numpy(zero_copy_only=False)
+        seconds[rest[found]] = utc.drop_null().to_numpy()
+        problem[rest[found]] = OK
+    return seconds, problem
+
+
+def _each_distinct(column: pa.Array, parse: Callable[[str], object], to: pa.DataType) -> pa.Array:
+    """Returns `parse` of each value, computed once per distinct value; null stays null."""
+    encoded = pc.dictionary_encode(column)
+    parsed = pa.array([parse(text) for text in encoded.dictionary.to_pylist()], to)
+    return parsed.take(encoded.indices)
+
+
+def _civil_seconds(text: str) -> int | None:
+    try:
+        civil = datetime.datetime.fromisoformat(text).replace(tzinfo=datetime.UTC)
+    except ValueError:  # the 30th of February
+        return None
+    return int(civil.timestamp())
+
+
+def _zone_seconds(text: str) -> int | None:
+    if text in ("", "Z"):
+        return 0
+    digits = text[1:].replace(":", "").ljust(4, "0")
+    hours, minutes = int(digits[:2]), int(digits[2:])
+    if hours > 23 or minutes > 59:
+        return None
+    return (-1 if text[0] == "-" else 1) * (hours * 3600 + minutes * 60)
