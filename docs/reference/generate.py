@@ -18,8 +18,7 @@ HERE = Path(__file__).parent
 def option_row(param: click.Parameter) -> str:
     """Returns one row of a command's table of arguments and options."""
     if isinstance(param, click.Argument):
-        name = f"`{param.human_readable_name}`" + (" ..." if param.nargs == -1 else "")
-        return f"| {name} | | |"
+        return f"| `{param.human_readable_name}` | | |"
     assert isinstance(param, click.Option)
     kind = "" if param.is_flag else f" {param.type.get_metavar(param, click.Context(cli)) or ''}"
     if not param.is_flag and not kind.strip():

@@ -92,6 +92,8 @@ def parse_addresses(column: pa.Array) -> Addresses:
         column = pc.dictionary_encode(column.cast(pa.binary()))
     texts = column.dictionary.cast(pa.binary())
     indices = pc.fill_null(column.indices.cast(pa.int32()), -1).to_numpy()
+    if len(indices) and not -1 <= indices.min() <= indices.max() < len(texts):
+        raise pa.ArrowInvalid("a dictionary index is out of range")  # Arrow reads such Parquet
     if texts.null_count:  # a dictionary may hold null as a value
         null = texts.is_null().to_numpy(zero_copy_only=False)
         indices = np.where(np.append(null, False)[indices], -1, indices).astype(np.int32)

@@ -125,3 +125,10 @@ def test_what_is_no_time_is_invalid(text):
     seconds, problems = parse_times(pa.array(["12.9", text, "2024-01-01T00:00Z", "-0.5"]))
     assert problems.tolist() == [OK, INVALID, OK, OK]
     assert seconds[[0, 2, 3]].tolist() == [12, 1704067200, -1]
+
+
+def test_a_corrupt_dictionary_is_noticed():
+    indices = pa.array([0, 9, 1], pa.int32())
+    column = pa.DictionaryArray.from_arrays(indices, pa.array(["::1", "::2"]), safe=False)
+    with pytest.raises(pa.ArrowInvalid, match="out of range"):
+        parse_addresses(column)
