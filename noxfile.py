@@ -7,7 +7,7 @@ from pathlib import Path
 import nox
 
 nox.options.sessions = ["lint", "types", "tests", "package"]
-nox.options.default_venv_backend = "uv|virtualenv"
+nox.options.default_venv_backend = "virtualenv"
 nox.options.reuse_existing_virtualenvs = True
 
 CODE = ["ping_llm", "tests", "docs", "examples", "noxfile.py"]

@@ -17,9 +17,8 @@ def command() -> None:
 @command.command("loader")
 @click.option(
     "--data",
-    type=click.Path(path_type=Path),
     required=True,
-    help="Directory of probe rows, as prepare-data writes it.",
+    help="Directory of probe rows, as prepare-data writes it; may be remote.",
 )
 @click.option("--batch-size", type=int, default=32, show_default=True, help="Sequences in a batch.")
 @click.option("--seq-len", type=int, default=1024, show_default=True, help="Tokens in a sequence.")
@@ -27,7 +26,7 @@ def command() -> None:
 @click.option("--num-workers", type=int, default=0, show_default=True, help="Worker processes.")
 @click.option("--seed", type=int, default=0, show_default=True, help="Seed of the order.")
 @common_options
-def loader(data: Path, as_json: bool, **settings: Any) -> None:
+def loader(data: str, as_json: bool, **settings: Any) -> None:
     """Measure how fast training batches are made of the rows in DATA.
 
     Real tokens are all but padding. The clock runs from opening the rows to the last batch.
@@ -41,5 +40,85 @@ def loader(data: Path, as_json: bool, **settings: Any) -> None:
         f"{result.padding_fraction:.2%} padding, "
         f"{result.peak_rss_bytes / 1e6:,.0f} MB, "
         f"first batch after {result.first_batch_seconds:.2f} s"
+    )
+    print_result(dataclasses.asdict(result), as_json=as_json, text=text)
+
+
+@command.command("prepare")
+@click.argument("inputs", nargs=-1, required=True, metavar="INPUT...")
+@click.option("--memory-limit", default="4GB", show_default=True, help="As in prepare-data.")
+@click.option("--workers", type=int, help="Threads.  [default: one a CPU]")
+@common_options
+def prepare(inputs: tuple[str, ...], memory_limit: str, workers: int | None, as_json: bool) -> None:
+    """Measure how fast INPUT becomes probe rows, which are thrown away.
+
+    The rows are written to the temporary directory ($TMPDIR) for a while.
+    """
+    from ping_llm.benchmarks import bench_prepare
+
+    result = bench_prepare(inputs, memory_limit=memory_limit, workers=workers)
+    text = (
+        f"{result.measurements_per_second / 1e6:.2f} M measurements/s "
+        f"({result.measurements_per_cpu_second / 1e6:.2f} M a CPU second), "
+        f"{result.peak_rss_bytes / 1e6:,.0f} MB"
+    )
+    print_result(dataclasses.asdict(result), as_json=as_json, text=text)
+
+
+@command.command("extract")
+@click.option("--model", required=True, help="Checkpoint directory or hub id.")
+@click.option("--tokens", default=20_000, show_default=True, help="About how many to extract.")
+@click.option("--min-length", default=200, show_default=True, help="Tokens of the shortest prompt.")
+@click.option("--max-length", default=1500, show_default=True, help="Tokens of the longest one.")
+@click.option("--layers", default="all", show_default=True, help="all, or such as 0,5.")
+@click.option("--sites", default="residual", show_default=True, help="Which sites, with commas.")
+@click.option("--dtype", help="float32, bfloat16 or float16.  [default: the model's]")
+@click.option("--batch-tokens", type=int, help="Tokens computed at once.  [default: 8192]")
+@click.option(
+    "--output", type=click.Path(path_type=Path), help="Directory to write in, for a while."
+)
+@click.option("--compare", is_flag=True, help="Run transformers too; needs the extra [parity].")
+@click.option("--seed", default=0, show_default=True, help="Seed of the prompts.")
+@common_options
+def extract(as_json: bool, **settings: Any) -> None:
+    """Measure how fast a model's activations are extracted and stored.
+
+    On prompts of random token ids; loading and compiling are not counted.
+    """
+    from ping_llm.benchmarks import bench_extract
+
+    result = bench_extract(**settings)
+    text = (
+        f"{result.real_tokens_per_second:,.1f} real tokens/s with storing, "
+        f"{result.forward_tokens_per_second:,.1f} without ({result.store_cost:+.1%} time), "
+        f"{result.padding_fraction:.1%} padding; "
+        f"store {result.write_bytes_per_second / 1e6:,.0f} MB/s, "
+        f".npy {result.npy_bytes_per_second / 1e6:,.0f} MB/s"
+    )
+    if result.transformers_tokens_per_second is not None:
+        ratio = result.real_tokens_per_second / result.transformers_tokens_per_second
+        text += (
+            f"; transformers {result.transformers_tokens_per_second:,.1f} real tokens/s, "
+            f"ours {ratio:.2f} x"
+        )
+    print_result(dataclasses.asdict(result), as_json=as_json, text=text)
+
+
+@command.command("predict")
+@click.option(
+    "--run", type=click.Path(path_type=Path), required=True, help="Run directory of the model."
+)
+@click.option("--pairs", type=int, default=2048, show_default=True, help="Pairs to predict.")
+@click.option("--seed", type=int, default=0, show_default=True, help="Seed of the addresses.")
+@common_options
+def predict(run: Path, pairs: int, seed: int, as_json: bool) -> None:
+    """Measure how fast RTT distributions are predicted, with and without history."""
+    from ping_llm.benchmarks import bench_predict
+
+    result = bench_predict(run, pairs=pairs, seed=seed)
+    text = (
+        f"{result.pairs_per_second:,.1f} pairs/s, "
+        f"{result.pairs_per_second_with_history:,.1f} after {result.history_tokens} tokens of "
+        f"history, {result.peak_rss_bytes / 1e6:,.0f} MB"
     )
     print_result(dataclasses.asdict(result), as_json=as_json, text=text)

@@ -12,9 +12,8 @@ from ping_llm.cli.options import common_options, print_result
 @click.command("train")
 @click.option(
     "--data",
-    type=click.Path(path_type=Path),
     required=True,
-    help="Directory of probe rows, as prepare-data writes it.",
+    help="Directory of probe rows, as prepare-data writes it; may be remote.",
 )
 @click.option(
     "--output",

@@ -35,7 +35,7 @@ EVAL_SEED = 20_130_101
 _ORDER = 201  # what the random order of a chunk's sequences is drawn for
 
 
-def data_fingerprint(data: Path) -> str:
+def data_fingerprint(data: str | Path) -> str:
     """Returns a name for the content of a data set: `dataset.json`, less what making it cost."""
     metadata = read_metadata(data)
     content = {k: v for k, v in metadata.items() if k not in ("seconds", "peak_rss_bytes")}
@@ -82,7 +82,7 @@ class _Lanes:
     A position is `chunk * MAX_CHUNK_VISITS + sequence`: no chunk makes more sequences than that.
     """
 
-    def __init__(self, data: Path, *, batch_size: int, seq_len: int, seed: int):
+    def __init__(self, data: str | Path, *, batch_size: int, seq_len: int, seed: int):
         windows.check_length(seq_len + 1)
         self._rows = ProbeRows(data, "train")
         self._order = windows.VisitOrder(self._rows.n_measurements, seed)
@@ -187,7 +187,7 @@ class TrainLoader:
 
     def __init__(
         self,
-        data: Path,
+        data: str | Path,
         *,
         batch_size: int,
         seq_len: int,
@@ -217,7 +217,7 @@ class TrainLoader:
         if num_workers < 0:
             raise ConfigError(f"{num_workers=} must be 0 or more")
         settings = {"batch_size": batch_size, "seq_len": seq_len, "seed": seed}
-        self._source = {"data": Path(data), **settings}
+        self._source = {"data": data, **settings}
         self._settings = {"data": data_fingerprint(data), **settings}
         _Lanes(**self._source)  # what is wrong shows here, not in the background
         share = batch_size // process_count
@@ -316,7 +316,7 @@ def merge_states(states: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 
 def eval_batches(
-    data: Path, split: str, *, batch_size: int, seq_len: int, count: int
+    data: str | Path, split: str, *, batch_size: int, seq_len: int, count: int
 ) -> list[Batch]:
     """Returns `count` fixed batches of a split, the same for every run on that data.
 

@@ -143,8 +143,8 @@ class ProbeRows:
         n_measurements: Measurements of each row [R], int64.
     """
 
-    def __init__(self, directory: Path, split: str):
-        directory = Path(directory)
+    def __init__(self, directory: str | Path, split: str):
+        directory = storage.local_directory(directory, identity="dataset.json")
         self.metadata = read_metadata(directory)
         self.batches: list[FlatRows] = []
         for path in split_files(directory, split):

@@ -14,7 +14,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding
 
-from ping_llm import report, sharding, tokenizer
+from ping_llm import report, sharding, storage, tokenizer
 from ping_llm.checkpoints import Checkpoints
 from ping_llm.data import pipeline
 from ping_llm.errors import ConfigError, Stopped, StorageError
@@ -84,7 +84,7 @@ def train(
     A run that already has its steps is not touched.
 
     Args:
-        data: A directory of probe rows.
+        data: A directory of probe rows; a remote one is copied to the cache first.
         output: The run directory, made where there is none.
         preset: Name of a model and its settings; None: `tiny`.
         config_file: TOML file of settings.
@@ -121,7 +121,7 @@ def train(
     if cfg.model.vocab_size < tokenizer.VOCAB_SIZE:
         size, needed = cfg.model.vocab_size, tokenizer.VOCAB_SIZE
         raise ConfigError(f"model.vocab_size={size} is too small for the {needed} token ids")
-    data, output = Path(data), Path(output)
+    data, output = storage.local_directory(data, identity="dataset.json"), Path(output)
     fingerprint = pipeline.data_fingerprint(data)
     _check_output(output, cfg, fingerprint)
     sharding.start_processes(coordinator, num_processes, process_id)
@@ -136,7 +136,7 @@ def train(
             process_index=index,
             process_count=count,
         ) as loader,
-        Checkpoints(output / "checkpoints", keep=cfg.keep_checkpoints) as checkpoints,
+        _open_checkpoints(output, cfg, data, fingerprint) as checkpoints,
     ):
         done = checkpoints.latest() or 0
         log = RunLog(output / "metrics.jsonl", last_step=done)
@@ -329,6 +329,17 @@ def _check_output(output: Path, cfg: TrainConfig, fingerprint: str) -> None:
             f"{trained_on['fingerprint']}, now {fingerprint}); choose another output"
         )
     check_unchanged(settings, cfg, output=output)
+
+
+def _open_checkpoints(output: Path, cfg: TrainConfig, data: Path, fingerprint: str) -> Checkpoints:
+    # The config comes first: a directory with checkpoints and no config would be refused later.
+    if jax.process_index() == 0 and not (output / "config.json").exists():
+        try:
+            output.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise StorageError(f"{output}: cannot be made: {error.strerror}") from None
+        _write_config(output, cfg, data, fingerprint)
+    return Checkpoints(output / "checkpoints", keep=cfg.keep_checkpoints)
 
 
 def _write_config(output: Path, cfg: TrainConfig, data: Path, fingerprint: str) -> None:

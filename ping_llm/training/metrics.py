@@ -105,7 +105,7 @@ class Meter:
 
     def state(self) -> dict[str, Any]:
         """Returns what the next `Meter` of this run needs, as JSON values."""
-        return {"window": list(self._window), "totals": self._totals}
+        return {"window": list(self._window), "totals": dict(self._totals)}
 
     def _mfu(self) -> float | None:
         peak = flops.peak_flops(jax.devices()[0].device_kind)

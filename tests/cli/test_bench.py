@@ -1,4 +1,5 @@
 import json
+import tempfile
 
 import pytest
 from click.testing import CliRunner
@@ -72,3 +73,21 @@ def test_bad_arguments_have_a_clear_message_and_exit_code(rows, tmp_path, argume
     assert result.exit_code == code
     assert message in result.stderr
     assert "Traceback" not in result.stderr
+
+
+def test_bench_prepare_counts_what_was_made_and_leaves_nothing(tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    source = tmp_path / "m.parquet"
+    simulate(source, probes=10, days=1.0, measurements=2000, seed=0)
+    result = CliRunner().invoke(cli, ["bench", "prepare", str(source), "--json"])
+    figures = json.loads(result.stdout)
+    assert (figures["measurements"], figures["rejected"]) == (2000, 0)
+    assert figures["input_bytes"] == source.stat().st_size
+    assert figures["measurements_per_cpu_second"] > 0
+    assert [path.name for path in tmp_path.iterdir()] == ["m.parquet"]
+
+
+def test_bench_prepare_of_nothing_is_a_clear_error(tmp_path):
+    result = CliRunner().invoke(cli, ["bench", "prepare", str(tmp_path / "none.parquet")])
+    assert result.exit_code == 1
+    assert "none.parquet" in result.stderr

@@ -15,7 +15,10 @@ import pyarrow.parquet as pq
 import pytest
 from tiny_tables import T0, files_of, make_table
 
+from ping_llm import storage
 from ping_llm.data import local, prepare, sources
+from ping_llm.data.inspect import inspect_data
+from ping_llm.data.pipeline import TrainLoader
 from ping_llm.data.prepare import parse_size, prepare_data
 from ping_llm.data.rows import SPLITS, ProbeRows, concat_rows
 from ping_llm.data.sorting import is_ipv4
@@ -368,31 +371,40 @@ def test_memory_stays_within_the_limit_for_one_source_also_at_one_time(tmp_path,
 
 
 @pytest.mark.slow
-def test_inputs_and_outputs_may_be_in_s3(parquet, tmp_path, monkeypatch):
-    pytest.importorskip("moto")
-    from ping_llm import storage
-
+@pytest.mark.parametrize(
+    ("emulator", "bucket"), [(emulators.s3, "s3://bucket"), (emulators.gcs, "gs://anonymous@bucket")]
+)
+def test_inputs_and_outputs_may_be_in_an_object_store(
+    parquet, tmp_path, monkeypatch, emulator, bucket
+):
     plain = tmp_path / "rows"
     prepare_data([str(parquet)], output=plain)
-    with (tmp_path / "log").open("w") as log, emulators.s3(log) as environment:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    with (tmp_path / "log").open("w") as log, emulator(log) as environment:
         for name, value in environment.items():
             monkeypatch.setenv(name, value)
         inputs = tmp_path / "inputs"
         inputs.mkdir()
         (inputs / "m.parquet").write_bytes(parquet.read_bytes())
-        storage.upload_directory(inputs, "s3://bucket/in", last="m.parquet")
-        first = prepare_data(["s3://bucket/in/*.parquet"], output="s3://bucket/out")
-        assert prepare_data(["s3://bucket/in"], output="s3://bucket/out") == first
+        storage.upload_directory(inputs, f"{bucket}/in", last="m.parquet")
+        first = prepare_data([f"{bucket}/in/*.parquet"], output=f"{bucket}/out")
+        assert prepare_data([f"{bucket}/in"], output=f"{bucket}/out") == first
         copy = tmp_path / "copy"
         copy.mkdir()
-        for file in storage.find("s3://bucket/out"):
+        for file in storage.find(f"{bucket}/out"):
             with storage.open_input(file.url) as source:
                 (copy / file.url.rpartition("/")[2]).write_bytes(source.read())
         assert files_of(copy) == files_of(plain)
         with pytest.raises(ConfigError, match="seed=0, not seed=1"):
-            prepare_data(["s3://bucket/in"], output="s3://bucket/out", seed=1)
+            prepare_data([f"{bucket}/in"], output=f"{bucket}/out", seed=1)
         with pytest.raises(ConfigError, match="holds other files"):
-            prepare_data(["s3://bucket/in"], output="s3://bucket/in")
+            prepare_data([f"{bucket}/in"], output=f"{bucket}/in")
+        # What reads rows and measurements finds them there too.
+        assert inspect_data(f"{bucket}/in").measurements == first.measurements
+        assert inspect_data(f"{bucket}/out").measurements == first.measurements
+        settings = dict(batch_size=2, seq_len=256, seed=0)
+        with TrainLoader(f"{bucket}/out", **settings) as far, TrainLoader(plain, **settings) as near:
+            np.testing.assert_array_equal(next(far).inputs, next(near).inputs)
 
 
 def test_threads_end_with_the_work(parquet, tmp_path):

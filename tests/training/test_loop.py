@@ -196,8 +196,8 @@ def test_killed_at_random_steps_it_ends_bit_for_bit_as_if_it_had_not_been(probe_
         return [sys.executable, "-c", script, "train", *flags, *overrides]
 
     def start(output):
-        silent = dict(stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        return subprocess.Popen(command(output), env=environment, **silent)
+        with (tmp_path / "log").open("w") as log:
+            return subprocess.Popen(command(output), env=environment, stdout=log, stderr=log)
 
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     assert start(whole).wait() == 0
@@ -210,8 +210,8 @@ def test_killed_at_random_steps_it_ends_bit_for_bit_as_if_it_had_not_been(probe_
                 time.sleep(rng.uniform(0.0, 0.02))
                 process.kill()
             time.sleep(0.001)
-        assert process.wait() == -signal.SIGKILL
-    assert start(killed).wait() == 0
+        assert process.wait() == -signal.SIGKILL, (tmp_path / "log").read_text()
+    assert start(killed).wait() == 0, (tmp_path / "log").read_text()
     timed = ("seconds", "real_tokens_per_second", "peak_device_bytes")
     for one, other in zip(lines(killed), lines(whole), strict=True):
         for name in timed:
