@@ -31,7 +31,7 @@ def test_flags_reach_the_library_function_by_their_names(monkeypatch, tmp_path):
     assert said.exit_code == 0
     given = {name: value for name, value in seen.items() if value is not None}
     assert given == {
-        "data": tmp_path,
+        "data": str(tmp_path),
         "output": tmp_path / "run",
         "steps": 3,
         "overrides": ("a=1", "b=2"),
