@@ -1,6 +1,8 @@
 """Files wherever they are: local paths, `gs://bucket/...` and `s3://bucket/...`.
 
 Bytes in bulk go through Arrow's file systems, which find credentials as the clouds' own tools do.
+What several writers share goes through `KeyValueStore`, which can create a value only where there
+is none, and swap one for another.
 """
 
 import dataclasses
@@ -10,7 +12,7 @@ import os
 import shutil
 import tempfile
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 from pyarrow import fs
 
@@ -102,7 +104,9 @@ def find(pattern: str | Path) -> list[StoredFile]:
 
 def _matches(names: list[str], patterns: list[str]) -> bool:
     pairs = zip(names, patterns, strict=False)
-    return len(names) == len(patterns) and all(fnmatch.fnmatchcase(n, p) for n, p in pairs)
+    return len(names) == len(patterns) and all(
+        fnmatch.fnmatchcase(n, p) and n.startswith(".") <= p.startswith(".") for n, p in pairs
+    )
 
 
 def open_input(url: str | Path) -> BinaryIO:
@@ -179,3 +183,94 @@ def local_directory(url: str | Path, *, identity: str) -> Path:
     finally:
         shutil.rmtree(building, ignore_errors=True)
     return target
+
+
+_LOCK = ".__lock"  # what TensorStore's local driver leaves when it is killed
+
+
+class KeyValueStore:
+    """Small values below one URL, with the conditional writes that concurrent writers need.
+
+    A condition is checked and the value written as one step, on local disks and object stores.
+    """
+
+    def __init__(self, url: str | Path):
+        """Opens the place `url`; nothing need be there yet."""
+        import tensorstore
+
+        self.url = str(url).rstrip("/")
+        self._kv = tensorstore.KvStore.open(_kvstore_spec(self.url)).result()
+
+    def spec(self, key: str) -> dict[str, Any]:
+        """Returns what TensorStore needs to open an array below `key`."""
+        return _kvstore_spec(join(self.url, key))
+
+    def read(self, key: str) -> tuple[bytes | None, bytes]:
+        """Returns (value, its generation); None where there is no value.
+
+        The generation is what `swap` takes, also that of a value that is not there.
+        """
+        result = self._wait("read", key, self._kv.read(key))
+        return (result.value if result.state == "value" else None), result.stamp.generation
+
+    def write(self, key: str, value: bytes) -> None:
+        """Writes a value, whatever is there."""
+        self._wait("written", key, self._kv.write(key, value))
+
+    def create(self, key: str, value: bytes) -> bool:
+        """Writes a value where there is none; returns whether this call did."""
+        present, generation = self.read(key)
+        return present is None and self.swap(key, value, generation) is not None
+
+    def swap(self, key: str, value: bytes, generation: bytes) -> bytes | None:
+        """Writes a value in the place of that of `generation`.
+
+        Returns its own generation, or None where the one in place is another and stays.
+        """
+        pending = self._kv.write(key, value, if_equal=generation)
+        return self._wait("written", key, pending).generation or None
+
+    def keys(self, prefix: str) -> list[str]:
+        """Returns the keys that begin with `prefix`, sorted."""
+        import tensorstore
+
+        end = prefix[:-1] + chr(ord(prefix[-1]) + 1) if prefix else ""
+        found = self._wait(
+            "listed", prefix, self._kv.list(tensorstore.KvStore.KeyRange(prefix, end))
+        )
+        return sorted(key for key in map(bytes.decode, found) if not key.endswith(_LOCK))
+
+    def delete(self, prefix: str) -> None:
+        """Deletes every key that begins with `prefix`."""
+        import tensorstore
+
+        end = prefix[:-1] + chr(ord(prefix[-1]) + 1)
+        key_range = tensorstore.KvStore.KeyRange(prefix, end)
+        self._wait("deleted", prefix, self._kv.delete_range(key_range))
+
+    def _wait(self, what: str, key: str, pending: Any) -> Any:
+        try:
+            return pending.result()
+        except (ValueError, OSError, RuntimeError) as error:
+            reason = (str(error).splitlines() or [""])[0]
+            raise StorageError(f"{join(self.url, key)} cannot be {what}: {reason}") from None
+
+
+def _kvstore_spec(url: str) -> dict[str, Any]:
+    if not is_remote(url):
+        if "://" in url:
+            raise StorageError(f"{url}: unknown scheme; expected a local path, gs:// or s3://")
+        return {"driver": "file", "path": os.path.abspath(url) + "/"}
+    scheme, _, rest = url.partition("://")
+    authority, _, path = rest.partition("/")
+    user, _, bucket = authority.rpartition("@")
+    spec: dict[str, Any] = {"bucket": bucket, "path": path.rstrip("/") + "/" if path else ""}
+    if scheme == "gs":
+        return {"driver": "gcs", **spec}
+    env = os.environ.get
+    optional = {
+        "endpoint": env("AWS_ENDPOINT_URL_S3") or env("AWS_ENDPOINT_URL"),
+        "aws_region": env("AWS_REGION") or env("AWS_DEFAULT_REGION"),
+        "aws_credentials": {"type": "anonymous"} if user == "anonymous" else None,
+    }
+    return {"driver": "s3", **spec, **{key: value for key, value in optional.items() if value}}

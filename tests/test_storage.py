@@ -1,4 +1,5 @@
 import os
+from concurrent.futures import ThreadPoolExecutor
 
 import emulators
 import pytest
@@ -117,3 +118,54 @@ def test_a_remote_directory_is_copied_once_and_again_when_it_changes(
 def test_a_url_that_cannot_be_says_why(url, message):
     with pytest.raises(StorageError, match=message):
         storage.find(url)
+
+
+@pytest.fixture
+def pairs(root, request):
+    return storage.KeyValueStore(storage.join(root, f"kv-{request.node.name.partition('[')[0]}"))
+
+
+def test_a_value_is_read_back_and_an_absent_one_is_none(pairs):
+    pairs.write("a/b", b"1")
+    assert pairs.read("a/b")[0] == b"1"
+    assert pairs.read("a/c")[0] is None
+
+
+def test_only_one_creates_a_value(pairs):
+    assert pairs.create("done.json", b"first")
+    assert not pairs.create("done.json", b"second")
+    assert pairs.read("done.json")[0] == b"first"
+
+
+def test_only_one_of_many_threads_creates_each_value(pairs):
+    with ThreadPoolExecutor(8) as pool:
+        for key in map(str, range(5)):
+            values = [bytes([i]) for i in range(8)]
+            won = list(pool.map(lambda value, key=key: pairs.create(key, value), values))
+            assert won.count(True) == 1
+            assert pairs.read(key)[0] == values[won.index(True)]
+
+
+def test_a_value_is_swapped_only_by_who_saw_the_newest(pairs):
+    pairs.write("claim", b"a")
+    _, seen = pairs.read("claim")
+    newer = pairs.swap("claim", b"b", seen)
+    assert newer
+    assert pairs.swap("claim", b"c", seen) is None
+    assert pairs.swap("claim", b"d", newer)
+    assert pairs.read("claim")[0] == b"d"
+
+
+def test_keys_are_listed_and_deleted_by_their_beginning(pairs):
+    for key in ("units/2/done.json", "units/1/x/a", "units/1/x/b", "other"):
+        pairs.write(key, b"")
+    assert pairs.keys("units/") == ["units/1/x/a", "units/1/x/b", "units/2/done.json"]
+    pairs.delete("units/1/")
+    assert pairs.keys("") == ["other", "units/2/done.json"]
+
+
+def test_a_place_that_cannot_be_written_is_named(tmp_path):
+    (tmp_path / "file").write_text("not a directory")
+    pairs = storage.KeyValueStore(tmp_path / "file" / "below")
+    with pytest.raises(StorageError, match="file/below/key cannot be written"):
+        pairs.write("key", b"")

@@ -1,0 +1,1 @@
+"""Activations of a language or measurement model over data, into a store."""

@@ -1,0 +1,150 @@
+"""The settings of an extraction, and what of them decides the content of a store."""
+
+import dataclasses
+import hashlib
+import json
+from typing import Any
+
+from ping_llm.errors import ConfigError
+from ping_llm.models.config import DTYPES
+from ping_llm.models.decoder import END_SITES, SITES
+
+FORMATS = ("text", "chat", "tokens", "measurements")
+OVERLONG = ("error", "truncate-left", "truncate-right", "split")
+COMPRESSIONS = ("none", "zstd")
+# Prompts are packed into rows of one width; longer ones go into rows of the next, and each width
+# that occurs is one compiled program. Attention is computed over the whole row, so rows should not
+# be wide, yet narrow ones are hard to fill: rows of 2,048 hold prompts of 200 to 1,500 tokens with
+# 2 % padding.
+ROW_WIDTHS = (2048, 8192, 32768)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ExtractionConfig:
+    """What to extract. Two stores with equal settings, model and input hold equal rows.
+
+    Attributes:
+        format: What a record of the input is, one of `FORMATS`.
+        layers: The layers to keep, ascending.
+        sites: The places in each layer to keep, in the order of the decoder.
+        max_length: Tokens of the longest prompt.
+        overlong: What becomes of longer ones, one of `OVERLONG`.
+        batch_tokens: Tokens, with padding, that the device computes at once.
+        dtype: Dtype of the stored activations.
+        compute_dtype: Dtype of the forward pass.
+        compression: Of the stored activations, one of `COMPRESSIONS`.
+        unit_mb: Size of a work unit, in MB of input.
+        limit: Number of records to take, the first ones; None: all.
+    """
+
+    format: str
+    layers: tuple[int, ...]
+    sites: tuple[str, ...]
+    max_length: int
+    overlong: str
+    batch_tokens: int
+    dtype: str
+    compute_dtype: str
+    compression: str
+    unit_mb: float
+    limit: int | None
+
+    def __post_init__(self) -> None:
+        for name, known in (
+            ("format", FORMATS),
+            ("overlong", OVERLONG),
+            ("dtype", DTYPES),
+            ("compression", COMPRESSIONS),
+        ):
+            if (value := getattr(self, name)) not in known:
+                raise ConfigError(f"{name}={value!r} is not one of {', '.join(known)}")
+        for name in ("max_length", "unit_mb", "limit"):
+            if (value := getattr(self, name)) is not None and not value > 0:
+                raise ConfigError(f"{name}={value} must be above 0")
+        if self.batch_tokens < self.max_length:
+            raise ConfigError(
+                f"batch_tokens={self.batch_tokens} is less than max_length={self.max_length}, so "
+                "the longest prompt does not fit a batch; raise the one or lower the other"
+            )
+
+    @property
+    def row_widths(self) -> tuple[int, ...]:
+        """The widths of rows, ascending; the last holds `max_length`."""
+        roomy = min(2 * self.max_length, ROW_WIDTHS[0], self.batch_tokens)
+        widest = max(self.max_length, roomy)
+        return (*(width for width in ROW_WIDTHS if width < widest), widest)
+
+    @property
+    def arrays(self) -> dict[str, tuple[str, int]]:
+        """{name of a stored array: (site, place among the layers kept)}."""
+        names = {}
+        for site in self.sites:
+            if site in END_SITES:
+                names[site] = site, 0
+            else:
+                names |= {array_name(site, layer): (site, n) for n, layer in enumerate(self.layers)}
+        return names
+
+
+def array_name(site: str, layer: int | None) -> str:
+    """Returns the name of a site's array, `residual.00007`, or `embed` where there is no layer."""
+    return site if layer is None else f"{site}.{layer:05d}"
+
+
+def parse_sites(text: str) -> tuple[str, ...]:
+    """Returns the sites in `text`, such as `residual,mlp`, in the order of the decoder.
+
+    Raises:
+        ConfigError: One is unknown, or there is none.
+    """
+    order = ("embed", *SITES, "final_norm")
+    given = [part.strip() for part in text.split(",") if part.strip()]
+    if unknown := [site for site in given if site not in order]:
+        raise ConfigError(f"sites: {unknown[0]!r} is not one of {', '.join(order)}")
+    if not given:
+        raise ConfigError(f"sites={text!r} names none; known are {', '.join(order)}")
+    return tuple(site for site in order if site in given)
+
+
+def parse_layers(text: str, n_layers: int) -> tuple[int, ...]:
+    """Returns the layers in `text`, `all` or numbers such as `0,5`; -1 is the last one.
+
+    Raises:
+        ConfigError: One is not a number, or not a layer of the model.
+    """
+    if text.strip() == "all":
+        return tuple(range(n_layers))
+    try:
+        given = {int(part) for part in text.split(",")}
+    except ValueError:
+        raise ConfigError(f"layers={text!r}: expected `all` or numbers such as 0,5") from None
+    if wrong := sorted(layer for layer in given if not -n_layers <= layer < n_layers):
+        raise ConfigError(
+            f"layers: the model has {n_layers}, 0..{n_layers - 1}; {wrong[0]} is none"
+        )
+    return tuple(sorted({layer % n_layers for layer in given}))
+
+
+def canonical_json(content: Any) -> bytes:
+    """Returns `content` as JSON in the one form that equal contents share."""
+    return json.dumps(content, sort_keys=True, separators=(",", ":"), allow_nan=False).encode()
+
+
+def digest(content: Any) -> str:
+    """Returns a hash of what JSON can hold, in hexadecimal."""
+    return hashlib.sha256(canonical_json(content)).hexdigest()[:32]
+
+
+def seal(content: dict[str, Any]) -> bytes:
+    """Returns `content` as JSON that carries its own checksum."""
+    return canonical_json(content | {"checksum": digest(content)}) + b"\n"
+
+
+def unseal(data: bytes) -> dict[str, Any] | None:
+    """Returns what `seal` was given, or None if any byte of `data` differs from what it made."""
+    try:
+        content = json.loads(data)
+        content.pop("checksum")
+    except (ValueError, KeyError, AttributeError, TypeError):
+        return None
+    return content if seal(content) == data else None

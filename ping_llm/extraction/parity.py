@@ -1,0 +1,239 @@
+"""Our activations beside those of transformers; the one file that knows torch.
+
+torch and transformers come with the extra `[parity]`. Nothing else here needs them.
+"""
+
+import dataclasses
+import gc
+import importlib.util
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ping_llm.errors import ConfigError
+
+LENGTHS = (1, 7, 64, 33)  # of the prompts that are compared, in tokens
+
+
+@dataclasses.dataclass(frozen=True)
+class ParityResult:
+    """What `verify_parity` returns.
+
+    Attributes:
+        max_relative_l2: The largest of all, over sites, layers, packed and alone.
+        by_site: The largest of each site and layer, such as `residual.3`.
+        layers: The layers compared.
+        tokens: Number of tokens compared.
+    """
+
+    max_relative_l2: float
+    by_site: dict[str, float]
+    layers: list[int]
+    tokens: int
+
+
+def require_torch() -> None:
+    """Checks that torch and transformers can be imported.
+
+    Raises:
+        ConfigError: They cannot.
+    """
+    for name in ("torch", "transformers"):
+        if importlib.util.find_spec(name) is None:
+            raise ConfigError(f"{name} is not installed; install the extra: ping-llm[parity]")
+
+
+def to_torch(array: Any) -> Any:
+    """Returns a NumPy array as a torch tensor, bfloat16 too, without a copy."""
+    import torch
+
+    if array.dtype.name == "bfloat16":
+        return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)
+    return torch.from_numpy(array)
+
+
+def reference_activations(
+    directory: Path, prompts: Sequence[np.ndarray], *, dtype: str = "float32"
+) -> list[dict[tuple[str, int], np.ndarray]]:
+    """Returns {(site, layer): [T, D] float32} of each prompt, by transformers, one at a time.
+
+    `embed` and `final_norm` have layer 0.
+    """
+    import torch
+    import transformers
+
+    model = transformers.AutoModel.from_pretrained(
+        directory, dtype=getattr(torch, dtype), attn_implementation="eager"
+    ).eval()
+    held: dict[tuple[str, int], np.ndarray] = {}
+
+    def keep(site: str, layer: int):
+        def hook(_module, _inputs, output):
+            output = output[0] if isinstance(output, tuple) else output
+            held[site, layer] = output.detach().float().numpy().reshape(-1, output.shape[-1])
+
+        return hook
+
+    model.embed_tokens.register_forward_hook(keep("embed", 0))
+    model.norm.register_forward_hook(keep("final_norm", 0))
+    for layer, block in enumerate(model.layers):
+        block.register_forward_hook(keep("residual", layer))
+        block.self_attn.register_forward_hook(keep("attn", layer))
+        block.mlp.register_forward_hook(keep("mlp", layer))
+    results = []
+    with torch.inference_mode():
+        for prompt in prompts:
+            model(torch.from_numpy(np.asarray(prompt, np.int64))[None], use_cache=False)
+            results.append(dict(held))
+    return results
+
+
+def padded_forward_seconds(
+    directory: Path, prompts: Sequence[np.ndarray], *, batch_size: int, dtype: str, threads: int
+) -> float:
+    """Returns the time that transformers' backbone takes, in batches padded to their longest."""
+    import torch
+    import transformers
+
+    torch.set_num_threads(threads)
+    model = transformers.AutoModel.from_pretrained(directory, dtype=getattr(torch, dtype)).eval()
+
+    def forward(some: Sequence[np.ndarray]) -> None:
+        ids = torch.zeros(len(some), max(map(len, some)), dtype=torch.long)
+        mask = torch.zeros_like(ids)
+        for row, prompt in enumerate(some):
+            ids[row, : len(prompt)] = torch.from_numpy(np.asarray(prompt, np.int64))
+            mask[row, : len(prompt)] = 1
+        model(ids, attention_mask=mask, use_cache=False)
+
+    with torch.inference_mode():
+        forward([prompt[:32] for prompt in prompts[:batch_size]])  # warms up
+        started = time.perf_counter()
+        for at in range(0, len(prompts), batch_size):
+            forward(prompts[at : at + batch_size])
+        return time.perf_counter() - started
+
+
+def relative_l2(ours: np.ndarray, theirs: np.ndarray) -> float:
+    """Returns |ours - theirs| / |theirs|, over all elements."""
+    ours, theirs = ours.astype(np.float64), theirs.astype(np.float64)
+    return float(np.linalg.norm(ours - theirs) / np.linalg.norm(theirs))
+
+
+def own_activations(
+    model: Any,
+    prompts: Sequence[np.ndarray],
+    *,
+    sites: tuple[str, ...],
+    layers: tuple[int, ...],
+    packed: bool,
+) -> list[dict[tuple[str, int], np.ndarray]]:
+    """Returns what `reference_activations` does, by our decoder, from one batch.
+
+    Args:
+        model: A `Decoder`.
+        prompts: Token ids of each prompt.
+        sites: Which sites.
+        layers: Of which layers.
+        packed: Whether all prompts share one row, or have one each.
+    """
+    import jax
+    from flax import nnx
+
+    lengths = [len(prompt) for prompt in prompts]
+    width = sum(lengths) if packed else max(lengths)
+    shape = (1 if packed else len(prompts), width)
+    tokens, segments, positions = (np.zeros(shape, np.int32) for _ in range(3))
+    places, start = [], 0
+    for i, prompt in enumerate(prompts):
+        row, begin = (0, start) if packed else (i, 0)
+        place = (row, slice(begin, begin + len(prompt)))
+        tokens[place], segments[place] = prompt, i + 1
+        positions[place] = np.arange(len(prompt))
+        places.append(place)
+        start += len(prompt)
+    graphdef, params = nnx.split(model)
+
+    @jax.jit
+    def forward(params, *batch):
+        merged = nnx.merge(graphdef, params)
+        return merged.activations(*batch, sites=sites, of_layers=layers)
+
+    precision = "highest" if model.cfg.dtype == "float32" else "default"
+    with jax.default_matmul_precision(precision):
+        kept = jax.device_get(forward(params, tokens, segments, positions))
+    stored = {site: layers if site in ("attn", "mlp", "residual") else (0,) for site in sites}
+    return [
+        {
+            (site, layer): np.asarray(kept[site][n][place], np.float32)
+            for site in sites
+            for n, layer in enumerate(stored[site])
+        }
+        for place in places
+    ]
+
+
+def largest_differences(
+    ours: Sequence[Mapping[tuple[str, int], np.ndarray]],
+    theirs: Sequence[Mapping[tuple[str, int], np.ndarray]],
+) -> dict[tuple[str, int], float]:
+    """Returns, of each site and layer of `ours`, the relative L2 over all prompts' tokens."""
+    return {
+        key: relative_l2(
+            np.concatenate([prompt[key] for prompt in ours]),
+            np.concatenate([prompt[key] for prompt in theirs]),
+        )
+        for key in ours[0]
+    }
+
+
+def verify_parity(
+    model: str | Path,
+    *,
+    layers: str = "all",
+    sites: str = "residual,attn,mlp,embed,final_norm",
+    seed: int = 0,
+) -> ParityResult:
+    """Compares our activations with transformers', in float32, on prompts of random token ids.
+
+    Prompts are computed packed into one row, and each in its own.
+
+    Args:
+        model: Directory of a checkpoint, or a hub id.
+        layers: `all`, or numbers with commas between.
+        sites: Names of sites with commas between.
+        seed: Decides the prompts.
+
+    Raises:
+        ConfigError: torch or transformers is missing, or the model is not supported.
+        CheckpointError: The checkpoint cannot be read.
+    """
+    from ping_llm.extraction.config import parse_layers, parse_sites
+    from ping_llm.models import qwen2
+
+    require_torch()
+    directory = qwen2.resolve(model)
+    cfg = qwen2.read_config(directory)
+    chosen_sites, chosen_layers = parse_sites(sites), parse_layers(layers, cfg.n_layers)
+    rng = np.random.default_rng(seed)
+    prompts = [rng.integers(0, cfg.vocab_size, length) for length in LENGTHS]
+    theirs = reference_activations(directory, prompts)
+    gc.collect()  # torch's weights go before ours come
+    ours = qwen2.load(directory, head=False, dtype="float32")
+    found: dict[str, float] = {}
+    for packed in (True, False):
+        values = own_activations(
+            ours, prompts, sites=chosen_sites, layers=chosen_layers, packed=packed
+        )
+        for (site, layer), value in largest_differences(values, theirs).items():
+            name = site if site in ("embed", "final_norm") else f"{site}.{layer}"
+            found[name] = max(found.get(name, 0.0), value)
+    return ParityResult(
+        max_relative_l2=max(found.values()),
+        by_site=found,
+        layers=list(chosen_layers),
+        tokens=sum(LENGTHS),
+    )

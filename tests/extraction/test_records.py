@@ -1,0 +1,109 @@
+import bz2
+import gzip
+import json
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ping_llm.errors import DataError
+from ping_llm.extraction.records import Records
+
+
+def read_all(records):
+    return [one for unit in records.units for one in records.read(unit)]
+
+
+def open_records(path, *, unit_bytes=1000, limit=None):
+    return Records(str(path), columns=("text", "id"), unit_bytes=unit_bytes, limit=limit)
+
+
+@given(
+    texts=st.lists(st.text(max_size=30), min_size=1, max_size=20),
+    unit_bytes=st.integers(1, 300),
+    end=st.sampled_from(["\n", ""]),
+    blank=st.booleans(),
+)
+def test_units_of_any_size_hold_every_line_once_and_in_order(
+    texts, unit_bytes, end, blank, tmp_path_factory
+):
+    path = tmp_path_factory.mktemp("lines") / "x.jsonl"
+    lines = [json.dumps({"text": text}, ensure_ascii=False) for text in texts]
+    path.write_bytes(
+        (("\n\n" if blank else "\n").join(lines) + end).encode("utf-8", "surrogatepass")
+    )
+    records = open_records(path, unit_bytes=unit_bytes)
+    found = read_all(records)
+    assert [record["text"] for _, record in found] == texts
+    assert len({sample for sample, _ in found}) == len(texts)
+
+
+@given(
+    rows=st.integers(1, 60),
+    group=st.integers(1, 25),
+    unit_bytes=st.integers(10, 2000),
+    limit=st.none() | st.integers(1, 70),
+)
+def test_units_of_parquet_hold_every_row_once_and_in_order(
+    rows, group, unit_bytes, limit, tmp_path_factory
+):
+    path = tmp_path_factory.mktemp("rows") / "x.parquet"
+    table = pa.table({"text": [f"row {i}" for i in range(rows)], "other": range(rows)})
+    pq.write_table(table, path, row_group_size=group)
+    found = read_all(open_records(path, unit_bytes=unit_bytes, limit=limit))
+    expected = range(min(rows, limit or rows))
+    assert found == [(f"x.parquet#{i}", {"text": f"row {i}"}) for i in expected]
+
+
+@pytest.mark.parametrize("limit", [1, 7, 10, 11, 25, 40])
+def test_a_limit_counts_records_over_all_files(limit, tmp_path):
+    for name, count in (("a.jsonl", 10), ("b.jsonl", 15)):
+        lines = [json.dumps({"text": f"{name}{i}"}) for i in range(count)]
+        (tmp_path / name).write_text("\n".join(lines) + "\n")
+    everything = read_all(open_records(tmp_path, unit_bytes=40))
+    assert read_all(open_records(tmp_path, unit_bytes=40, limit=limit)) == everything[:limit]
+
+
+@pytest.mark.parametrize(("ending", "compress"), [("gz", gzip.compress), ("bz2", bz2.compress)])
+@pytest.mark.parametrize("limit", [None, 5])
+def test_a_compressed_file_is_one_unit(ending, compress, limit, tmp_path):
+    path = tmp_path / f"x.jsonl.{ending}"
+    path.write_bytes(compress(b"".join(b'{"text": "%d"}\n' % i for i in range(100))))
+    records = open_records(path, unit_bytes=10, limit=limit)
+    assert len(records.units) == 1
+    assert [record["text"] for _, record in read_all(records)] == [
+        str(i) for i in range(limit or 100)
+    ]
+
+
+def test_a_record_keeps_its_own_id_and_else_gets_its_place(tmp_path):
+    path = tmp_path / "x.jsonl"
+    path.write_text('{"text": "a", "id": 7}\n{"text": "b"}\n')
+    assert [sample for sample, _ in read_all(open_records(path))] == ["7", "x.jsonl@23"]
+
+
+@pytest.mark.parametrize("line", ["{", "[1]", "nonsense", '"text"'])
+def test_a_line_that_is_no_record_is_named(line, tmp_path):
+    path = tmp_path / "x.jsonl"
+    path.write_text(f'{{"text": "a"}}\n{line}\n')
+    with pytest.raises(DataError, match=r"x\.jsonl, byte 14"):
+        read_all(open_records(path))
+
+
+def test_a_damaged_parquet_file_and_an_unknown_ending_are_named(tmp_path):
+    (tmp_path / "x.parquet").write_bytes(b"PAR1 no")
+    with pytest.raises(DataError, match=r"x\.parquet is not a readable Parquet file"):
+        open_records(tmp_path / "x.parquet")
+    (tmp_path / "x.txt").write_text("text")
+    with pytest.raises(DataError, match="names no known format"):
+        open_records(tmp_path / "x.txt")
+
+
+def test_a_truncated_gzip_file_is_an_error_and_not_its_first_half(tmp_path):
+    path = tmp_path / "x.jsonl.gz"
+    content = gzip.compress(b"".join(b'{"text": "%d"}\n' % i for i in range(10_000)))
+    path.write_bytes(content[: len(content) // 2])
+    with pytest.raises(DataError, match="cannot be read after byte"):
+        read_all(open_records(path))
