@@ -14,12 +14,26 @@ from ping_llm.errors import PingLLMError, Stopped
 # The lines are repeated here, under a test, so that `--help` need not import the modules.
 COMMANDS = {
     "bench": ("bench", "Measure the throughput of one part on this machine."),
+    "evaluate": ("evaluate", "Compare a model with classical methods."),
+    "extract-activations": (
+        "extract_activations",
+        "Write a model's activations over a data set into a store.",
+    ),
+    "generate": ("generate", "Sample measurements from a model."),
+    "inspect-activations": (
+        "inspect_activations",
+        "Show what an activation store holds, and whether it is whole.",
+    ),
     "inspect-data": ("inspect_data", "Show what a data set holds, and what is wrong with it."),
     "predict": ("predict", "Predict RTT distributions and failures."),
     "prepare-data": ("prepare_data", "Turn measurements into probe rows for training."),
     "quickstart": ("quickstart", "Run the whole story once on simulated data, in minutes."),
     "simulate": ("simulate", "Write the measurements of a synthetic internet."),
     "train": ("train", "Train a decoder on probe rows."),
+    "verify-parity": (
+        "verify_parity",
+        "Compare a checkpoint's activations with those of transformers.",
+    ),
 }
 
 

@@ -1,0 +1,97 @@
+"""Distributions of RTTs over the codes of the token language.
+
+Several codes may decode to one value: what a distribution is over is the values, ascending.
+"""
+
+import dataclasses
+
+import numpy as np
+
+from ping_llm.tokenizer import decode_rtt
+
+# Every value a code decodes to, in ms, ascending; and which of them each of the 65,536 codes has.
+VALUES_MS, VALUE_OF_CODE = np.unique(decode_rtt(np.arange(2**16)), return_inverse=True)
+VALUE_OF_CODE = VALUE_OF_CODE.astype(np.int32)
+
+
+@dataclasses.dataclass(frozen=True)
+class Distribution:
+    """RTT distributions of n measurements, given that they are answered.
+
+    Attributes:
+        values_ms: Values that have any probability, ascending [U], float64.
+        probabilities: Probability of each; rows sum to 1 [n, U], float64.
+        p_failed: Probability that the measurement fails [n], float64.
+    """
+
+    values_ms: np.ndarray
+    probabilities: np.ndarray
+    p_failed: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.p_failed)
+
+    @classmethod
+    def of_codes(
+        cls, row: np.ndarray, code: np.ndarray, probability: np.ndarray, p_failed: np.ndarray
+    ) -> "Distribution":
+        """Returns distributions from probabilities of codes, normalised.
+
+        Args:
+            row: Whose distribution each entry is part of [m].
+            code: The codes, canonical or not; equal values add up [m].
+            probability: Their probabilities, up to a factor of each row [m].
+            p_failed: By row [n].
+        """
+        value = VALUE_OF_CODE[code]
+        first, n = int(value.min(initial=len(VALUES_MS) - 1)), len(p_failed)
+        width = int(value.max(initial=first)) - first + 1
+        sums = np.bincount(row * width + (value - first), probability, n * width).reshape(n, width)
+        sums /= sums.sum(axis=1, keepdims=True)
+        return cls(VALUES_MS[first : first + width], sums, p_failed)
+
+    def mean(self) -> np.ndarray:
+        """Returns the mean RTTs in ms [n]."""
+        return self.probabilities @ self.values_ms
+
+    def quantiles(self, levels: np.ndarray) -> np.ndarray:
+        """Returns the smallest values at which the cumulative probability reaches each level.
+
+        Args:
+            levels: Each above 0 and below 1 [q].
+
+        Returns:
+            Milliseconds [n, q].
+        """
+        cumulative = np.cumsum(self.probabilities, axis=1)
+        found = np.array([np.searchsorted(row, levels) for row in cumulative])
+        at = np.minimum(found.reshape(len(self), len(levels)), len(self.values_ms) - 1)
+        return self.values_ms[at]
+
+    def below(self, rtt: np.ndarray) -> np.ndarray:
+        """Returns P(RTT < rtt) + P(RTT = rtt) / 2 [n], rtt rounded to its code [n].
+
+        Over measurements that follow their distributions this is uniform on [0, 1].
+        """
+        cumulative = np.cumsum(self.probabilities, axis=1)
+        rows = np.arange(len(self))
+        padded = np.concatenate([np.zeros((len(self), 1)), cumulative], axis=1)
+        # Half a step of the code, about, either way.
+        low = np.searchsorted(self.values_ms, rtt * (1 - 2.0**-12))
+        high = np.searchsorted(self.values_ms, rtt * (1 + 2.0**-12), side="right")
+        return (padded[rows, low] + padded[rows, high]) / 2
+
+    def crps(self, rtt: np.ndarray) -> np.ndarray:
+        """Returns the continuous ranked probability score against `rtt` [n], in ms.
+
+        It is the integral of the squared difference between the cumulative distribution and the
+        step at `rtt`; for a distribution on one value it is the absolute error.
+        """
+        cumulative = np.cumsum(self.probabilities, axis=1)[:, :-1]
+        gaps = np.diff(self.values_ms)
+        left = self.values_ms[:-1]
+        # The part of each gap that lies below rtt.
+        share = np.clip((rtt[:, None] - left) / gaps, 0.0, 1.0)
+        inside = (cumulative**2 * share + (1 - cumulative) ** 2 * (1 - share)) @ gaps
+        outside = np.maximum(self.values_ms[0] - rtt, 0) + np.maximum(rtt - self.values_ms[-1], 0)
+        return inside + outside

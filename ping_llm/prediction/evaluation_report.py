@@ -1,0 +1,205 @@
+"""One HTML page about an evaluation."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from ping_llm import report
+from ping_llm.report import Html
+
+_HEADINGS = {
+    "family": "By family",
+    "rtt_band": "By actual RTT",
+    "history": "By measurements in the context",
+    "hour_utc": "By hour of the day (UTC)",
+}
+
+
+def write_report(result: Mapping[str, Any], path: Path, *, title: str) -> None:
+    """Writes a page about what `evaluate` returned to `path`."""
+    blocks = [
+        _heading("What was scored"),
+        _facts(result),
+        _heading("Errors of the predicted median"),
+        _methods(result["methods"]),
+        report.picture(_errors_figure(result["methods"]), "relative errors by method"),
+    ]
+    if "history" in result:
+        blocks += [
+            _heading("Errors by number of context measurements"),
+            report.picture(_history_figure(result["history"]), "errors against context"),
+            _history_table(result["history"]),
+        ]
+    blocks += [
+        _heading("Calibration of the model"),
+        report.picture(_calibration_figure(result["calibration"]), "reliability of the model"),
+        _calibration_table(result["calibration"]),
+        _heading("Failures"),
+        _failures(result["failures"]),
+        _heading("Ranking of destinations"),
+        _rankings(result["ranking"]),
+    ]
+    for name, groups in result["by"].items():
+        blocks += [_heading(_HEADINGS[name]), _groups(groups)]
+    if "loss_per_field" in result:
+        losses = result["loss_per_field"].items()
+        rows = [(name, f"{loss:.3f}") for name, loss in losses]
+        blocks += [_heading("Loss"), report.table(("field", "nats a token"), rows, numbers="-n")]
+    report.write_page(report.page(title, blocks), path)
+
+
+def _heading(text: str) -> Html:
+    return Html(f"<h2>{report.markup(text)}</h2>")
+
+
+def _facts(result: Mapping[str, Any]) -> Html:
+    floor = result["noise_floor"]
+    rows = [
+        ("protocol", result["protocol"]),
+        ("answered measurements scored", f"{result['n']:,}"),
+        ("failed measurements scored", f"{result['n_failed']:,}"),
+        ("there were to choose from", f"{result['rows_available']:,}"),
+        ("pairs of addresses", f"{result['pairs']:,}"),
+        ("the model reads first", result["context"]),
+        ("the run was trained on these data", "yes" if result["trained_on_this_data"] else "no"),
+    ]
+    if "unseen_fraction" in result:
+        rows.append(("with an address not in training", f"{result['unseen_fraction']:.1%}"))
+    if "median_rel" in floor:
+        text = f"{floor['median_rel']:.4f} / {floor['p90_rel']:.4f} on {floor['n']:,} measurements"
+        rows.append(("noise floor, median / p90 relative (each pair's other rows)", text))
+        ratio = floor["ratio"]["median_rel"]
+        if ratio is not None:
+            rows.append(("the model's median relative error over the floor's", f"{ratio:.1f}"))
+    return report.table(("", ""), rows)
+
+
+def _cell(scores: Mapping[str, Any], name: str, digits: int) -> str:
+    low, high = scores["intervals"][name]
+    return f"{scores[name]:.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]"
+
+
+def _methods(methods: Mapping[str, Mapping[str, Any]]) -> Html:
+    headers = ("method", "kind", "median relative", "p90 relative", "median ms", "mean ms")
+    rows = [
+        (
+            name,
+            scores["kind"],
+            _cell(scores, "median_rel", 4),
+            _cell(scores, "p90_rel", 4),
+            _cell(scores, "median_abs_ms", 3),
+            _cell(scores, "mae_ms", 3),
+        )
+        for name, scores in sorted(methods.items(), key=lambda item: item[1]["median_rel"])
+    ]
+    note = Html("<p>In brackets: 95 % intervals, by bootstrap over pairs of addresses.</p>")
+    return Html(report.table(headers, rows, numbers="--nnnn") + note)
+
+
+def _errors_figure(methods: Mapping[str, Mapping[str, Any]]):
+    names = sorted(methods, key=lambda name: -methods[name]["median_rel"])
+    fig, axes = report.figure(columns=2, width=9, height=0.6 + 0.32 * len(names))
+    titles = {"median_rel": "median relative error", "p90_rel": "90th percentile"}
+    for ax, (key, title) in zip(axes, titles.items(), strict=True):
+        for i, name in enumerate(names):
+            value, (low, high) = methods[name][key], methods[name]["intervals"][key]
+            colour = report.COLOURS[1 if name.startswith("model") else 0]
+            ax.plot([low, high], [i, i], color=colour, linewidth=2)
+            ax.plot([value], [i], "o", color=colour, markersize=5)
+        report.log_axis(ax)
+        ax.set_yticks(range(len(names)), names if ax is axes[0] else [""] * len(names))
+        ax.set_title(title)
+    return fig
+
+
+def _history_figure(history: Mapping[str, Mapping[str, Any]]):
+    steps = [int(step) for step in history]
+    fig, axes = report.figure(width=8, height=4.2)
+    names = list(next(iter(history.values())))
+    for i, name in enumerate(names):
+        values = [history[str(step)][name]["median_rel"] for step in steps]
+        colour = report.COLOURS[1] if name == "model" else report.COLOURS[(0, 2, 3, 4, 5, 6)[i % 6]]
+        (line,) = axes[0].plot(range(len(steps)), values, marker="osv^Dx*+P"[i % 9], label=name)
+        line.set(color=colour, linewidth=2.5 if name == "model" else 1.2, markersize=4)
+    axes[0].set_xticks(range(len(steps)), [str(step) for step in steps])
+    axes[0].set_yscale("log")
+    axes[0].set_xlabel("measurements of the new source that are given")
+    axes[0].set_ylabel("median relative error")
+    axes[0].legend(frameon=False, fontsize=8, ncols=2)
+    return fig
+
+
+def _history_table(history: Mapping[str, Mapping[str, Any]]) -> Html:
+    names = list(next(iter(history.values())))
+    rows = [
+        (name, *(f"{scores[name]['median_rel']:.4f}" for scores in history.values()))
+        for name in names
+    ]
+    return report.table(("median relative error", *history), rows, numbers="-" + "n" * len(history))
+
+
+def _calibration_figure(calibration: Mapping[str, Any]):
+    fig, axes = report.figure(width=4.6, height=4.4)
+    levels, parts = zip(*calibration["reliability"], strict=True)
+    axes[0].plot([0, 1], [0, 1], color="#999999", linewidth=1)
+    axes[0].plot(levels, parts, marker="o", markersize=4, color=report.COLOURS[1])
+    axes[0].set_xlabel("level of the predicted quantile")
+    axes[0].set_ylabel("part of the measurements below it")
+    return fig
+
+
+def _calibration_table(calibration: Mapping[str, Any]) -> Html:
+    rows = [
+        (f"{level} % interval covers", f"{part:.1%}")
+        for level, part in calibration["coverage"].items()
+    ]
+    rows += [
+        (f"pinball loss at {level} %", f"{loss:.3f} ms")
+        for level, loss in calibration["pinball_ms"].items()
+    ]
+    rows.append(("continuous ranked probability score", f"{calibration['crps_ms']:.3f} ms"))
+    return report.table(("", ""), rows, numbers="-n")
+
+
+def _failures(failures: Mapping[str, Any]) -> Html:
+    rows = [
+        (
+            name,
+            "-" if failures[key]["auc"] is None else f"{failures[key]['auc']:.3f}",
+            f"{failures[key]['brier']:.5f}",
+        )
+        for key, name in (("model", "model"), ("failure_rate", "training rates of both ends"))
+    ]
+    text = f"<p>{failures['n_failed']:,} of {failures['n']:,} measurements failed.</p>"
+    return Html(text + report.table(("", "AUC", "Brier score"), rows, numbers="-nn"))
+
+
+def _rankings(rankings: Mapping[str, Mapping[str, float] | None]) -> Html:
+    found = {name: scores for name, scores in rankings.items() if scores is not None}
+    if not found:
+        return Html("<p>No source has enough destinations among the scored measurements.</p>")
+    rows = [
+        (
+            name,
+            f"{scores['top1_regret_ms']:.2f}",
+            f"{scores['recall_at_1']:.3f}",
+            f"{scores['recall_at_5']:.3f}",
+            f"{scores['sources']:,}",
+        )
+        for name, scores in sorted(found.items(), key=lambda item: item[1]["top1_regret_ms"])
+    ]
+    headers = ("method", "top-1 regret, ms", "recall at 1", "recall at 5", "sources")
+    return report.table(headers, rows, numbers="-nnnn")
+
+
+def _groups(groups: Mapping[str, Mapping[str, Any]]) -> Html:
+    names = list(next(iter(groups.values()))["methods"]) if groups else []
+    rows = [
+        (
+            label,
+            f"{group['n']:,}",
+            *(f"{group['methods'][name]['median_rel']:.4f}" for name in names),
+        )
+        for label, group in groups.items()
+    ]
+    return report.table(("median relative", "n", *names), rows, numbers="-n" + "n" * len(names))

@@ -1,0 +1,264 @@
+"""Measurements sampled from a model, under the grammar of the token language."""
+
+import dataclasses
+import datetime
+import ipaddress
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from ping_llm import tokenizer
+from ping_llm.data.statistics import hash_addresses
+from ping_llm.errors import ConfigError
+from ping_llm.prediction import decode
+from ping_llm.prediction.contexts import dense, encode_prompts, same_source
+from ping_llm.prediction.rtt import Predictor
+from ping_llm.prediction.table import concatenate, no_measurements, read_files, take
+from ping_llm.progress import progress
+from ping_llm.tokenizer import Measurements
+
+LANES = 64  # sequences sampled side by side
+_SOURCE, _DESTINATION, _TIME, _RESULT = 1, 2, 4, 8
+_NEEDED = _SOURCE | _DESTINATION | _RESULT
+# What each head gives, and the family it fixes.
+_FIELD = np.zeros(tokenizer.VOCAB_SIZE, np.uint8)
+_FIELD[[tokenizer.SRC_IPV4, tokenizer.SRC_IPV6]] = _SOURCE
+_FIELD[[tokenizer.DST_IPV4, tokenizer.DST_IPV6]] = _DESTINATION
+_TIMES = [tokenizer.TIMESTAMP_ABS, tokenizer.TIMESTAMP_DELTA1, tokenizer.TIMESTAMP_DELTA4]
+_FIELD[_TIMES] = _TIME
+_FIELD[[tokenizer.RTT_START, tokenizer.FAILED]] = _RESULT
+_FAMILY = np.zeros(tokenizer.VOCAB_SIZE, np.uint8)  # 1 is IPv4, 2 is IPv6
+_FAMILY[[tokenizer.SRC_IPV4, tokenizer.DST_IPV4]] = 1
+_FAMILY[[tokenizer.SRC_IPV6, tokenizer.DST_IPV6]] = 2
+_PAYLOAD = np.zeros(tokenizer.VOCAB_SIZE, np.uint8)
+_PAYLOAD[: tokenizer.BYTE_0] = tokenizer.PAYLOAD_BYTES
+_ZERO_BYTES_OF_ABS = 4  # of its 8: times are of 1970 to 2106
+
+
+def _heads_table() -> np.ndarray:
+    """Returns which ids may follow whole fields, by (fields there, family, time known before)."""
+    table = np.zeros((16, 3, 2, tokenizer.VOCAB_SIZE), bool)
+    for used in range(16):
+        for family in range(3):
+            for timed in range(2):
+                allowed = table[used, family, timed]
+                for head in np.flatnonzero(_FIELD):
+                    fits = _FAMILY[head] in (0, family) or family == 0
+                    after_time = timed or head not in _TIMES[1:]
+                    allowed[head] = not used & _FIELD[head] and fits and after_time
+                allowed[tokenizer.MEASUREMENT_START] = used & _NEEDED == _NEEDED
+    return table
+
+
+_HEADS = _heads_table()
+_BYTES = np.arange(tokenizer.VOCAB_SIZE) >= tokenizer.BYTE_0
+_ZERO = np.arange(tokenizer.VOCAB_SIZE) == tokenizer.BYTE_0
+_START = np.arange(tokenizer.VOCAB_SIZE) == tokenizer.MEASUREMENT_START
+
+
+class Grammar:
+    """Where each of some sequences is in the token language, and what may come next.
+
+    A sequence of allowed ids, cut behind a whole measurement, decodes without a problem.
+    """
+
+    def __init__(self, timed: np.ndarray):
+        """Starts at the beginning of a measurement.
+
+        Args:
+            timed: Whether a time was known before, in each sequence [n], bool.
+        """
+        n = len(timed)
+        self._timed = timed.copy()
+        self._started = np.zeros(n, bool)
+        self._used, self._family = np.zeros(n, np.uint8), np.zeros(n, np.uint8)
+        self._head, self._left = np.zeros(n, np.int64), np.zeros(n, np.uint8)
+
+    def allowed(self) -> np.ndarray:
+        """Returns which ids may come next [n, 267], bool."""
+        found = _HEADS[self._used, self._family, self._timed.astype(np.int64)]
+        found[~self._started] = _START
+        found[self._left > 0] = _BYTES
+        whole = _PAYLOAD[self._head]
+        first = (self._head == tokenizer.TIMESTAMP_ABS) & (whole - self._left < _ZERO_BYTES_OF_ABS)
+        found[(self._left > 0) & first] = _ZERO
+        return found
+
+    def advance(self, ids: np.ndarray) -> None:
+        """Takes one allowed id for each sequence [n]."""
+        payload = self._left > 0
+        self._left = np.where(payload, self._left - 1, _PAYLOAD[ids]).astype(np.uint8)
+        starts = ids == tokenizer.MEASUREMENT_START
+        self._started |= starts
+        head = ~payload & ~starts
+        self._used = np.where(starts, 0, self._used | np.where(head, _FIELD[ids], 0))
+        self._used = self._used.astype(np.uint8)
+        named = head & (_FAMILY[ids] > 0)
+        self._family = np.where(starts, 0, np.where(named, _FAMILY[ids], self._family))
+        self._family = self._family.astype(np.uint8)
+        self._head = np.where(head, ids, self._head)
+        self._timed |= head & (_FIELD[ids] == _TIME)
+
+
+def generate(
+    run: str | Path, *, count: int, history: str | Path | None = None, seed: int = 0
+) -> dict[str, Any]:
+    """Returns measurements sampled from a model, fit for JSON, under the key `measurements`.
+
+    Args:
+        run: A run directory.
+        count: How many.
+        history: Measurements to go on from: the sampled ones follow those of its sources, in turn.
+        seed: Of the samples.
+
+    Raises:
+        ConfigError: `count` is below 1, or the model's sequences are too short.
+        DataError: `history` cannot be read.
+        CheckpointError: `run` is no run.
+    """
+    if count < 1:
+        raise ConfigError(f"{count=} must be at least 1")
+    predictor = Predictor.load(run)
+    known = no_measurements() if history is None else read_files([str(history)])
+    found = sample(predictor, count, history=known, seed=seed)
+    return {"measurements": [_to_json(found, i) for i in range(len(found))]}
+
+
+def sample(
+    predictor: Predictor, count: int, *, history: Measurements, seed: int = 0
+) -> Measurements:
+    """Returns `count` sampled measurements; with a `history`, those that go on from it."""
+    rng, prefix = np.random.default_rng(seed), _prefix(predictor, history)
+    step = _Step(predictor, prefix.tokens.shape[1] + predictor.max_tokens)
+    parts, done = [], 0
+    with progress("generate", total=count, unit="measurements") as bar:
+        while done < count:
+            parts.append(_sample_lanes(predictor.max_tokens, step, prefix, rng))
+            done += len(parts[-1])
+            bar.update(done=min(done, count))
+    return take(concatenate(parts), np.arange(count))
+
+
+@dataclasses.dataclass(frozen=True)
+class _Prefix:
+    """What each lane starts from.
+
+    Attributes:
+        tokens: Token ids [LANES, P], int32.
+        positions: Their positions; -1 at padding [LANES, P], int32.
+        timed: Whether they hold a time [LANES].
+    """
+
+    tokens: np.ndarray
+    positions: np.ndarray
+    timed: np.ndarray
+
+
+def _prefix(predictor: Predictor, history: Measurements) -> _Prefix:
+    """Returns the newest measurements of each source of `history`, lanes taking turns.
+
+    They take half of a sequence at most; the rest is for what is sampled.
+    """
+    if not len(history):
+        nothing = np.zeros((LANES, 1), np.int32)
+        return _Prefix(nothing, nothing - 1, np.zeros(LANES, bool))
+    first = np.unique(hash_addresses(history.src_addr), return_index=True)[1]
+    queries = take(history, first)
+    contexts = same_source(history, queries, max_tokens=predictor.max_tokens // 2)
+    prompts = encode_prompts(contexts, queries)
+    of_lane = contexts.of_query[np.arange(LANES) % len(first)]
+    width = int(prompts.context_lengths().max(initial=1))
+    tokens, positions = dense(
+        prompts.context_tokens, prompts.context_offsets, of_lane, np.zeros(LANES, np.int64), width
+    )
+    return _Prefix(tokens, positions, np.any(np.isin(tokens, _TIMES), axis=1))
+
+
+def _sample_lanes(
+    length: int, step: "_Step", prefix: _Prefix, rng: np.random.Generator
+) -> Measurements:
+    """Returns the measurements of `LANES` sequences, each as long as it can be."""
+    longest = tokenizer.MAX_MEASUREMENT_TOKENS
+    position = np.count_nonzero(prefix.positions >= 0, axis=1)
+    if position.max() + longest > length:
+        raise ConfigError(f"the model's sequences of {length} tokens are too short to sample in")
+    cache, grammar = step.start(prefix.tokens, prefix.positions), Grammar(prefix.timed)
+    place = prefix.tokens.shape[1]
+    ids, alive = np.full(LANES, tokenizer.MEASUREMENT_START), np.ones(LANES, bool)
+    sampled: list[np.ndarray] = []
+    while True:
+        # A lane ends where its next measurement might not fit.
+        alive &= (ids != tokenizer.MEASUREMENT_START) | (position + longest <= length)
+        if not alive.any():
+            break
+        sampled.append(np.where(alive, ids, -1))
+        grammar.advance(ids)
+        cache, logits = step.next(cache, ids, position, place)
+        noisy = np.where(grammar.allowed(), logits + rng.gumbel(size=logits.shape), -np.inf)
+        ids = np.argmax(noisy, axis=1)
+        position, place = position + 1, place + 1
+    found = []
+    for lane, ids in enumerate(np.array(sampled).T):
+        given = prefix.tokens[lane][prefix.positions[lane] >= 0]
+        whole, _ = tokenizer.decode(np.concatenate([given, ids[ids >= 0]]))
+        known = np.count_nonzero(given == tokenizer.MEASUREMENT_START)
+        found.append(take(whole, np.arange(known, len(whole))))
+    return concatenate(found)
+
+
+class _Step:
+    """One more token of every lane, over a cache of fixed size."""
+
+    def __init__(self, predictor: Predictor, room: int):
+        graphdef = predictor.graphdef
+
+        def start(params, tokens, positions):
+            model = nnx.merge(graphdef, params)
+            _, read = decode.read(model, tokens, positions)
+            empty = decode.empty_cache(model, tokens.shape[0], room)
+            return decode.append(empty, read, jnp.int32(0))
+
+        def following(params, cache, ids, position, place):
+            model = nnx.merge(graphdef, params)
+            x, read = decode.read(model, ids[:, None], position[:, None], (cache,))
+            return decode.append(cache, read, place), model.logits(x)[:, 0]
+
+        self._params = predictor.params
+        self._start, self._following = jax.jit(start), jax.jit(following, donate_argnums=1)
+
+    def start(self, tokens: np.ndarray, positions: np.ndarray) -> decode.Cache:
+        """Returns the cache of what comes before."""
+        return self._start(self._params, tokens, positions)
+
+    def next(
+        self, cache: decode.Cache, ids: np.ndarray, position: np.ndarray, place: int
+    ) -> tuple[decode.Cache, np.ndarray]:
+        """Returns (the cache with one more token a lane, the logits after it [n, 267])."""
+        ids, position = ids.astype(np.int32), position.astype(np.int32)
+        cache, logits = self._following(self._params, cache, ids, position, np.int32(place))
+        return cache, np.asarray(logits, np.float64)
+
+
+def _to_json(measurements: Measurements, i: int) -> dict[str, Any]:
+    def text(address: np.ndarray) -> str:
+        packed = address.tobytes()
+        if measurements.ip_version[i] == 4:
+            return str(ipaddress.IPv4Address(packed[12:]))
+        return str(ipaddress.IPv6Address(packed))
+
+    time = None
+    if measurements.has_time[i]:
+        moment = datetime.datetime(1970, 1, 1, tzinfo=datetime.UTC)
+        moment += datetime.timedelta(seconds=int(measurements.event_time[i]))
+        time = moment.strftime("%Y-%m-%dT%H:%M:%SZ")
+    return {
+        "event_time": time,
+        "src_addr": text(measurements.src_addr[i]),
+        "dst_addr": text(measurements.dst_addr[i]),
+        "ip_version": int(measurements.ip_version[i]),
+        "rtt": float(measurements.rtt[i]),
+    }

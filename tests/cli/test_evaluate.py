@@ -1,0 +1,73 @@
+import json
+
+import pytest
+from click.testing import CliRunner
+from tiny_runs import write_run
+
+from ping_llm.cli import cli
+from ping_llm.data.prepare import prepare_data
+from ping_llm.data.simulate import simulate
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    place = tmp_path_factory.mktemp("evaluate")
+    simulate(place / "pings.parquet", probes=10, days=1.0, measurements=500, seed=0)
+    raw = [str(place / "pings.parquet")]
+    prepare_data(raw, output=place / "rows", workers=1)
+    prepare_data(raw, output=place / "no_test", test_fraction=0.0, workers=1)
+    prepare_data(raw, output=place / "probes", split="probe", test_fraction=0.0, workers=1)
+    write_run(place / "run", place / "rows")
+    write_run(place / "elsewhere")
+    return place
+
+
+def invoke(*arguments):
+    return CliRunner().invoke(cli, ["evaluate", *map(str, arguments)])
+
+
+def test_the_table_and_the_json_name_the_same_methods(made):
+    given = ["--run", made / "run", "--data", made / "rows", "--baselines", "prefix,additive"]
+    given += ["--max-rows", "20"]
+    result = invoke(*given, "--json")
+    assert result.exit_code == 0, result.output
+    methods = json.loads(result.stdout)["methods"]
+    assert list(methods) == ["model", "prefix", "additive"]
+    text = invoke(*given).stdout
+    assert all(f"\n{name} " in text for name in methods)
+    assert max(map(len, text.splitlines())) <= 100
+
+
+BAD = {
+    "unknown baseline": (["--data", "rows", "--baselines", "magic"], "baseline 'magic' is not one"),
+    "online baseline of pairs": (
+        ["--data", "rows", "--baselines", "median9"],
+        "baseline 'median9' is for data prepared with --split time; this is pair",
+    ),
+    "no test rows": (["--data", "no_test"], "no_test has no test rows"),
+    "no test rows of new probes": (["--data", "probes"], "probes has no test rows"),
+    "no data": (["--data", "words.txt"], "words.txt"),
+    "empty data": (["--data", "empty.csv"], "empty.csv"),
+    "training data gone": (
+        ["--data", "pings.parquet", "--run", "elsewhere"],
+        "is gone; put it back to score pings.parquet",
+    ),
+    "no run": (["--data", "rows", "--run", "rows"], "rows is not a run"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input_has_its_message(made, case, monkeypatch):
+    monkeypatch.chdir(made)
+    (made / "words.txt").write_text("hello\n")
+    (made / "empty.csv").write_text("")
+    arguments, words = BAD[case]
+    result = invoke("--run", "run", *arguments)
+    assert result.exit_code == 1, result.output
+    assert words in result.stderr
+    assert len(result.stderr.strip().splitlines()) == 1
+
+
+def test_usage_errors_exit_with_2(made):
+    assert invoke("--run", made / "run", "--data", made / "nowhere").exit_code == 2
+    assert invoke("--run", made / "run", "--data", made / "rows", "--max-rows", 0).exit_code == 2

@@ -1,0 +1,159 @@
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ping_llm.errors import DataError
+from ping_llm.prediction import baselines
+from ping_llm.prediction.table import Nodes, grouped_median, take, training_table
+from ping_llm.tokenizer import IPV4_PREFIX, Measurements
+
+N = 60
+
+
+def measurements(src, dst, rtt, time=None, network=0):
+    """Node i is 10.<network>.i.1: a /24 each, unless `i` holds three bytes."""
+    addresses = np.zeros((2, len(src), 16), np.uint8)
+    addresses[..., :12] = np.frombuffer(IPV4_PREFIX, np.uint8)
+    for side, nodes in enumerate((src, dst)):
+        addresses[side, :, 12:] = np.stack(
+            [
+                np.full(len(src), 10),
+                np.full(len(src), network),
+                np.asarray(nodes),
+                np.ones(len(src)),
+            ],
+            axis=1,
+        )
+    times = np.arange(len(src)) if time is None else np.asarray(time)
+    return Measurements(
+        times.astype(np.int64),
+        np.ones(len(src), bool),
+        addresses[0],
+        addresses[1],
+        np.full(len(src), 4, np.int8),
+        np.asarray(rtt, np.float32),
+    )
+
+
+def split_of(matrix, seed=0):
+    """Returns (training, held-out) measurements of the pairs of a symmetric matrix."""
+    a, b = np.triu_indices(len(matrix), 1)
+    flip = np.random.default_rng(seed).random(len(a)) < 0.5
+    a, b = np.where(flip, b, a), np.where(flip, a, b)
+    everything = measurements(a, b, matrix[a, b])
+    held = np.random.default_rng(seed + 1).random(len(a)) < 0.1
+    return take(everything, ~held), take(everything, held)
+
+
+def relative_error(name, matrix):
+    train, test = split_of(matrix)
+    predicted = baselines.fit(name, training_table(train))(test)
+    return np.median(np.abs(predicted - test.rtt) / test.rtt)
+
+
+@pytest.fixture(scope="module")
+def plane():
+    """Distances of points in a plane, with a height each."""
+    rng = np.random.default_rng(0)
+    points, height = rng.uniform(0, 200, (N, 2)), rng.uniform(1, 20, N)
+    apart = np.linalg.norm(points[:, None] - points, axis=2)
+    return apart + height[:, None] + height
+
+
+@pytest.fixture(scope="module")
+def low_rank():
+    rng = np.random.default_rng(0)
+    factors = rng.uniform(0.5, 2, (N, 3))
+    return 20 * factors @ factors.T
+
+
+def test_additive_recovers_a_sum_in_the_logarithm():
+    part = np.random.default_rng(0).normal(0, 0.5, N)
+    assert relative_error("additive", np.exp(3 + part[:, None] + part)) < 1e-3
+
+
+def test_vivaldi_recovers_distances_with_heights(plane):
+    assert relative_error("vivaldi", plane) < 0.03
+
+
+def test_matrix_factorisations_recover_a_low_rank(low_rank):
+    assert relative_error("dmfsgd", low_rank) < 0.05
+    assert relative_error("biased_mf", low_rank) < 0.02
+
+
+def test_biased_mf_recovers_a_low_rank_of_the_logarithm():
+    rng = np.random.default_rng(0)
+    factors, bias = rng.normal(0, 0.4, (N, 3)), rng.normal(0, 0.3, N)
+    assert (
+        relative_error("biased_mf", np.exp(3 + bias[:, None] + bias + factors @ factors.T)) < 0.05
+    )
+
+
+def test_medians_are_of_pairs_and_either_end():
+    train = training_table(measurements([0, 0, 1, 2], [1, 1, 0, 0], [10, 20, 30, 7]))
+    query = measurements([0, 1, 2, 5], [9, 9, 9, 2], [1, 1, 1, 1])
+    # Pairs: 0-1 has the median 20, 0-2 has 7.
+    np.testing.assert_allclose(baselines.fit("src_median", train)(query)[:3], [13.5, 20, 7])
+    np.testing.assert_allclose(baselines.fit("global_median", train)(query), 13.5)
+    # An unknown source: the destination's median stands in.
+    assert baselines.fit("vivaldi", train)(query)[3] == 7
+
+
+def test_prefix_backs_off_from_the_pair_to_its_networks():
+    train = measurements([1, 1, 2], [3, 3, 3], [10, 10, 50])
+    seen = baselines.fit("prefix", training_table(train))
+    same_24 = measurements([1], [3], [1])
+    same_24.dst_addr[0, 15] = 77
+    assert seen(measurements([3], [1], [1]))[0] == 10  # the other direction
+    assert seen(same_24)[0] == 10
+    assert seen(measurements([8], [9], [1]))[0] == 10  # same /16s: the median of all three
+    assert seen(measurements([8], [9], [1], network=5))[0] == 30  # nothing: the median of pairs
+
+
+@pytest.mark.parametrize("name", baselines.STATIC)
+def test_every_method_answers_for_anything_it_is_asked(name):
+    train = training_table(measurements([0, 1], [1, 2], [10, 20]))
+    queries = measurements([0, 0, 50, 50, 1], [1, 50, 1, 51, 1], [1] * 5)
+    predicted = baselines.fit(name, train)(queries)
+    assert np.isfinite(predicted).all()
+    assert (predicted > 0).all()
+
+
+@given(st.lists(st.tuples(*[st.integers(0, 3)] * 3, st.integers(-1, 50)), min_size=2, max_size=60))
+def test_online_methods_see_the_pairs_own_past_and_nothing_else(rows):
+    src, dst, time, rtt = (np.array(column) for column in zip(*rows, strict=True))
+    history = measurements(src, dst, rtt, time)
+    last, median = (method(history, history) for method in baselines.ONLINE.values())
+    for i in range(len(rows)):
+        same = (src == src[i]) & (dst == dst[i]) & (time < time[i]) & (rtt >= 0)
+        past = rtt[same][np.argsort(time[same], kind="stable")][-9:]
+        if len(past):
+            assert last[i] == past[-1]
+            assert median[i] == np.median(past)
+        else:
+            assert np.isnan(last[i])
+            assert np.isnan(median[i])
+
+
+@given(st.lists(st.tuples(st.integers(0, 5), st.integers(0, 99)), min_size=1, max_size=50))
+def test_grouped_medians_are_numpys(rows):
+    keys, values = np.array(rows).T
+    found_keys, medians = grouped_median(keys, values.astype(float))
+    np.testing.assert_array_equal(found_keys, np.unique(keys))
+    np.testing.assert_allclose(medians, [np.median(values[keys == key]) for key in found_keys])
+
+
+def test_nodes_know_their_addresses_and_no_others():
+    table = measurements(np.arange(9), np.arange(9) + 1, np.ones(9))
+    nodes = Nodes(table.src_addr, table.dst_addr)
+    assert len(nodes) == 10
+    np.testing.assert_array_equal(nodes.addresses[nodes.lookup(table.src_addr)], table.src_addr)
+    assert nodes.lookup(np.full((1, 16), 9, np.uint8)).tolist() == [-1]
+
+
+def test_failed_measurements_are_not_fitted():
+    train = training_table(measurements([0, 0], [1, 1], [-1, 30]))
+    assert train.rtt.tolist() == [30]
+    with pytest.raises(DataError, match="no measurement to fit on was answered"):
+        training_table(measurements([0], [1], [-1]))

@@ -1,0 +1,158 @@
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+from tiny_runs import SEQ_LEN, write_run
+
+from ping_llm.data.prepare import prepare_data
+from ping_llm.data.simulate import simulate
+from ping_llm.prediction import protocols
+from ping_llm.prediction.contexts import newest_before, random_of_source
+from ping_llm.prediction.evaluate import evaluate
+from ping_llm.prediction.table import read_split, take
+
+STATIC = ["global_median", "src_median", "dst_median", "additive", "prefix"]
+STATIC += ["vivaldi", "dmfsgd", "biased_mf"]
+
+
+@pytest.fixture(scope="module")
+def raw(tmp_path_factory):
+    path = tmp_path_factory.mktemp("evaluate") / "pings.parquet"
+    simulate(path, probes=30, days=2.0, measurements=4000, seed=0)
+    return path
+
+
+@pytest.fixture(scope="module")
+def prepared(raw):
+    """Returns data sets by split."""
+    found = {}
+    for split in ("pair", "probe", "time"):
+        found[split] = raw.parent / split
+        fraction = 0.3 if split == "probe" else 0.1
+        prepare_data(
+            [str(raw)], output=found[split], split=split, test_fraction=fraction, workers=1
+        )
+    return found
+
+
+@pytest.fixture(scope="module")
+def run(raw, prepared):
+    return write_run(raw.parent / "run", prepared["pair"])
+
+
+def task_of(data, trained_on=None):
+    return protocols.load_task(data, trained_on=trained_on or data, max_rows=None, max_tokens=200)
+
+
+def test_contexts_of_a_pair_split_are_training_rows_of_the_source_without_the_pair(prepared):
+    task = task_of(prepared["pair"])
+    contexts = task.trials[None]().contexts
+    asked, given = protocols.pair_keys(task.rows), protocols.pair_keys(contexts.measurements)
+    assert (contexts.of_query >= 0).any()
+    for i in np.flatnonzero(contexts.of_query >= 0)[::20]:
+        c = contexts.of_query[i]
+        part = slice(contexts.offsets[c], contexts.offsets[c + 1])
+        assert (contexts.measurements.src_addr[part] == task.rows.src_addr[i]).all()
+        assert asked[i] not in given[part]
+    assert not contexts.measurements.has_time.any()
+    assert not task.rows.has_time.any()
+
+
+def test_sources_of_a_probe_split_are_new_and_their_context_pairs_are_not_scored(prepared):
+    task = task_of(prepared["probe"])
+    train = read_split(prepared["probe"], "train")
+    seen = {row.tobytes() for row in np.r_[train.src_addr, train.dst_addr]}
+    assert not any(row.tobytes() in seen for row in task.rows.src_addr)
+    scored = protocols.pair_keys(task.rows)
+    before = None
+    for history in protocols.HISTORIES:
+        trial = task.trials[history]()
+        given = protocols.pair_keys(trial.contexts.measurements)
+        assert len(set(given.tolist())) == len(given)
+        assert not set(given.tolist()) & set(scored.tolist())
+        assert trial.contexts.lengths().max(initial=0) <= history
+        # Each context is that of the trial before, and more; all methods are given the same.
+        assert before is None or before <= set(given.tolist())
+        assert len(trial.train) == len(train) + len(given)
+        before = set(given.tolist())
+    assert before
+
+
+def test_contexts_in_time_are_the_newest_of_the_source_before_the_question(prepared):
+    task = task_of(prepared["time"])
+    trial = task.trials[None]()
+    online, everything = trial.online, trial.everything
+    assert online is not None
+    for i in range(0, len(task.rows), 25):
+        c = online.of_query[i]
+        part = slice(online.offsets[c], online.offsets[c + 1])
+        times = online.measurements.event_time[part]
+        same = (everything.src_addr == task.rows.src_addr[i]).all(axis=1)
+        earlier = same & (everything.event_time < task.rows.event_time[i])
+        expected = np.sort(everything.event_time[earlier])[-len(times) :]
+        np.testing.assert_array_equal(times, expected)
+        assert (online.measurements.src_addr[part] == task.rows.src_addr[i]).all()
+    train_end = read_split(prepared["time"], "train").event_time.max()
+    assert trial.contexts.measurements.event_time.max() <= train_end
+    # Questions with the same past share a context, which a model reads once.
+    assert len(trial.contexts.offsets) < len(online.offsets)
+
+
+def test_a_context_before_the_first_measurement_is_none(prepared):
+    train = read_split(prepared["pair"], "train")
+    query = take(train, np.array([int(np.argmin(train.event_time))]))
+    assert newest_before(train, query, max_tokens=100).of_query.tolist() == [-1]
+    stranger = dataclasses.replace(query, src_addr=np.full((1, 16), 7, np.uint8))
+    assert random_of_source(train, stranger, max_tokens=100, seed=0).of_query.tolist() == [-1]
+
+
+def test_the_result_has_every_method_on_the_same_rows(run, prepared, tmp_path):
+    page = tmp_path / "report.html"
+    result = evaluate(run, prepared["pair"], max_rows=60, report=page)
+    assert list(result["methods"]) == ["model", *STATIC]
+    assert result["protocol"] == "pair"
+    assert result["n"] + result["n_failed"] == 60
+    assert result["trained_on_this_data"]
+    for scores in result["methods"].values():
+        for name in ("median_abs_ms", "mae_ms", "median_rel", "p90_rel"):
+            low, high = scores["intervals"][name]
+            assert low <= scores[name] <= high
+    assert set(result["calibration"]["coverage"]) == {"50", "80", "95"}
+    assert set(result["loss_per_field"]) == {
+        "all",
+        "structure",
+        "source",
+        "destination",
+        "time",
+        "rtt",
+    }
+    by_band = result["by"]["rtt_band"].values()
+    assert sum(group["n"] for group in by_band) == result["n"]
+    json.dumps(result, allow_nan=False)
+    text = page.read_text()
+    for word in ("biased_mf", "Calibration", "IPv4", "Brier"):
+        assert word in text
+
+
+def test_time_has_online_methods_and_raw_files_take_the_runs_own_training_rows(run, prepared, raw):
+    in_time = evaluate(run, prepared["time"], max_rows=20, baselines="last_value,median9")
+    kinds = {name: scores["kind"] for name, scores in in_time["methods"].items()}
+    assert kinds == {
+        "model": "static",
+        "model_online": "online",
+        "last_value": "online",
+        "median9": "online",
+    }
+    assert not in_time["trained_on_this_data"]
+    result = evaluate(run, raw, max_rows=20, baselines="prefix")
+    assert result["protocol"] == "raw"
+    assert result["rows_available"] == 4000
+
+
+@pytest.mark.slow
+def test_new_sources_are_scored_with_growing_contexts(run, prepared):
+    result = evaluate(run, prepared["probe"], max_rows=20, baselines="vivaldi")
+    assert list(result["history"]) == [str(history) for history in protocols.HISTORIES]
+    assert result["methods"] == result["history"]["16"]
+    assert SEQ_LEN >= 16 * 14

@@ -1,0 +1,171 @@
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from tiny_runs import SEQ_LEN, decoder
+
+from ping_llm import tokenizer
+from ping_llm.errors import DataError
+from ping_llm.prediction import rtt as rtt_module
+from ping_llm.prediction.contexts import from_groups, no_contexts
+from ping_llm.prediction.rtt import Predictor, questions
+from ping_llm.prediction.table import Nodes, take
+from ping_llm.tokenizer import BYTE_0, FAILED, RTT_START
+
+
+@pytest.fixture(scope="module")
+def predictor():
+    return Predictor(*decoder(), max_tokens=SEQ_LEN)
+
+
+def asked(n, *, six=False, times=None):
+    host = "2001:db8::{}" if six else "10.0.0.{}"
+    src = [host.format(1 + i % 3) for i in range(n)]
+    return questions(src, [host.format(100 + i) for i in range(n)], times)
+
+
+def measured(n, *, first=1_600_000_000, timed=True):
+    table = asked(n)
+    rtt = np.linspace(5, 50, n)
+    rtt[n // 2] = -1
+    times = first + 60 * np.arange(n)
+    return dataclasses.replace(table, rtt=rtt, event_time=times, has_time=np.full(n, timed))
+
+
+def whole_model(tokens):
+    graphdef, params = decoder()
+    padded = np.zeros((len(tokens), SEQ_LEN), np.int32)
+    for row, ids in zip(padded, tokens, strict=True):
+        row[: len(ids)] = ids
+    run = jax.jit(lambda params, ids: nnx.merge(graphdef, params)(ids))
+    return np.asarray(run(params, jnp.asarray(padded)), np.float64)
+
+
+def softmax(x):
+    e = np.exp(x - x.max())
+    return e / e.sum()
+
+
+def test_the_distribution_is_the_products_of_the_whole_models_probabilities(predictor, monkeypatch):
+    monkeypatch.setattr(rtt_module, "TAIL", 0.0)
+    history, query = measured(4), asked(1, times=[1_600_000_600])
+    contexts = predictor.contexts(history, query)
+    assert contexts.lengths().tolist() == [2]  # of the source 10.0.0.1
+    ((_, found),) = predictor.distributions(query, contexts)
+
+    order = np.tile(np.arange(4, dtype=np.uint8), (3, 1))
+    both = [history.rtt[[0, 3]], [10.0]]
+    whole = dataclasses.replace(
+        take(history, np.array([0, 3, 0])),
+        event_time=np.r_[history.event_time[[0, 3]], query.event_time],
+        dst_addr=np.r_[history.dst_addr[[0, 3]], query.dst_addr],
+        rtt=np.concatenate(both),
+    )
+    ids, _ = tokenizer.encode(whole, segment_offsets=np.array([0, 3]), field_order=order)
+    asked_ids = ids[:-2].astype(int)
+    assert asked_ids[-1] == RTT_START
+    firsts = np.arange(256)
+    logits = whole_model([[*asked_ids, BYTE_0 + first] for first in firsts])
+    at = len(asked_ids)
+    p_failed = softmax(logits[0, at - 2, [FAILED, RTT_START]])[0]
+    p1 = softmax(logits[0, at - 1, BYTE_0:])
+    p2 = np.stack([softmax(row) for row in logits[:, at, BYTE_0:]])
+    expected = np.zeros(2**16)
+    expected[:] = (p1[:, None] * p2).ravel()
+    np.testing.assert_allclose(found.p_failed, p_failed, rtol=1e-4)
+    by_value = np.bincount(rtt_module_values(), expected)
+    np.testing.assert_allclose(found.probabilities[0], by_value, atol=1e-7)
+
+
+def rtt_module_values():
+    from ping_llm.prediction.distribution import VALUE_OF_CODE
+
+    return VALUE_OF_CODE
+
+
+def test_probabilities_sum_to_one(predictor):
+    for _, found in predictor.distributions(asked(5)):
+        np.testing.assert_allclose(found.probabilities.sum(axis=1), 1, atol=1e-9)
+        assert np.all((found.p_failed > 0) & (found.p_failed < 1))
+
+
+def test_answers_do_not_depend_on_what_else_is_asked_nor_on_the_order(predictor):
+    queries = asked(20, times=[None, 1_600_000_000] * 10)
+    history = take(measured(9), np.arange(9) % 3 != 2)  # the third source has none
+    order = np.random.default_rng(0).permutation(20)
+    together = predictor.predict(queries, predictor.contexts(history, queries))
+    mixed = take(queries, order)
+    shuffled = predictor.predict(mixed, predictor.contexts(history, mixed))
+    for name in ("quantiles_ms", "mean_ms", "p_failed", "history"):
+        np.testing.assert_allclose(
+            getattr(shuffled, name), getattr(together, name)[order], rtol=1e-5, err_msg=name
+        )
+    for i in (0, 7):
+        single = take(queries, np.array([i]))
+        alone = predictor.predict(single, predictor.contexts(history, single))
+        np.testing.assert_allclose(alone.quantiles_ms[0], together.quantiles_ms[i], rtol=1e-5)
+        np.testing.assert_allclose(alone.p_failed[0], together.p_failed[i], rtol=1e-5)
+
+
+def test_the_likelihood_of_a_measurement_is_its_probability(predictor, monkeypatch):
+    monkeypatch.setattr(rtt_module, "TAIL", 0.0)
+    table = dataclasses.replace(asked(3), rtt=np.array([12.5, -1.0, 300.0]))
+    ((_, found),) = predictor.distributions(table)
+    likelihood = predictor.log_likelihood(table)
+    assert likelihood[1] == pytest.approx(np.log(found.p_failed[1]), rel=1e-4)
+    # Other codes of the same value have a share that is not the measurement's.
+    code = tokenizer.encode_rtt(table.rtt[[0]])
+    at = np.searchsorted(found.values_ms, tokenizer.decode_rtt(code)[0])
+    assert likelihood[0] <= np.log(found.probabilities[0, at] * (1 - found.p_failed[0])) + 1e-6
+
+
+def test_a_context_keeps_the_newest_measurements_that_fit(predictor):
+    history = take(measured(60), np.arange(0, 60, 3))  # 20 of the first source
+    query = asked(1, times=[1_600_009_999])
+    contexts = predictor.contexts(history, query)
+    room = SEQ_LEN - rtt_module.QUESTION_TOKENS
+    assert contexts.lengths().tolist() == [(room - 4) // (14 + 5)]
+    assert contexts.measurements.event_time.max() == history.event_time.max()
+
+
+def test_a_question_in_another_family_than_its_history_or_without_a_time_is_answered(predictor):
+    query = asked(2, six=True)
+    history = measured(6)
+    contexts = from_groups(history, np.zeros(6, int), np.array([0, -1]))
+    found = predictor.predict(query, contexts)
+    assert found.history.tolist() == [6, 0]
+    assert np.isfinite(found.quantiles_ms).all()
+
+
+def test_addresses_outside_training_are_flagged():
+    known = asked(2)
+    predictor = Predictor(
+        *decoder(), max_tokens=SEQ_LEN, known=Nodes(known.src_addr, known.dst_addr)
+    )
+    src, dst = predictor.unseen(asked(4))
+    assert src is not None
+    assert dst is not None
+    assert src.tolist() == [False, False, True, False]
+    assert dst.tolist() == [False, False, True, True]
+    assert Predictor(*decoder(), max_tokens=SEQ_LEN).unseen(known) == (None, None)
+
+
+def test_ranking_is_by_expected_rtt(predictor):
+    order, predictions = predictor.rank(asked(10), no_contexts(10))
+    assert np.all(np.diff(predictions.mean_ms[order]) >= 0)
+
+
+@pytest.mark.parametrize(
+    ("src", "dst", "words"),
+    [
+        ("10.0.0.256", "10.0.0.1", "'10.0.0.256' is no address"),
+        ("10.0.0.1", "", "'' is no address"),
+        ("10.0.0.1", "2001:db8::1", "different families"),
+    ],
+)
+def test_a_pair_that_cannot_be_is_named(src, dst, words):
+    with pytest.raises(DataError, match=words):
+        questions([src], [dst])
