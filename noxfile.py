@@ -25,7 +25,7 @@ def lint(session: nox.Session) -> None:
 @nox.session
 def types(session: nox.Session) -> None:
     """Checks types."""
-    session.install("-e", ".", *GROUPS["lint"])
+    session.install("-e", ".", *GROUPS["test"], *GROUPS["lint"])  # the extras' types, too
     session.run("pyright", "--pythonpath", str(Path(session.bin) / "python"))
 
 

@@ -247,6 +247,8 @@ class KeyValueStore:
         end = prefix[:-1] + chr(ord(prefix[-1]) + 1)
         key_range = tensorstore.KvStore.KeyRange(prefix, end)
         self._wait("deleted", prefix, self._kv.delete_range(key_range))
+        if prefix.endswith("/") and not is_remote(self.url):
+            shutil.rmtree(join(self.url, prefix), ignore_errors=True)  # directories, empty now
 
     def _wait(self, what: str, key: str, pending: Any) -> Any:
         try:

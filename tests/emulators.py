@@ -31,13 +31,25 @@ def _server(command: list[str], url: str, log) -> Iterator[None]:
         process.wait()
 
 
+# One request at a time: moto looks for a condition and writes in two steps, where S3 takes one.
+_MOTO = """
+import sys, threading
+from moto.server import DomainDispatcherApplication, create_backend_app
+from werkzeug.serving import run_simple
+application, lock = DomainDispatcherApplication(create_backend_app), threading.Lock()
+def one_at_a_time(environ, start_response):
+    with lock:
+        return [b"".join(application(environ, start_response))]
+run_simple("127.0.0.1", int(sys.argv[1]), one_at_a_time, threaded=True)
+"""
+
+
 @contextlib.contextmanager
 def s3(log) -> Iterator[dict[str, str]]:
     """Yields the environment that leads to an empty S3 with a bucket named `bucket`."""
     port = free_port()
     url = f"http://127.0.0.1:{port}"
-    command = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)]
-    with _server(command, url, log):
+    with _server([sys.executable, "-c", _MOTO, str(port)], url, log):
         request = urllib.request.Request(f"{url}/bucket", method="PUT")
         urllib.request.urlopen(request, timeout=10).close()
         yield {

@@ -1,8 +1,12 @@
 """The model whose activations are read: a Hugging Face checkpoint, or a run of our own."""
 
+import contextlib
 import dataclasses
+import signal
+import threading
 import time
 import zlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -113,11 +117,29 @@ class Extractor:
             # In float32, GPUs and TPUs would multiply in less unless told.
             exact = self._cfg.compute_dtype == "float32"
             precision = jax.default_matmul_precision("highest" if exact else "default")
-            with jax.set_mesh(self._mesh), precision:
+            with _signals_held(), jax.set_mesh(self._mesh), precision:
                 lowered = self._forward.lower(self._params, *arrays)
                 self._compiled[shape] = lowered.compile()
             self.compile_seconds += time.monotonic() - started
         return self._compiled[shape](self._params, *arrays)
+
+
+@contextlib.contextmanager
+def _signals_held() -> Iterator[None]:
+    """Lets SIGINT and SIGTERM wait: interrupted, XLA compiles on, and crashes when Python exits."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    held: list[int] = []
+    stops = (signal.SIGINT, signal.SIGTERM)
+    before = {stop: signal.signal(stop, lambda signum, _: held.append(signum)) for stop in stops}
+    try:
+        yield
+    finally:
+        for stop, handler in before.items():
+            signal.signal(stop, handler)
+    for signum in held:
+        signal.raise_signal(signum)
 
 
 def _load(source: ModelSource, cfg: ExtractionConfig, mesh: Mesh) -> tuple[Any, Any]:

@@ -21,7 +21,7 @@ from ping_llm.prediction.table import concatenate, no_measurements, read_files, 
 from ping_llm.progress import progress
 from ping_llm.tokenizer import Measurements
 
-LANES = 64  # sequences sampled side by side
+MAX_LANES = 64  # sequences sampled side by side
 _SOURCE, _DESTINATION, _TIME, _RESULT = 1, 2, 4, 8
 _NEEDED = _SOURCE | _DESTINATION | _RESULT
 # What each head gives, and the family it fixes.
@@ -132,7 +132,9 @@ def sample(
     predictor: Predictor, count: int, *, history: Measurements, seed: int = 0
 ) -> Measurements:
     """Returns `count` sampled measurements; with a `history`, those that go on from it."""
-    rng, prefix = np.random.default_rng(seed), _prefix(predictor, history)
+    # About as many as will do: a sequence is sampled to its end.
+    lanes = min(-(-count * tokenizer.MAX_MEASUREMENT_TOKENS // predictor.max_tokens), MAX_LANES)
+    rng, prefix = np.random.default_rng(seed), _prefix(predictor, history, lanes)
     step = _Step(predictor, prefix.tokens.shape[1] + predictor.max_tokens)
     parts, done = [], 0
     with progress("generate", total=count, unit="measurements") as bar:
@@ -148,9 +150,9 @@ class _Prefix:
     """What each lane starts from.
 
     Attributes:
-        tokens: Token ids [LANES, P], int32.
-        positions: Their positions; -1 at padding [LANES, P], int32.
-        timed: Whether they hold a time [LANES].
+        tokens: Token ids [lanes, P], int32.
+        positions: Their positions; -1 at padding [lanes, P], int32.
+        timed: Whether they hold a time [lanes].
     """
 
     tokens: np.ndarray
@@ -158,22 +160,22 @@ class _Prefix:
     timed: np.ndarray
 
 
-def _prefix(predictor: Predictor, history: Measurements) -> _Prefix:
+def _prefix(predictor: Predictor, history: Measurements, lanes: int) -> _Prefix:
     """Returns the newest measurements of each source of `history`, lanes taking turns.
 
     They take half of a sequence at most; the rest is for what is sampled.
     """
     if not len(history):
-        nothing = np.zeros((LANES, 1), np.int32)
-        return _Prefix(nothing, nothing - 1, np.zeros(LANES, bool))
+        nothing = np.zeros((lanes, 1), np.int32)
+        return _Prefix(nothing, nothing - 1, np.zeros(lanes, bool))
     first = np.unique(hash_addresses(history.src_addr), return_index=True)[1]
     queries = take(history, first)
     contexts = same_source(history, queries, max_tokens=predictor.max_tokens // 2)
     prompts = encode_prompts(contexts, queries)
-    of_lane = contexts.of_query[np.arange(LANES) % len(first)]
+    of_lane = contexts.of_query[np.arange(lanes) % len(first)]
     width = int(prompts.context_lengths().max(initial=1))
     tokens, positions = dense(
-        prompts.context_tokens, prompts.context_offsets, of_lane, np.zeros(LANES, np.int64), width
+        prompts.context_tokens, prompts.context_offsets, of_lane, np.zeros(lanes, np.int64), width
     )
     return _Prefix(tokens, positions, np.any(np.isin(tokens, _TIMES), axis=1))
 
@@ -181,14 +183,14 @@ def _prefix(predictor: Predictor, history: Measurements) -> _Prefix:
 def _sample_lanes(
     length: int, step: "_Step", prefix: _Prefix, rng: np.random.Generator
 ) -> Measurements:
-    """Returns the measurements of `LANES` sequences, each as long as it can be."""
+    """Returns the measurements of one sequence a lane, each as long as it can be."""
     longest = tokenizer.MAX_MEASUREMENT_TOKENS
     position = np.count_nonzero(prefix.positions >= 0, axis=1)
     if position.max() + longest > length:
         raise ConfigError(f"the model's sequences of {length} tokens are too short to sample in")
     cache, grammar = step.start(prefix.tokens, prefix.positions), Grammar(prefix.timed)
     place = prefix.tokens.shape[1]
-    ids, alive = np.full(LANES, tokenizer.MEASUREMENT_START), np.ones(LANES, bool)
+    ids, alive = np.full(len(position), tokenizer.MEASUREMENT_START), np.ones(len(position), bool)
     sampled: list[np.ndarray] = []
     while True:
         # A lane ends where its next measurement might not fit.

@@ -213,8 +213,7 @@ class _Run:
                 stop = None if last else signals.agreed(at_log_point=log_now)
                 if log_now or self.step % cfg.eval_every == 0:
                     self._write_row(evaluate=last or self.step % cfg.eval_every == 0)
-                rate = f"{self.meter.tokens_per_second:,.0f} tokens/s"
-                bar.update(done=self.step, note=f"loss {self.meter.last_loss:.4f}  {rate}")
+                bar.update(done=self.step, note=self.meter.note)
                 if last or stop or self.step % cfg.checkpoint_every == 0:
                     self._save()
                 if last or stop:

@@ -29,7 +29,7 @@ class Meter:
 
     Attributes:
         tokens_per_second: Real tokens a second between the last two fetches.
-        last_loss: Loss of the newest step fetched.
+        note: The same and the newest loss, for a progress bar; empty before the first fetch.
     """
 
     def __init__(self, cfg: TrainConfig, saved: Mapping[str, Any] | None = None):
@@ -40,7 +40,7 @@ class Meter:
         self._totals: dict[str, float] = dict(saved["totals"])
         self._pending: list[tuple[int, dict[str, jax.Array]]] = []
         self._clock = time.monotonic()
-        self.tokens_per_second, self.last_loss = 0.0, math.nan
+        self.tokens_per_second, self.note = 0.0, ""
 
     def start_clock(self) -> None:
         """Leaves out the time since the last fetch, which did not go into steps."""
@@ -78,7 +78,8 @@ class Meter:
             self._totals["tokens"] += tokens
             self._totals["seconds"] += now - self._clock
             self.tokens_per_second = tokens / (now - self._clock)
-            self.last_loss = self._window[-1]["loss"]
+            loss = self._window[-1]["loss"]
+            self.note = f"loss {loss:.4f}  {self.tokens_per_second:,.0f} tokens/s"
         self._pending.clear()
         self._clock = now
 

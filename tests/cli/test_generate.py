@@ -24,7 +24,8 @@ def test_measurements_are_printed_as_csv_and_as_json(run, tmp_path):
     assert len(found) == 5
     lines = invoke("--run", run, "--count", 5).stdout.splitlines()
     assert lines[0] == "event_time,src_addr,dst_addr,ip_version,rtt"
-    timed = [line for line in lines[1:] if not line.startswith(",")]
+    # A random model may add differences up to times that prepare-data does not take.
+    timed = [line for line in lines[1:] if "1970" <= line[:4] < "2106"]
     (tmp_path / "sampled.csv").write_text("\n".join([lines[0], *timed]) + "\n")
     assert [line.split(",")[1] for line in lines[1:]] == [each["src_addr"] for each in found]
     if timed:

@@ -15,7 +15,11 @@ from ping_llm.data import sources
 from ping_llm.data.prepare import prepare_data
 from ping_llm.errors import DataError
 
-pytestmark = pytest.mark.slow
+pytestmark = [
+    pytest.mark.slow,
+    # Java is started by a fork; other tests of this process have imported JAX, which warns of it.
+    pytest.mark.filterwarnings("ignore:os.fork:RuntimeWarning"),
+]
 
 
 @pytest.fixture(scope="module")

@@ -4,6 +4,7 @@ import itertools
 import json
 import os
 import random
+import signal
 import subprocess
 import sys
 import time
@@ -356,6 +357,31 @@ def test_killed_at_random_moments_and_run_again_the_store_is_the_same(
         assert inspect_activations(str(output), verify=True).errors == []
         if kills == wanted:
             break
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("stop", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_ends_it_with_its_code_and_leaves_whole_units_only(
+    stop, code, finished, checkpoint, documents, small, tmp_path
+):
+    output = tmp_path / "s"
+    command = [sys.executable, "-c", "from ping_llm.cli import main; main()", "extract-activations"]
+    command += ["--model", checkpoint, "--input", documents, "--output", output]
+    for name, value in small.items():
+        command += [f"--{name.replace('_', '-')}", value]
+    process = subprocess.Popen([*map(str, command)], stderr=subprocess.PIPE, text=True)
+    while not output.exists():
+        time.sleep(0.01)
+    process.send_signal(stop)  # while it loads or compiles
+    _, shown = process.communicate()
+    assert process.returncode == code, shown
+    kv = KeyValueStore(output)
+    done = store.read_all_done(kv, len(store.read_manifest(kv)["units"]))
+    attempts = {(unit, entry["attempt"]) for unit, entry in done.items()}
+    found = {(int(key.split("/")[1]), key.split("/")[2]) for key in kv.keys("units/")}
+    assert {pair for pair in found if pair[1] != "done.json"} == attempts
+    extract_activations(checkpoint, documents, output, **small)
+    assert_equal_stores(output, finished)
 
 
 def test_attempts_that_were_not_published_go_once_they_are_old(finished, tmp_path):
