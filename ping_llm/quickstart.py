@@ -11,7 +11,7 @@ from ping_llm.training.loop import train
 
 # Small enough for two cores and minutes; enough to learn the language and some geography.
 PROBES, DAYS, MEASUREMENTS = 100, 7.0, 200_000
-STEPS, BATCH_SIZE, SEQ_LEN = 200, 8, 512
+STEPS, BATCH_SIZE, SEQ_LEN = 120, 8, 512
 
 
 @dataclasses.dataclass(frozen=True)
