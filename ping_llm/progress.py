@@ -14,9 +14,10 @@ PLAIN_INTERVAL_S = 10.0
 class Progress:
     """How far a piece of work is. `update` may be called as often as one likes."""
 
-    def __init__(self, title: str, total: float | None, unit: str):
+    def __init__(self, title: str, total: float | None, unit: str, initial: float = 0.0):
         self.title, self.total, self.unit = title, total, unit
-        self.done, self.note = 0.0, ""
+        self.initial = self.done = initial
+        self.note = ""
         self.started = self._printed = time.monotonic()
 
     def update(self, advance: float = 0.0, *, done: float | None = None, note: str = "") -> None:
@@ -31,7 +32,7 @@ class Progress:
     def line(self) -> str:
         """Returns one plain line: title, amount, rate, time left, note."""
         elapsed = max(time.monotonic() - self.started, 1e-9)
-        rate = self.done / elapsed
+        rate = (self.done - self.initial) / elapsed
         parts = [f"{self.title}: {self.done:,.0f}"]
         if self.total:
             parts[0] += f"/{self.total:,.0f} ({self.done / self.total:.0%})"
@@ -49,8 +50,8 @@ class Progress:
 class _Bar(Progress):
     """The same on a terminal, drawn by rich."""
 
-    def __init__(self, title: str, total: float | None, unit: str):
-        super().__init__(title, total, unit)
+    def __init__(self, title: str, total: float | None, unit: str, initial: float = 0.0):
+        super().__init__(title, total, unit, initial)
         from rich import progress
         from rich.console import Console
 
@@ -63,7 +64,7 @@ class _Bar(Progress):
             console=Console(stderr=True),
             expand=True,
         )
-        self._task = self._bar.add_task(title, total=total, amount="", note="")
+        self._task = self._bar.add_task(title, total=total, completed=int(initial), amount="", note="")
         self._bar.start()
 
     def update(self, advance: float = 0.0, *, done: float | None = None, note: str = "") -> None:
@@ -78,9 +79,14 @@ class _Bar(Progress):
 
 
 @contextlib.contextmanager
-def progress(title: str, *, total: float | None = None, unit: str = "") -> Iterator[Progress]:
-    """Yields a `Progress` for work of `total` units (None: unknown), shown as stderr allows."""
-    shown = (_Bar if sys.stderr.isatty() else Progress)(title, total, unit)
+def progress(
+    title: str, *, total: float | None = None, unit: str = "", initial: float = 0.0
+) -> Iterator[Progress]:
+    """Yields a `Progress` for work of `total` units (None: unknown), shown as stderr allows.
+
+    `initial` units were done before, and do not count in the rate.
+    """
+    shown = (_Bar if sys.stderr.isatty() else Progress)(title, total, unit, initial)
     try:
         yield shown
     finally:

@@ -27,3 +27,11 @@ def test_work_of_unknown_size_has_no_time_left(monkeypatch):
     shown = progress.Progress("read", None, "B")
     shown.done = 10
     assert shown.line() == "read: 10 B  5.0/s"
+
+
+def test_what_was_done_before_does_not_count_in_the_rate(monkeypatch):
+    now = iter([0.0, 10.0])
+    monkeypatch.setattr(progress.time, "monotonic", lambda: next(now))
+    shown = progress.Progress("train", 400, "steps", initial=200)
+    shown.done = 210
+    assert shown.line() == "train: 210/400 (52%) steps  1.0/s  0:03:10 left"

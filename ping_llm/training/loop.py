@@ -199,7 +199,7 @@ class _Run:
         title = f"train {cfg.preset}, {cfg.model.parameter_count():,} parameters"
         with (
             _StopSignals() as signals,
-            progress(title, total=cfg.steps, unit="steps") as bar,
+            progress(title, total=cfg.steps, unit="steps", initial=self.step) as bar,
             jax.set_mesh(self.mesh),
         ):
             self.meter.start_clock()
