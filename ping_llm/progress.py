@@ -64,7 +64,9 @@ class _Bar(Progress):
             console=Console(stderr=True),
             expand=True,
         )
-        self._task = self._bar.add_task(title, total=total, completed=int(initial), amount="", note="")
+        self._task = self._bar.add_task(
+            title, total=total, completed=int(initial), amount="", note=""
+        )
         self._bar.start()
 
     def update(self, advance: float = 0.0, *, done: float | None = None, note: str = "") -> None:
