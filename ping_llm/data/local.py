@@ -24,7 +24,7 @@ _BASE_MEMORY = 300_000_000  # Python, NumPy, Arrow and DuckDB before any data
 _BYTES_PER_MEASUREMENT = 200  # while its run or range is sorted
 
 
-class LocalEngine:
+class Engine:
     """Makes the rows of some files; what it made is counted in its attributes.
 
     Attributes:
@@ -37,17 +37,25 @@ class LocalEngine:
 
     def __init__(self, directory: Path, rule: SplitRule, *, row_cap_bytes: int, memory_limit: int):
         self._directory, self._rule, self._row_cap_bytes = directory, rule, row_cap_bytes
+        self._memory_limit = memory_limit
         self._spill = directory / "spill"
+        self.rows: dict[str, int] = dict.fromkeys(SPLITS, 0)
+        self.measurements: dict[str, int] = dict.fromkeys(SPLITS, 0)
+        self.failed = self.probes = 0
+        self.rejected: Counter[str] = Counter()
+
+
+class LocalEngine(Engine):
+    """The engine of one machine: threads, runs on disk, ranges in memory."""
+
+    def __init__(self, directory: Path, rule: SplitRule, *, row_cap_bytes: int, memory_limit: int):
+        super().__init__(directory, rule, row_cap_bytes=row_cap_bytes, memory_limit=memory_limit)
         self._memory = memory_limit - _BASE_MEMORY
         self._stop = threading.Event()
         self._lock = threading.Lock()
         self._run_numbers = itertools.count()
         self._runs: list[Run] = []
         self._cuts = np.zeros((0, 2), np.int64)
-        self.rows: dict[str, int] = dict.fromkeys(SPLITS, 0)
-        self.measurements: dict[str, int] = dict.fromkeys(SPLITS, 0)
-        self.failed = self.probes = 0
-        self.rejected: Counter[str] = Counter()
 
     def run(self, files: Sequence[InputFile], *, workers: int) -> None:
         """Reads `files` and writes all rows, and `rejected.parquet`, to the directory.

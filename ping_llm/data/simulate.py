@@ -336,7 +336,7 @@ def _write(output: Path, world: World, settings: dict) -> None:
                 temporary,
                 schema,
                 compression="zstd",
-                use_dictionary=["src_addr", "dst_addr", "ip_version"],  # pyright: ignore
+                use_dictionary=["src_addr", "dst_addr", "ip_version"],  # pyright: ignore[reportArgumentType]
                 column_encoding={"event_time": "DELTA_BINARY_PACKED"},
                 write_page_checksum=True,  # else a damaged page may read as other numbers
             ) as writer,

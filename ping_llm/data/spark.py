@@ -10,7 +10,6 @@ import os
 import re
 import shutil
 import sys
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,7 @@ import numpy as np
 import pyarrow as pa
 
 from ping_llm.data.files import InputFile
-from ping_llm.data.local import RejectedSpool, no_measurement, split_rows, write_rejected
+from ping_llm.data.local import Engine, RejectedSpool, no_measurement, split_rows, write_rejected
 from ping_llm.data.rows import SPLITS, RowBuilder, RowWriter, read_rows
 from ping_llm.data.sorting import Sorted
 from ping_llm.data.sources import Unit, cut_into_units, read_unit
@@ -31,24 +30,8 @@ _READ = "event_time long, src_addr binary, dst_addr binary, ip_version byte, rtt
 _ORDER = ("ip_version", "src_addr", "event_time", "dst_addr", "rtt")
 
 
-class SparkEngine:
-    """Makes the rows of some files on Spark; counts as `LocalEngine` does.
-
-    Attributes:
-        rows: Rows of each split.
-        measurements: Measurements of each split.
-        failed: Failed measurements.
-        probes: Distinct sources.
-        rejected: Rejected records by reason.
-    """
-
-    def __init__(self, directory: Path, rule: SplitRule, *, row_cap_bytes: int, memory_limit: int):
-        self._directory, self._rule, self._row_cap_bytes = directory, rule, row_cap_bytes
-        self._memory_limit = memory_limit
-        self.rows: dict[str, int] = dict.fromkeys(SPLITS, 0)
-        self.measurements: dict[str, int] = dict.fromkeys(SPLITS, 0)
-        self.failed = self.probes = 0
-        self.rejected: Counter[str] = Counter()
+class SparkEngine(Engine):
+    """The engine of a Spark session, which may be of many machines."""
 
     def run(self, files: Sequence[InputFile], *, workers: int) -> None:
         """Reads `files` and writes all rows, and `rejected.parquet`, to the directory.
@@ -57,7 +40,7 @@ class SparkEngine:
             ConfigError: PySpark is not installed.
             DataError: A file is broken, or there is no measurement in all of them.
         """
-        spill = self._directory / "spill"
+        spill = self._spill
         spill.mkdir()
         units = [unit for file in files for unit in cut_into_units(file)]
         session, ours = _session(workers, self._memory_limit)

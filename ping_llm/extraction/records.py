@@ -170,9 +170,9 @@ def _short_names(urls: list[str]) -> list[str]:
 def _open_text(url: str, compression: str | None, start: int) -> BinaryIO:
     file = storage.open_input(url)
     if compression:
-        return io.BufferedReader(pa.CompressedInputStream(file, compression))  # type: ignore
+        return io.BufferedReader(pa.CompressedInputStream(file, compression))  # pyright: ignore[reportArgumentType]
     file.seek(start)
-    return io.BufferedReader(file, 1 << 20)  # type: ignore[type-var]
+    return io.BufferedReader(file, 1 << 20)  # pyright: ignore[reportArgumentType]
 
 
 def _lines(url: str, compression: str | None, start: int, stop: int) -> Iterator[tuple[int, bytes]]:
