@@ -198,6 +198,117 @@ def bench_loader(
 
 
 @dataclasses.dataclass(frozen=True)
+class TrainBenchResult:
+    """How fast training steps are, on random tokens that fill every row; compiling is not counted.
+
+    Attributes:
+        tokens_per_second: By the median step.
+        real_tokens_per_second: The same; there is no padding.
+        padding_fraction: 0.
+        tokens_per_cpu_second: By the CPU time of this process over the package's own steps.
+        step_seconds: The median step.
+        fastest_step_seconds: The fastest one.
+        flops_per_second: FLOPs of forward and backward passes, as `training.flops` counts them.
+        mfu: The same as a part of the devices' peak; None where no peak is known.
+        parameters: Number of parameters.
+        bare_jax: Our speed as a multiple of that of a plain JAX step of the same shape, the median
+            over pairs of steps taken one after the other; None: not measured.
+        pytorch: The same beside PyTorch in eager mode.
+        pytorch_compiled: The same beside `torch.compile`.
+        peak_device_bytes: Most memory used on one device; on a CPU, by the process.
+    """
+
+    tokens_per_second: float
+    real_tokens_per_second: float
+    padding_fraction: float
+    tokens_per_cpu_second: float
+    step_seconds: float
+    fastest_step_seconds: float
+    flops_per_second: float
+    mfu: float | None
+    parameters: int
+    bare_jax: float | None
+    pytorch: float | None
+    pytorch_compiled: float | None
+    peak_device_bytes: int
+
+
+def bench_train(
+    *,
+    n_layers: int = 4,
+    d_model: int = 256,
+    n_heads: int = 4,
+    d_ff: int = 704,
+    vocab_size: int = 267,
+    seq_len: int = 512,
+    batch_size: int = 8,
+    steps: int = 10,
+    dtype: str = "float32",
+    compare: bool = False,
+    seed: int = 0,
+) -> TrainBenchResult:
+    """Returns how fast the training step of a decoder of this shape is.
+
+    Args:
+        n_layers: Number of blocks.
+        d_model: Width of the residual stream.
+        n_heads: Number of heads, of `d_model / n_heads` each.
+        d_ff: Width of the MLP.
+        vocab_size: Number of token ids.
+        seq_len: Tokens of a row.
+        batch_size: Rows of a batch.
+        steps: Steps that are timed, after two that are not.
+        dtype: Dtype of activations.
+        compare: Whether plain JAX and PyTorch steps of the same shape take turns with ours; needs
+            the extra [parity].
+        seed: Decides parameters and tokens.
+
+    Raises:
+        ConfigError: The shape cannot be, or PyTorch is missing.
+    """
+    from ping_llm.training import flops, throughput
+    from ping_llm.training.metrics import peak_device_bytes
+
+    if steps < 1:
+        raise ConfigError(f"{steps=} must be at least 1")
+    cfg = throughput.shape(
+        n_layers=n_layers,
+        d_model=d_model,
+        n_heads=n_heads,
+        d_ff=d_ff,
+        vocab_size=vocab_size,
+        dtype=dtype,
+    )
+    measured = throughput.measure(
+        cfg, batch_size=batch_size, seq_len=seq_len, steps=steps, compare=compare, seed=seed
+    )
+    step = float(np.median(measured.seconds["ping_llm"]))
+    rate = batch_size * seq_len / step
+    per_second = measured.flops_per_step / step
+    peak = flops.peak_of_devices()
+
+    def beside(name: str) -> float | None:
+        theirs = measured.seconds.get(name)
+        return theirs and float(np.median(np.divide(theirs, measured.seconds["ping_llm"])))
+
+    return TrainBenchResult(
+        tokens_per_second=rate,
+        real_tokens_per_second=rate,
+        padding_fraction=0.0,
+        tokens_per_cpu_second=steps * batch_size * seq_len / measured.cpu_seconds,
+        step_seconds=step,
+        fastest_step_seconds=min(measured.seconds["ping_llm"]),
+        flops_per_second=per_second,
+        mfu=peak and per_second / peak,
+        parameters=cfg.parameter_count(),
+        bare_jax=beside("bare_jax"),
+        pytorch=beside("pytorch"),
+        pytorch_compiled=beside("pytorch_compiled"),
+        peak_device_bytes=peak_device_bytes(),
+    )
+
+
+@dataclasses.dataclass(frozen=True)
 class ExtractBenchResult:
     """What an extraction turned out, on prompts of random token ids.
 

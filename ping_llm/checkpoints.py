@@ -6,13 +6,14 @@ of their place in the tree, so that what is on disk knows nothing of Flax's and 
 
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
 from flax import nnx
+from orbax.checkpoint import checkpoint_managers as policies
 
 from ping_llm.errors import CheckpointError
 from ping_llm.models.config import DecoderConfig
@@ -20,6 +21,19 @@ from ping_llm.models.decoder import Decoder
 
 TREES = ("params", "opt_state")
 _NOTES = "notes"
+_VALID_LOSS = "valid_loss"  # among the notes
+
+
+class _Best:
+    """Orbax's way to ask which checkpoints stay: the one of the lowest valid loss does."""
+
+    def __init__(self, of: "Checkpoints"):
+        self._of = of
+
+    def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
+        del context
+        best = self._of.best()
+        return [checkpoint.step == best for checkpoint in checkpoints]
 
 
 class Checkpoints:
@@ -34,11 +48,15 @@ class Checkpoints:
 
         Args:
             directory: Where they are.
-            keep: Number of newest checkpoints to keep; None: for reading; opening changes nothing.
+            keep: Number of newest checkpoints to keep, besides the one of the lowest valid loss;
+                None: for reading; opening changes nothing.
         """
         self.directory = Path(directory).absolute()
+        self._valid_losses: dict[int, float] = {}  # of the checkpoints that have one
         options = ocp.CheckpointManagerOptions(
-            max_to_keep=keep,
+            preservation_policy=policies.AnyPreservationPolicy(
+                [policies.LatestN(keep), _Best(self)]
+            ),
             create=keep is not None,
         )
         handlers: dict[str, ocp.CheckpointHandler] = {
@@ -53,6 +71,9 @@ class Checkpoints:
             self._manager = ocp.CheckpointManager(
                 self.directory, options=options, item_handlers=handlers
             )
+            for step in self._manager.all_steps():
+                if (valid_loss := self._read_valid_loss(step)) is not None:
+                    self._valid_losses[step] = valid_loss
         except Exception as error:  # Orbax and TensorStore raise many kinds
             raise CheckpointError(f"{directory}: cannot be opened: {_line(error)}") from error
 
@@ -66,11 +87,30 @@ class Checkpoints:
             if kind is None:  # else the error on its way says more
                 raise self._failed(error) from error
 
+    def _read_valid_loss(self, step: int) -> float | None:
+        only_notes = ocp.args.Composite(**{_NOTES: ocp.args.JsonRestore()})
+        try:
+            return self._manager.restore(step, args=only_notes)[_NOTES][_VALID_LOSS]
+        except Exception:  # a damaged checkpoint is not the best; whoever restores it is told
+            return None
+
     def latest(self) -> int | None:
         """Returns the step of the newest whole checkpoint, or None where there is none."""
         return self._manager.latest_step()
 
-    def save(self, step: int, trees: Mapping[str, Any], notes: Mapping[str, Any]) -> None:
+    def best(self) -> int | None:
+        """Returns the step of the lowest valid loss, the newest where none has a valid loss."""
+        losses = self._valid_losses
+        return min(losses, key=losses.__getitem__) if losses else self.latest()
+
+    def save(
+        self,
+        step: int,
+        trees: Mapping[str, Any],
+        notes: Mapping[str, Any],
+        *,
+        valid_loss: float | None = None,
+    ) -> None:
         """Begins to write a checkpoint, after waiting for the one before.
 
         Args:
@@ -78,9 +118,13 @@ class Checkpoints:
             trees: Trees of arrays by their names in `TREES`. They may be donated once this
                 returns: on a CPU, JAX does not reuse a buffer that Orbax is still reading.
             notes: What JSON can hold.
+            valid_loss: The loss on the valid split at this step, where it is known.
         """
+        if valid_loss is not None:
+            self._valid_losses[step] = valid_loss
+        notes = {**notes, _VALID_LOSS: valid_loss}
         items = {name: ocp.args.StandardSave(_by_place(tree)) for name, tree in trees.items()}
-        args = ocp.args.Composite(**items, **{_NOTES: ocp.args.JsonSave(dict(notes))})
+        args = ocp.args.Composite(**items, **{_NOTES: ocp.args.JsonSave(notes)})
         try:
             self._manager.save(step, args=args, force=True)
         except Exception as error:
@@ -122,7 +166,8 @@ class Checkpoints:
             )
             for name, tree in trees.items()
         }
-        return restored, read[_NOTES]
+        notes = {name: value for name, value in read[_NOTES].items() if name != _VALID_LOSS}
+        return restored, notes
 
     def _failed(self, error: Exception) -> CheckpointError:
         latest = self.latest()
@@ -133,7 +178,10 @@ class Checkpoints:
 
 
 def load_run(run: str | Path) -> tuple[dict[str, Any], Any, Any]:
-    """Returns (config, graphdef, params): `config.json` of a run and its newest decoder.
+    """Returns (config, graphdef, params): `config.json` of a run and its best decoder.
+
+    Which is that of the lowest valid loss among the checkpoints, or the newest one where none has a
+    valid loss.
 
     The run may be in training meanwhile; nothing of it is changed.
 
@@ -159,7 +207,7 @@ def load_run(run: str | Path) -> tuple[dict[str, Any], Any, Any]:
         lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place), shapes
     )
     with Checkpoints(checkpoints, keep=None) as stored:
-        step = stored.latest()
+        step = stored.best()
         if step is None:
             raise CheckpointError(f"{run} has no checkpoint yet; train it for some steps first")
         trees, _ = stored.restore(step, {"params": abstract})

@@ -65,6 +65,45 @@ def prepare(inputs: tuple[str, ...], memory_limit: str, workers: int | None, as_
     print_result(dataclasses.asdict(result), as_json=as_json, text=text)
 
 
+@command.command("train")
+@click.option("--n-layers", default=4, show_default=True, help="Blocks.")
+@click.option("--d-model", default=256, show_default=True, help="Width of the residual stream.")
+@click.option("--n-heads", default=4, show_default=True, help="Heads.")
+@click.option("--d-ff", default=704, show_default=True, help="Width of the MLP.")
+@click.option("--vocab-size", default=267, show_default=True, help="Token ids.")
+@click.option("--seq-len", default=512, show_default=True, help="Tokens in a row.")
+@click.option("--batch-size", default=8, show_default=True, help="Rows in a batch.")
+@click.option("--steps", default=10, show_default=True, help="Steps that are timed.")
+@click.option("--dtype", default="float32", show_default=True, help="float32 or bfloat16.")
+@click.option(
+    "--compare", is_flag=True, help="Plain JAX and PyTorch take turns; needs the extra [parity]."
+)
+@click.option("--seed", default=0, show_default=True, help="Seed of parameters and tokens.")
+@common_options
+def train(as_json: bool, **settings: Any) -> None:
+    """Measure how fast the training step of a decoder of some shape is.
+
+    On random tokens; compiling and loading data are not counted.
+    """
+    from ping_llm.benchmarks import bench_train
+
+    result = bench_train(**settings)
+    mfu = "" if result.mfu is None else f", MFU {result.mfu:.1%}"
+    text = (
+        f"{result.tokens_per_second:,.0f} tokens/s, {result.step_seconds:.3f} s a step, "
+        f"{result.flops_per_second / 1e9:,.1f} GFLOP/s{mfu}, "
+        f"{result.peak_device_bytes / 1e6:,.0f} MB"
+    )
+    beside = {
+        "bare JAX": result.bare_jax,
+        "PyTorch": result.pytorch,
+        "torch.compile": result.pytorch_compiled,
+    }
+    for name, ratio in beside.items():
+        text += "" if ratio is None else f"; {ratio:.2f} x {name}"
+    print_result(dataclasses.asdict(result), as_json=as_json, text=text)
+
+
 @command.command("extract")
 @click.option("--model", required=True, help="Checkpoint directory or hub id.")
 @click.option("--tokens", default=20_000, show_default=True, help="About how many to extract.")

@@ -40,6 +40,16 @@ from ping_llm.cli.options import common_options, print_result
 @click.option("--seq-len", type=int, help="Tokens in a sequence.")
 @click.option("--mesh", help="Devices by axis, such as data=-1,fsdp=1,tensor=1; -1: what is left.")
 @click.option("--seed", type=int, help="Seed of the parameters and of the order of the data.")
+@click.option(
+    "--wandb",
+    type=click.Choice(["disabled", "offline", "online"]),
+    help="Whether Weights & Biases follows the run.  [default: disabled]",
+)
+@click.option(
+    "--profile",
+    type=click.Path(path_type=Path),
+    help="Directory for XLA's trace of five steps, for TensorBoard or Perfetto.",
+)
 @click.option("--coordinator", help="Several processes: address of process 0, HOST:PORT.")
 @click.option("--num-processes", type=int, help="Several processes: how many.")
 @click.option("--process-id", type=int, help="Several processes: which one this is, from 0.")

@@ -13,6 +13,8 @@ from ping_llm.models.config import DecoderConfig
 SITES = ("attn", "mlp", "residual")  # of each block
 END_SITES = ("embed", "final_norm")  # once in the model
 
+UNROLLED_LAYERS = 8  # up to so many; a loop over more keeps compilation short
+
 
 class Block(nnx.Module):
     """One pre-norm block. Returns the residual stream and its hook sites."""
@@ -99,7 +101,8 @@ class Decoder(nnx.Module):
         if self.cfg.remat:
             apply = jax.checkpoint(apply)
         x = sharding.constrain(self.embed(tokens), sharding.RESIDUAL_BTD)
-        return jax.lax.scan(apply, x, (self.blocks, self.layer_windows(tokens.shape[1])))[0]
+        stacked = self.blocks, self.layer_windows(tokens.shape[1])
+        return jax.lax.scan(apply, x, stacked, unroll=self.cfg.n_layers <= UNROLLED_LAYERS)[0]
 
     def layer_windows(self, length: int) -> Int[Array, " L"] | None:
         """Returns the number of keys that a query of each layer sees; None: all, everywhere."""

@@ -52,8 +52,39 @@ def linear(
         kernel_init=nnx.initializers.normal(scale / math.sqrt(d_in)),
         kernel_metadata=sharding.metadata(spec),
         bias_metadata=sharding.metadata(sharding.BIAS_F),
+        dot_general=_dot_general,
         rngs=rngs,
     )
+
+
+@jax.custom_vjp
+def _matmul(x: Float[Array, "... i"], kernel: Float[Array, "i o"]) -> Float[Array, "... o"]:
+    return jax.lax.dot_general(x, kernel, (((x.ndim - 1,), (0,)), ((), ())))
+
+
+def _matmul_forward(x, kernel):
+    return _matmul(x, kernel), (x, kernel)
+
+
+def _matmul_backward(saved, gradient):
+    x, kernel = saved
+    of_x = jax.lax.dot_general(gradient, kernel, (((x.ndim - 1,), (1,)), ((), ())))
+    tokens = tuple(range(x.ndim - 1))
+    contract = ((tokens, tokens), ((), ()))
+    # The first operand is the one that XLA transposes on a CPU, and fuses with what computed it,
+    # which is then slow: let it be the narrower one. JAX's own rule always takes the gradient.
+    if x.shape[-1] <= gradient.shape[-1]:
+        return of_x, jax.lax.dot_general(x, gradient, contract)
+    return of_x, jax.lax.dot_general(gradient, x, contract).T
+
+
+_matmul.defvjp(_matmul_forward, _matmul_backward)
+
+
+def _dot_general(x, kernel, dimension_numbers, **settings):
+    # What `nnx.Linear` asks for is always this one product, in the dtype of its operands.
+    del dimension_numbers, settings
+    return _matmul(x, kernel)
 
 
 def output_scale(cfg: DecoderConfig) -> float:
@@ -107,7 +138,8 @@ def rope_angles(
     """Returns the cosines and sines of the rotations at `positions`, for half a head, float32."""
     frequencies, scale = rope_frequencies(cfg)
     angles = positions[:, :, None, None].astype(jnp.float32) * frequencies  # [B, T, 1, H / 2]
-    return jnp.cos(angles) * scale, jnp.sin(angles) * scale
+    # Computed once: without the barrier XLA would do it again wherever something is rotated.
+    return jax.lax.optimization_barrier((jnp.cos(angles) * scale, jnp.sin(angles) * scale))
 
 
 def rotate(
@@ -142,25 +174,26 @@ def attention(
     """
     B, T, N, H = q.shape
     K = k.shape[2]
-    q = (q * H**-0.5).reshape(B, T, K, N // K, H)
+    q = jnp.moveaxis((q * H**-0.5).reshape(B, T, K, N // K, H), 1, 3)  # [B, K, G, T, H]
+    k, v = jnp.moveaxis(k, 1, 2), jnp.moveaxis(v, 1, 2)  # [B, K, T, H]
     block = jax.checkpoint(_attend_block, static_argnums=(6,))
     outputs = []
     for start in range(0, T, QUERY_BLOCK):
         stop = min(start + QUERY_BLOCK, T)
-        queries, segments = q[:, start:stop], segment_ids[:, start:stop]
-        seen = k[:, :stop], v[:, :stop], segment_ids[:, :stop]
+        queries, segments = q[:, :, :, start:stop], segment_ids[:, start:stop]
+        seen = k[:, :, :stop], v[:, :, :stop], segment_ids[:, :stop]
         outputs.append(block(queries, segments, *seen, window, start))
-    return jnp.concatenate(outputs, axis=1).reshape(B, T, N, H)
+    return jnp.moveaxis(jnp.concatenate(outputs, axis=3), 3, 1).reshape(B, T, N, H)
 
 
 def _attend_block(q, q_segments, k, v, k_segments, window, start):
-    distance = start + np.arange(q.shape[1])[:, None] - np.arange(k.shape[1])  # [t, s]
+    distance = start + np.arange(q.shape[3])[:, None] - np.arange(k.shape[2])  # [t, s]
     visible = (q_segments[:, :, None] == k_segments[:, None, :]) & (distance >= 0)  # [B, t, s]
     if window is not None:
         visible &= distance < window
-    scores = jnp.einsum("btkgh,bskh->bkgts", q, k, preferred_element_type=jnp.float32)
+    scores = jnp.einsum("bkgth,bksh->bkgts", q, k, preferred_element_type=jnp.float32)
     weights = jax.nn.softmax(jnp.where(visible[:, None, None], scores, MASKED))
-    return jnp.einsum("bkgts,bskh->btkgh", weights.astype(v.dtype), v)
+    return jnp.einsum("bkgts,bksh->bkgth", weights.astype(v.dtype), v)
 
 
 # How queries meet keys: called as `attention` is; `prediction/decode.py` adds keys of its own.

@@ -15,6 +15,7 @@ from typing import Any
 from ping_llm import sharding
 from ping_llm.errors import ConfigError
 from ping_llm.models.config import PRESETS, DecoderConfig, YarnScaling
+from ping_llm.tokenizer import FIELDS
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -29,19 +30,34 @@ class TrainConfig:
         seq_len: Tokens in a sequence, T.
         seed: Seed of the initial parameters and of the order of the data.
         mesh: Sizes of the mesh axes, such as `data=-1,fsdp=1,tensor=1`; -1 is what is left.
+        loss_weights: Weight of a target in the objective, by its field: structure, source,
+            destination, time, RTT. What is reported as loss has no weights.
+        z_loss: Weight of the mean squared log of the softmax's denominator in the objective.
+        optimizer: `adamw`, or `muon` for the kernels and AdamW for the rest.
         learning_rate: Peak learning rate.
+        embedding_learning_rate_factor: What the rate is multiplied with for embeddings.
+        norm_learning_rate_factor: The same for norms and biases.
+        schedule: `cosine`, or `wsd`: at the peak until the last `decay_fraction` of the steps.
+        decay_fraction: Part of the steps over which `wsd` goes down.
         final_learning_rate_fraction: Part of the peak that is left at the last step.
         warmup_steps: Steps over which the learning rate rises to its peak.
-        weight_decay: Decoupled weight decay of kernels; norms, biases and embeddings have none.
+        weight_decay: Decoupled weight decay.
+        weight_decay_groups: What decays, of kernel, embedding and norm (biases too).
         beta1: Decay of Adam's first moment.
         beta2: Decay of Adam's second moment.
+        muon_beta: Decay of Muon's momentum.
         clip_norm: Largest global norm of a gradient; a longer one is shortened to it.
+        spike_factor: A step whose gradient is so many times the running mean's norm is skipped;
+            None: only one that is not finite.
+        max_skipped_steps: So many skipped steps in a row end the run.
         accumulate_steps: Parts a batch is cut into, one after the other, to save memory.
         log_every: Steps between lines of `metrics.jsonl`.
         eval_every: Steps between evaluations on the valid split; the last step has one too.
         eval_batches: Batches of the valid split in an evaluation.
-        checkpoint_every: Steps between checkpoints; the last step has one too.
-        keep_checkpoints: Number of newest checkpoints kept.
+        checkpoint_every: Steps between checkpoints; the last step has one too, and each evaluation
+            that is the best so far.
+        keep_checkpoints: Number of newest checkpoints kept, besides the best on the valid split.
+        wandb: Whether Weights & Biases follows the run: `disabled`, `offline` or `online`.
     """
 
     preset: str
@@ -51,31 +67,58 @@ class TrainConfig:
     seq_len: int = 1024
     seed: int = 0
     mesh: str = "data=-1,fsdp=1,tensor=1"
+    loss_weights: tuple[float, ...] = (1.0, 1.0, 1.0, 1.0, 1.0)
+    z_loss: float = 0.0
+    optimizer: str = "adamw"
     learning_rate: float = 1e-3
+    embedding_learning_rate_factor: float = 1.0
+    norm_learning_rate_factor: float = 1.0
+    schedule: str = "cosine"
+    decay_fraction: float = 0.2
     final_learning_rate_fraction: float = 0.1
     warmup_steps: int = 100
     weight_decay: float = 0.1
+    weight_decay_groups: tuple[str, ...] = ("kernel",)
     beta1: float = 0.9
     beta2: float = 0.95
+    muon_beta: float = 0.95
     clip_norm: float = 1.0
+    spike_factor: float | None = 20.0
+    max_skipped_steps: int = 10
     accumulate_steps: int = 1
     log_every: int = 10
     eval_every: int = 200
     eval_batches: int = 8
     checkpoint_every: int = 200
     keep_checkpoints: int = 3
+    wandb: str = "disabled"
 
     def __post_init__(self) -> None:
         sharding.parse_mesh(self.mesh)
         for name in _POSITIVE:
             if getattr(self, name) <= 0:
                 raise ConfigError(f"{name}={getattr(self, name)} must be above 0")
-        for name in ("seed", "warmup_steps", "weight_decay"):
+        for name in ("seed", "warmup_steps", "weight_decay", "z_loss"):
             if getattr(self, name) < 0:
                 raise ConfigError(f"{name}={getattr(self, name)} must not be negative")
-        for name in ("beta1", "beta2", "final_learning_rate_fraction"):
+        for name in ("beta1", "beta2", "muon_beta", "final_learning_rate_fraction"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ConfigError(f"{name}={getattr(self, name)} must be between 0 and 1")
+        if not 0 < self.decay_fraction <= 1:
+            raise ConfigError(f"decay_fraction={self.decay_fraction} must be in (0, 1]")
+        for name, known in _CHOICES.items():
+            value = getattr(self, name)
+            for chosen in (value,) if isinstance(value, str) else value:
+                if chosen not in known:
+                    raise ConfigError(f"{name}={chosen!r} is not one of {', '.join(known)}")
+        weights = self.loss_weights
+        if len(weights) != len(FIELDS) or min(weights) < 0 or not any(weights):
+            raise ConfigError(
+                f"loss_weights={weights} must be {len(FIELDS)} numbers, none negative and not all "
+                f"0: {', '.join(FIELDS)}"
+            )
+        if self.spike_factor is not None and self.spike_factor <= 1:
+            raise ConfigError(f"spike_factor={self.spike_factor} must be above 1, or none")
         batch_size, accumulate_steps = self.batch_size, self.accumulate_steps
         if batch_size % accumulate_steps:
             raise ConfigError(f"{accumulate_steps=} must divide {batch_size=}")
@@ -86,7 +129,10 @@ _POSITIVE = (
     "batch_size",
     "seq_len",
     "learning_rate",
+    "embedding_learning_rate_factor",
+    "norm_learning_rate_factor",
     "clip_norm",
+    "max_skipped_steps",
     "accumulate_steps",
     "log_every",
     "eval_every",
@@ -94,6 +140,13 @@ _POSITIVE = (
     "checkpoint_every",
     "keep_checkpoints",
 )
+
+_CHOICES = {
+    "optimizer": ("adamw", "muon"),
+    "schedule": ("cosine", "wsd"),
+    "weight_decay_groups": ("kernel", "embedding", "norm"),
+    "wandb": ("disabled", "offline", "online"),
+}
 
 # What a resumed run may change: none of these alters what a step computes but `steps`, whose
 # schedule it is.
@@ -105,6 +158,8 @@ CHANGEABLE = (
     "eval_batches",
     "checkpoint_every",
     "keep_checkpoints",
+    "max_skipped_steps",
+    "wandb",
 )
 
 # Training settings that differ from the defaults above, by preset.

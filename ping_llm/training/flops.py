@@ -4,6 +4,7 @@ Only work on real tokens counts: padding is not work, and a query is charged for
 see in its own segment, not for the whole row.
 """
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
@@ -66,3 +67,9 @@ def peak_flops(device_kind: str) -> float | None:
         if device_kind.startswith(kind):
             return peak
     return None
+
+
+def peak_of_devices() -> float | None:
+    """Returns what all of JAX's devices could do together, in FLOP/s; None where unknown."""
+    peak = peak_flops(jax.devices()[0].device_kind)
+    return None if peak is None else peak * jax.device_count()

@@ -5,6 +5,7 @@ import json
 import signal
 import threading
 from collections.abc import Iterable
+from math import inf
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -30,8 +31,12 @@ from ping_llm.training.step import (
     make_eval_step,
     make_train_step,
 )
+from ping_llm.training.tracking import Tracker
 
 SCHEMA_VERSION = 1
+
+# Which steps `profile` traces: some after the first ones, whose allocations are not typical.
+UNTRACED_STEPS, TRACED_STEPS = 2, 5
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -75,6 +80,8 @@ def train(
     seq_len: int | None = None,
     mesh: str | None = None,
     seed: int | None = None,
+    wandb: str | None = None,
+    profile: str | Path | None = None,
     coordinator: str | None = None,
     num_processes: int | None = None,
     process_id: int | None = None,
@@ -89,11 +96,13 @@ def train(
         preset: Name of a model and its settings; None: `tiny`.
         config_file: TOML file of settings.
         overrides: Settings as `key=value`.
-        steps: As in `TrainConfig`, like the next four; None: what the settings above say.
+        steps: As in `TrainConfig`, like the next five; None: what the settings above say.
         batch_size: Sequences in a global batch.
         seq_len: Tokens in a sequence.
         mesh: Sizes of the mesh axes.
         seed: Seed of parameters and data order.
+        wandb: Whether Weights & Biases follows the run.
+        profile: A directory for XLA's trace of some steps, for TensorBoard or Perfetto.
         coordinator: Address of process 0, `host:port`, for a run of several processes.
         num_processes: How many there are.
         process_id: Which one this is.
@@ -103,7 +112,7 @@ def train(
         DataError: `data` is not a data set.
         StorageError: `output` cannot be written.
         CheckpointError: A checkpoint cannot be written or read.
-        TrainingError: The loss is not a number any more.
+        TrainingError: Too many steps in a row had to be skipped.
         Stopped: SIGINT or SIGTERM came; the run is saved.
     """
     cfg = load_config(
@@ -116,6 +125,7 @@ def train(
             "seq_len": seq_len,
             "mesh": mesh,
             "seed": seed,
+            "wandb": wandb,
         },
     )
     if cfg.model.vocab_size < tokenizer.VOCAB_SIZE:
@@ -152,7 +162,11 @@ def train(
                 count=cfg.eval_batches,
             )
             valid = [_rows_of(batch, index, count) for batch in batches]
-            _Run(cfg, loader, valid, checkpoints, log, device_mesh).train()
+            config = to_json(cfg) if jax.process_index() == 0 else {}
+            mode = cfg.wandb if jax.process_index() == 0 else "disabled"
+            with Tracker(output, mode=mode, config=config) as tracker:
+                run = _Run(cfg, loader, valid, checkpoints, log, tracker, device_mesh)
+                run.train(None if profile is None else Path(profile))
             if jax.process_index() == 0:
                 report.loss_plot(log.rows, output / "loss.png")
     return _result(cfg, output, log)
@@ -168,10 +182,12 @@ class _Run:
         valid: list[Batch],
         checkpoints: Checkpoints,
         log: RunLog,
+        tracker: Tracker,
         mesh: Mesh,
     ):
         self.cfg, self.loader, self.checkpoints, self.log = cfg, loader, checkpoints, log
-        self.mesh = mesh
+        self.tracker, self.mesh = tracker, mesh
+        self.best = min((row["valid_loss"] for row in log.rows if "valid_loss" in row), default=inf)
         self.valid = [self._place(batch) for batch in valid]
         self.schedule = learning_rate_at(cfg)
         tx = make_optimizer(cfg)
@@ -188,22 +204,24 @@ class _Run:
             _, self.state = init_state(cfg.model, tx, seed=cfg.seed, mesh=mesh)
             self.meter = Meter(cfg)
         self.eval_step = make_eval_step(graphdef)
-        train_step = make_train_step(graphdef, cfg.model, tx, accumulate_steps=cfg.accumulate_steps)
+        train_step = make_train_step(graphdef, cfg, tx)
         with jax.set_mesh(mesh):
             # Compiled once, for one shape: another one is an error, not a silent recompilation.
             self.train_step = train_step.lower(abstract, self._batch_shapes()).compile()
 
-    def train(self) -> None:
-        """Takes the steps that are left."""
+    def train(self, profile: Path | None) -> None:
+        """Takes the steps that are left; `profile` is where a trace of some of them goes."""
         cfg = self.cfg
         title = f"train {cfg.preset}, {cfg.model.parameter_count():,} parameters"
         with (
             _StopSignals() as signals,
             progress(title, total=cfg.steps, unit="steps", initial=self.step) as bar,
             jax.set_mesh(self.mesh),
+            _Trace(profile, first=self.step + 1 + UNTRACED_STEPS) as trace,
         ):
             self.meter.start_clock()
             while self.step < cfg.steps:
+                trace.before(self.step + 1, self.meter)
                 batch = self._place(next(self.loader))
                 self.state, metrics = self.train_step(self.state, batch)
                 self.step += 1
@@ -211,17 +229,22 @@ class _Run:
                 last = self.step == cfg.steps
                 log_now = last or self.step % cfg.log_every == 0
                 stop = None if last else signals.agreed(at_log_point=log_now)
+                valid_loss = None
                 if log_now or self.step % cfg.eval_every == 0:
-                    self._write_row(evaluate=last or self.step % cfg.eval_every == 0)
+                    valid_loss = self._write_row(evaluate=last or self.step % cfg.eval_every == 0)
                 bar.update(done=self.step, note=self.meter.note)
-                if last or stop or self.step % cfg.checkpoint_every == 0:
-                    self._save()
+                is_best = valid_loss is not None and valid_loss < self.best
+                if last or stop or is_best or self.step % cfg.checkpoint_every == 0:
+                    self._save(valid_loss)
+                if is_best:
+                    self.best = valid_loss
                 if last or stop:
                     self.checkpoints.wait()
                 if stop:
                     raise Stopped(stop)
 
-    def _write_row(self, *, evaluate: bool) -> None:
+    def _write_row(self, *, evaluate: bool) -> float | None:
+        """Writes a line about the newest steps; returns the valid loss where it was measured."""
         self.meter.fetch()
         row = self.meter.row(self.step, float(self.schedule(self.step - 1)))
         if evaluate and self.valid:
@@ -231,12 +254,14 @@ class _Run:
             row |= by_field("valid_loss_", nll, count)
             self.meter.start_clock()
         self.log.append(row)
+        self.tracker.log(row)
+        return row.get("valid_loss")
 
-    def _save(self) -> None:
-        self.meter.fetch()  # nothing that is not finite gets into a checkpoint
+    def _save(self, valid_loss: float | None) -> None:
+        self.meter.fetch()
         trees = {"params": self.state.params, "opt_state": self.state.opt_state}
         notes = {"loader": _all_lanes(self.loader), "meter": self.meter.state()}
-        self.checkpoints.save(self.step, trees, notes)
+        self.checkpoints.save(self.step, trees, notes, valid_loss=valid_loss)
 
     def _batch_shapes(self) -> dict[str, jax.ShapeDtypeStruct]:
         shape = (self.cfg.batch_size, self.cfg.seq_len)
@@ -270,6 +295,33 @@ def _all_lanes(loader: pipeline.TrainLoader) -> dict[str, Any]:
     gathered = np.asarray(multihost_utils.process_allgather(places)).tolist()
     states = {first: {**state, "first_lane": first, "positions": at} for first, *at in gathered}
     return pipeline.merge_states(list(states.values()))
+
+
+class _Trace:
+    """XLA's trace of a few steps, in `directory`; a context manager. None: of none."""
+
+    def __init__(self, directory: Path | None, *, first: int):
+        self._directory, self._first, self._running = directory, first, False
+
+    def before(self, step: int, meter: Meter) -> None:
+        """Begins or ends the trace where `step` is the first of it, or the first after it."""
+        if self._directory is None:
+            return
+        if step == self._first:
+            meter.fetch()  # what was under way does not belong to it
+            jax.profiler.start_trace(self._directory)
+            self._running = True
+        elif step == self._first + TRACED_STEPS:
+            meter.fetch()
+            self.__exit__()
+
+    def __enter__(self) -> "_Trace":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._running:
+            jax.profiler.stop_trace()
+            self._running = False
 
 
 class _StopSignals:

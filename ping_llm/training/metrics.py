@@ -34,7 +34,8 @@ class Meter:
 
     def __init__(self, cfg: TrainConfig, saved: Mapping[str, Any] | None = None):
         """Starts from nothing, or from what `state` gave when a checkpoint was written."""
-        saved = saved or {"window": [], "totals": {"seconds": 0.0, "tokens": 0.0, "flops": 0.0}}
+        nothing = {"seconds": 0.0, "tokens": 0.0, "flops": 0.0, "skipped": 0, "skipped_in_a_row": 0}
+        saved = saved or {"window": [], "totals": nothing}
         self._cfg = cfg
         self._window = deque(saved["window"], maxlen=cfg.log_every)
         self._totals: dict[str, float] = dict(saved["totals"])
@@ -56,35 +57,59 @@ class Meter:
         """Waits for every step so far and adds up what they gave.
 
         Raises:
-            TrainingError: A loss or a gradient was not finite.
+            TrainingError: Too many steps in a row were skipped.
         """
         fetched = jax.device_get([metrics for _, metrics in self._pending])
         now = time.monotonic()
         tokens = 0.0
         for (step, _), metrics in zip(self._pending, fetched, strict=True):
             values = {name: np.asarray(value).tolist() for name, value in metrics.items()}
-            if not (math.isfinite(values["loss"]) and math.isfinite(values["grad_norm"])):
-                loss, grad_norm = values["loss"], values["grad_norm"]
-                raise TrainingError(
-                    f"step {step} went out of bounds: {loss=}, {grad_norm=}; the checkpoints "
-                    f"before it are kept; a smaller learning_rate (now "
-                    f"{self._cfg.learning_rate}) or clip_norm (now {self._cfg.clip_norm}) may help"
-                )
             tokens += values["tokens"]
             model, pairs = self._cfg.model, values["pairs"]
             self._totals["flops"] += flops.training_flops(model, values["tokens"], pairs)
-            self._window.append(values)
+            if values["skipped"]:
+                self._note_skipped(step, values["loss"], values["grad_norm"])
+            else:
+                self._totals["skipped_in_a_row"] = 0
+                self._window.append(values)
         if self._pending:
             self._totals["tokens"] += tokens
             self._totals["seconds"] += now - self._clock
             self.tokens_per_second = tokens / (now - self._clock)
-            loss = self._window[-1]["loss"]
+            loss = self._window[-1]["loss"] if self._window else math.nan
             self.note = f"loss {loss:.4f}  {self.tokens_per_second:,.0f} tokens/s"
         self._pending.clear()
         self._clock = now
 
+    def _note_skipped(self, step: int, loss: float, grad_norm: float) -> None:
+        self._totals["skipped"] += 1
+        self._totals["skipped_in_a_row"] += 1
+        shown = f"{loss=:.4g}, {grad_norm=:.4g}"
+        print(f"step {step} skipped, nothing was changed: {shown}", file=sys.stderr, flush=True)
+        if (count := self._totals["skipped_in_a_row"]) >= self._cfg.max_skipped_steps:
+            finite = math.isfinite(grad_norm)
+            raise TrainingError(
+                f"step {step} is number {count:.0f} in a row that was skipped: {shown}; the "
+                "checkpoints before are kept; "
+                + (
+                    f"try a larger spike_factor than {self._cfg.spike_factor}, or "
+                    if finite
+                    else "try "
+                )
+                + f"a smaller learning_rate than {self._cfg.learning_rate}"
+            )
+
     def row(self, step: int, learning_rate: float) -> dict[str, Any]:
-        """Returns the line of `metrics.jsonl` for a step whose metrics were fetched."""
+        """Returns the line of `metrics.jsonl` for a step whose metrics were fetched.
+
+        Raises:
+            TrainingError: No step so far was anything but skipped.
+        """
+        if not self._window:
+            raise TrainingError(
+                f"each of the first {step} steps was skipped; try a smaller learning_rate than "
+                f"{self._cfg.learning_rate}"
+            )
         nll = np.sum([values["field_nll"] for values in self._window], axis=0)
         count = np.sum([values["field_count"] for values in self._window], axis=0)
         places = step * self._cfg.batch_size * self._cfg.seq_len
@@ -96,6 +121,7 @@ class Meter:
             "grad_norm": self._window[-1]["grad_norm"],
             "learning_rate": learning_rate,
             "real_tokens_per_second": self.tokens_per_second,
+            "skipped_steps": totals["skipped"],
             "tokens": int(totals["tokens"]),
             "padding_fraction": 1 - totals["tokens"] / places,
             "flops": totals["flops"],
@@ -109,10 +135,10 @@ class Meter:
         return {"window": list(self._window), "totals": dict(self._totals)}
 
     def _mfu(self) -> float | None:
-        peak = flops.peak_flops(jax.devices()[0].device_kind)
+        peak = flops.peak_of_devices()
         if peak is None or not self._totals["seconds"]:
             return None
-        return self._totals["flops"] / self._totals["seconds"] / (peak * jax.device_count())
+        return self._totals["flops"] / self._totals["seconds"] / peak
 
 
 def by_field(prefix: str, nll: np.ndarray, count: np.ndarray) -> dict[str, float | None]:

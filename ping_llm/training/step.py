@@ -16,6 +16,7 @@ from ping_llm import tokenizer
 from ping_llm.models.config import DecoderConfig
 from ping_llm.models.decoder import Decoder
 from ping_llm.training import flops
+from ping_llm.training.config import TrainConfig
 
 Arrays = Mapping[str, Array]
 
@@ -57,12 +58,24 @@ def abstract_state(
     graphdef = nnx.graphdef(nnx.eval_shape(lambda: Decoder(cfg, rngs=nnx.Rngs(0))))
     with jax.set_mesh(mesh):
         state = jax.eval_shape(lambda: _new_state(cfg, tx, jax.random.key(0)))
-        shardings = nnx.get_named_sharding(state, mesh)
+        shardings = _unmasked(state, nnx.get_named_sharding(state, mesh))
 
     def place(leaf, where):
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where)
 
     return graphdef, jax.tree.map(place, state, shardings)
+
+
+def _unmasked(state: Any, shardings: Any) -> Any:
+    """Returns `shardings` without those of variables that an optimizer leaves to another one.
+
+    Optax puts an empty node in their place, to which Flax gives a sharding nevertheless.
+    """
+
+    def keep(variable, where):
+        return where if jax.tree.leaves(variable) else variable
+
+    return jax.tree.map(keep, state, shardings, is_leaf=lambda x: isinstance(x, nnx.Variable))
 
 
 def _new_state(cfg: DecoderConfig, tx: optax.GradientTransformation, key: Array) -> TrainState:
@@ -93,72 +106,81 @@ def field_losses(
     return jnp.einsum("btf,bt->f", chosen, nll), jnp.sum(chosen, axis=(0, 1))
 
 
-def _negative_log_likelihood(graphdef: Any, params: Any, batch: Arrays) -> Float[Array, "B T"]:
+def _logits(graphdef: Any, params: Any, batch: Arrays) -> Float[Array, "B T V"]:
     model = nnx.merge(graphdef, params)
-    logits = model(batch["inputs"], batch["segment_ids"], batch["positions"])
-    return optax.softmax_cross_entropy_with_integer_labels(logits, batch["targets"])
+    return model(batch["inputs"], batch["segment_ids"], batch["positions"])
+
+
+_negative_log_likelihood = optax.softmax_cross_entropy_with_integer_labels
 
 
 def make_train_step(
-    graphdef: Any,
-    cfg: DecoderConfig,
-    tx: optax.GradientTransformation,
-    *,
-    accumulate_steps: int = 1,
+    graphdef: Any, cfg: TrainConfig, tx: optax.GradientTransformation
 ) -> Callable[[TrainState, Arrays], tuple[TrainState, dict[str, Array]]]:
     """Returns the compiled `train_step(state, batch) -> (state, metrics)`; `state` is given up.
 
     It is to be called where `jax.set_mesh` holds.
 
-    The metrics of a step: `loss`, nats per target, `grad_norm` before clipping, `field_nll` and
-    `field_count` by `tokenizer.FIELDS`, `tokens` that are not padding, and `pairs` as
+    The metrics of a step: `loss`, nats per target, unweighted; `grad_norm` before clipping;
+    `skipped`, whether the optimizer's guard left everything as it was; `field_nll` and
+    `field_count` by `tokenizer.FIELDS`; `tokens` that are not padding; `pairs` as
     `flops.attended_pairs` counts them.
+
+    Where `cfg.accumulate_steps` is above 1, the gradients of so many parts of the batch are added
+    up, and the step is that of the whole batch.
 
     Args:
         graphdef: The static part of the model.
-        cfg: Its shape.
-        tx: The optimizer.
-        accumulate_steps: Number of parts the batch is cut into; their gradients are added up, and
-            the step is that of the whole batch.
+        cfg: The run's settings.
+        tx: The optimizer, as `make_optimizer` makes it.
     """
+    weights = jnp.asarray(cfg.loss_weights, jnp.float32)  # by field
 
-    def loss_fn(params, batch, count):
-        nll = _negative_log_likelihood(graphdef, params, batch)
+    def loss_fn(params, batch, total):
+        logits = _logits(graphdef, params, batch)
+        nll = _negative_log_likelihood(logits, batch["targets"])
         fields = target_fields(batch["inputs"], batch["targets"])
-        sums = field_losses(nll, fields, batch["mask"])
-        return jnp.sum(nll * batch["mask"]) / count, sums
+        weight = batch["mask"] * weights[fields]
+        objective = jnp.sum(nll * weight)
+        if cfg.z_loss:
+            log_z = jax.nn.logsumexp(logits, axis=-1)
+            objective += cfg.z_loss * jnp.sum(log_z**2 * weight)
+        return objective / total, field_losses(nll, fields, batch["mask"])
 
     def gradients(params, batch):
-        count = jnp.maximum(jnp.sum(batch["mask"]), 1.0)
-        value_and_grad = jax.value_and_grad(loss_fn, has_aux=True)
-        if accumulate_steps == 1:
-            return value_and_grad(params, batch, count)
+        fields = target_fields(batch["inputs"], batch["targets"])
+        total = jnp.maximum(jnp.sum(batch["mask"] * weights[fields]), 1.0)
+        grad = jax.grad(loss_fn, has_aux=True)
+        if cfg.accumulate_steps == 1:
+            return grad(params, batch, total)
 
-        def add_part(total, part):
-            return jax.tree.map(jnp.add, total, value_and_grad(params, part, count)), None
+        def add_part(so_far, part):
+            return jax.tree.map(jnp.add, so_far, grad(params, part, total)), None
 
-        parts = jax.tree.map(lambda rows: _cut(rows, accumulate_steps), batch)
+        parts = jax.tree.map(lambda rows: _cut(rows, cfg.accumulate_steps), batch)
         first = jax.tree.map(lambda rows: rows[0], parts)
-        shapes = jax.eval_shape(value_and_grad, params, first, count)
+        shapes = jax.eval_shape(grad, params, first, total)
         zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
         return jax.lax.scan(add_part, zeros, parts)[0]
 
     def train_step(state: TrainState, batch: Arrays):
-        (loss, (nll, count)), grads = gradients(state.params, batch)
+        grads, (nll, count) = gradients(state.params, batch)
         updates, opt_state = tx.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         segment_ids, positions = batch["segment_ids"], batch["positions"]
         metrics = {
-            "loss": loss,
+            "loss": jnp.sum(nll) / jnp.maximum(jnp.sum(count), 1.0),
             "grad_norm": optax.tree.norm(grads),
+            "skipped": opt_state.skipped,
             "field_nll": nll,
             "field_count": count,
             "tokens": jnp.sum(segment_ids != 0),
-            "pairs": flops.attended_pairs(cfg, segment_ids, positions),
+            "pairs": flops.attended_pairs(cfg.model, segment_ids, positions),
         }
         # Said again for what comes out, or XLA might lay it out otherwise.
         new_state = TrainState(state.step + 1, params, opt_state)
-        new_state = jax.lax.with_sharding_constraint(new_state, nnx.get_partition_spec(new_state))
+        specs = _unmasked(new_state, nnx.get_partition_spec(new_state))
+        new_state = jax.lax.with_sharding_constraint(new_state, specs)
         return new_state, jax.lax.with_sharding_constraint(metrics, P())
 
     return jax.jit(train_step, donate_argnames="state")
@@ -168,7 +190,7 @@ def make_eval_step(graphdef: Any) -> Callable[[Any, Arrays], tuple[Array, Array]
     """Returns the compiled `eval_step(params, batch)`: per field, the NLL's sum and the count."""
 
     def eval_step(params, batch):
-        nll = _negative_log_likelihood(graphdef, params, batch)
+        nll = _negative_log_likelihood(_logits(graphdef, params, batch), batch["targets"])
         fields = target_fields(batch["inputs"], batch["targets"])
         sums = field_losses(nll, fields, batch["mask"])
         return jax.lax.with_sharding_constraint(sums, P())

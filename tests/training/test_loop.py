@@ -1,16 +1,24 @@
+import dataclasses
 import json
 import os
 import random
 import shutil
 import signal
+import struct
 import subprocess
 import sys
 import time
 
+import jax
 import pytest
+from wandb.proto import wandb_internal_pb2
 
+from ping_llm import sharding
+from ping_llm.checkpoints import Checkpoints, load_run
+from ping_llm.data import pipeline
 from ping_llm.errors import CheckpointError, ConfigError, DataError, Stopped, TrainingError
 from ping_llm.training.loop import train
+from ping_llm.training.step import make_eval_step
 
 SMALL = [
     "model.n_layers=1",
@@ -147,11 +155,74 @@ def test_a_damaged_checkpoint_says_what_to_do(copy_of_finished, probe_rows):
         run(probe_rows, copy_of_finished, steps=8)
 
 
-def test_a_loss_that_is_not_a_number_stops_and_keeps_the_checkpoints(probe_rows, tmp_path):
+def test_a_loss_that_stays_no_number_ends_the_run_and_keeps_the_checkpoints(probe_rows, tmp_path):
     overrides = ["learning_rate=1e30", "clip_norm=1e30", "checkpoint_every=1", "warmup_steps=0"]
-    with pytest.raises(TrainingError, match=r"step \d went out of bounds: .*=nan"):
-        run(probe_rows, tmp_path / "run", *overrides)
-    assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["1"]
+    with pytest.raises(TrainingError, match=r"in a row that was skipped: .*=nan"):
+        run(probe_rows, tmp_path / "run", *overrides, "max_skipped_steps=2", "eval_every=1000")
+    assert "1" in [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()]
+
+
+def test_the_best_on_valid_is_kept_and_is_what_is_loaded(probe_rows, tmp_path):
+    output = tmp_path / "run"
+    settings = ["keep_checkpoints=1", "checkpoint_every=100", "eval_every=1", "warmup_steps=3"]
+    # At this rate the loss falls at first and then goes wild.
+    run(probe_rows, output, *settings, "learning_rate=3", steps=12)
+    losses = {row["step"]: row["valid_loss"] for row in lines(output)}
+    best = min(losses, key=losses.__getitem__)
+    assert best != 12, "choose other settings: the last step is the best one"
+    kept = sorted(int(path.name) for path in (output / "checkpoints").iterdir())
+    assert kept == [best, 12]
+    with Checkpoints(output / "checkpoints", keep=None) as checkpoints:
+        assert checkpoints.best() == best
+    _, graphdef, params = load_run(output)
+    evaluate = make_eval_step(graphdef)
+    (batch,) = pipeline.eval_batches(probe_rows, "valid", batch_size=4, seq_len=64, count=1)
+    with jax.set_mesh(sharding.make_mesh()):
+        nll, count = evaluate(params, dataclasses.asdict(batch))
+    assert float(nll.sum() / count.sum()) == pytest.approx(losses[best], rel=1e-5)
+    # A resumed run knows the best one of before, and goes on from the newest.
+    assert run(probe_rows, output, *settings, "learning_rate=3", steps=13).step == 13
+    assert best in [int(path.name) for path in (output / "checkpoints").iterdir()]
+
+
+def test_a_trace_of_some_steps_is_written(probe_rows, tmp_path):
+    train(probe_rows, tmp_path / "run", overrides=SMALL, steps=9, profile=tmp_path / "trace")
+    assert list((tmp_path / "trace").rglob("*.xplane.pb"))
+
+
+def test_weights_and_biases_follows_offline_as_one_run_over_a_resume(probe_rows, tmp_path):
+    output = tmp_path / "run"
+    for steps in (2, 4):
+        run(probe_rows, output, "wandb=offline", steps=steps)
+    ids = {path.name.split("-", 3)[-1] for path in (output / "wandb").glob("offline-run-*")}
+    assert ids == {(output / "wandb" / "id.txt").read_text().strip()}
+    steps = []
+    for file in sorted((output / "wandb").glob("offline-run-*/*.wandb")):
+        steps += logged_steps(file)
+    assert steps == [1, 2, 3, 4]
+
+
+def logged_steps(path):
+    """Returns the steps in a file of Weights & Biases that a later sync would send.
+
+    It is a log of LevelDB's form: blocks of 32 KiB of records, each with a checksum, a length and
+    whether it is whole (1), or the first (2), a middle (3) or the last part (4).
+    """
+    data, at, record, steps = path.read_bytes(), 7, b"", []
+    while at + 7 <= len(data):
+        if (left := 32768 - at % 32768) < 7:
+            at += left
+            continue
+        _, length, kind = struct.unpack_from("<IHB", data, at)
+        record += data[at + 7 : at + 7 + length]
+        at += 7 + length
+        if kind in (1, 4):
+            message = wandb_internal_pb2.Record.FromString(record)
+            for item in message.history.item:
+                if item.key == "_step" or list(item.nested_key) == ["_step"]:
+                    steps.append(int(item.value_json))
+            record = b""
+    return steps
 
 
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])

@@ -1,3 +1,4 @@
+import dataclasses
 import json
 
 import jax.numpy as jnp
@@ -17,6 +18,7 @@ def step_metrics(loss, *, tokens=18, grad_norm=1.0):
     values = {
         "loss": loss,
         "grad_norm": grad_norm,
+        "skipped": not np.isfinite(loss + grad_norm),
         "field_nll": loss * count,
         "field_count": count,
         "tokens": tokens,
@@ -59,14 +61,33 @@ def test_a_meter_goes_on_from_what_was_saved():
 
 
 @pytest.mark.parametrize("bad", [dict(loss=np.nan), dict(loss=1.0, grad_norm=np.inf)])
-def test_what_is_not_finite_stops_the_run_with_its_step(bad):
+def test_a_skipped_step_is_told_counted_and_left_out_of_the_loss(bad, capsys):
     meter = Meter(CFG)
-    meter.add(1, step_metrics(1.0))
-    meter.add(2, step_metrics(**bad))
-    with pytest.raises(
-        TrainingError, match=r"step 2 went out of bounds: .* smaller learning_rate \(now 0.003\)"
-    ):
+    for step, values in enumerate([dict(loss=3.0), bad, dict(loss=5.0)], start=1):
+        meter.add(step, step_metrics(**values))
+    meter.fetch()
+    assert "step 2 skipped, nothing was changed: loss=" in capsys.readouterr().err
+    row = meter.row(3, learning_rate=0.5)
+    assert row["loss"] == 4.0
+    assert row["skipped_steps"] == 1
+    assert row["tokens"] == 54
+    json.dumps(row, allow_nan=False)
+
+
+def test_too_many_skipped_steps_in_a_row_end_the_run():
+    meter = Meter(dataclasses.replace(CFG, max_skipped_steps=3))
+    for step, loss in enumerate([np.nan, np.nan, 1.0, np.nan, np.nan, np.nan], start=1):
+        meter.add(step, step_metrics(loss))
+    with pytest.raises(TrainingError, match=r"step 6 is number 3 in a row .* learning_rate than"):
         meter.fetch()
+
+
+def test_a_line_needs_a_step_that_was_not_skipped():
+    meter = Meter(CFG)
+    meter.add(1, step_metrics(np.nan))
+    meter.fetch()
+    with pytest.raises(TrainingError, match="each of the first 1 steps was skipped"):
+        meter.row(1, learning_rate=0.5)
 
 
 def test_lines_after_the_last_step_and_torn_ones_are_cut(tmp_path):

@@ -31,8 +31,9 @@ def free_port():
 
 
 def train(data, output, *, processes, steps, mesh):
-    """Runs `ping-llm train` in so many processes of two devices each."""
-    environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
+    """Runs `ping-llm train`: several processes have four devices in all, one has two."""
+    devices = max(4 // processes, 1) if processes > 1 else 2
+    environment = os.environ | {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"}
     flags = ["--data", str(data), "--output", str(output), "--steps", str(steps), "--mesh", mesh]
     flags += [f"--set={text}" for text in SETTINGS]
     coordinator = f"127.0.0.1:{free_port()}"
@@ -75,3 +76,11 @@ def test_two_processes_train_as_one_and_resume_as_any_number(probe_rows, tmp_pat
     # The cosine's end moves with `steps`; at these few steps of warm-up it has not begun.
     np.testing.assert_allclose(got, expected, rtol=1e-5)
     np.testing.assert_allclose(got_valid, expected_valid, rtol=1e-4)
+
+
+@pytest.mark.slow
+def test_four_processes_train_as_one(probe_rows, tmp_path):
+    one, four = tmp_path / "one", tmp_path / "four"
+    train(probe_rows, one, processes=1, steps=5, mesh="data=2")
+    train(probe_rows, four, processes=4, steps=5, mesh="data=2,tensor=2")
+    np.testing.assert_allclose(losses(four)[0], losses(one)[0], rtol=1e-5)

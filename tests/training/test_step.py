@@ -3,8 +3,8 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
+from flax import nnx
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
@@ -47,28 +47,32 @@ def batch(seed=0):
 
 
 class Trainer:
-    """A model, an optimizer and a mesh, to take steps from the same start again and again."""
+    """A model, an optimizer and a mesh, to take steps from the same start again and again.
 
-    def __init__(self, *, cfg=TINY, tx=None, **axis_sizes):
-        self.cfg, self.mesh = cfg, sharding.make_mesh(**(axis_sizes or dict(data=4)))
-        flags = ["warmup_steps=1", "learning_rate=1e-2"]
-        self.tx = tx or make_optimizer(load_config(overrides=flags))
+    `changes` of `steps` are settings that differ from those of the trainer.
+    """
+
+    def __init__(self, *overrides, cfg=TINY, **axis_sizes):
+        self.mesh = sharding.make_mesh(**(axis_sizes or dict(data=4)))
+        flags = ["warmup_steps=1", "learning_rate=1e-2", *overrides]
+        self.cfg = dataclasses.replace(load_config(overrides=flags), model=cfg)
+        self.tx = make_optimizer(self.cfg)
         self.graphdef, self.start = init_state(cfg, self.tx, seed=0, mesh=self.mesh)
         self._compiled = {}
 
-    def steps(self, batches, *, accumulate_steps=1):
+    def steps(self, batches, **changes):
         """Returns (state, metrics of each step) after a step on each batch."""
         state, metrics = jax.tree.map(jnp.copy, self.start), []
+        key = tuple(changes.items())
         with jax.set_mesh(self.mesh):
             for batch in batches:
                 placed = sharding.place_batch(self.mesh, batch)
-                if accumulate_steps not in self._compiled:
-                    step = make_train_step(
-                        self.graphdef, self.cfg, self.tx, accumulate_steps=accumulate_steps
-                    )
-                    self._compiled[accumulate_steps] = step.lower(state, placed).compile()
+                if key not in self._compiled:
+                    cfg = dataclasses.replace(self.cfg, **changes)
+                    step = make_train_step(self.graphdef, cfg, self.tx)
+                    self._compiled[key] = step.lower(state, placed).compile()
                 # Compiled for one layout: this fails if the state came out laid out otherwise.
-                state, one = self._compiled[accumulate_steps](state, placed)
+                state, one = self._compiled[key](state, placed)
                 metrics.append(jax.device_get(one))
         return state, metrics
 
@@ -82,18 +86,29 @@ def trainer():
     return Trainer()
 
 
-@pytest.mark.parametrize(("fsdp", "tensor"), [(4, 1), (2, 2), (1, 4)])
-def test_the_loss_does_not_depend_on_the_mesh(trainer, fsdp, tensor):
-    batches = [batch(seed) for seed in range(3)]
-    state, metrics = Trainer(data=1, fsdp=fsdp, tensor=tensor).steps(batches)
+@pytest.mark.parametrize(("data", "fsdp", "tensor"), [(1, 4, 1), (2, 1, 2), (1, 1, 4)])
+def test_the_first_five_losses_do_not_depend_on_the_mesh(trainer, data, fsdp, tensor):
+    batches = [batch(seed) for seed in range(5)]
+    state, metrics = Trainer(data=data, fsdp=fsdp, tensor=tensor).steps(batches)
     np.testing.assert_allclose(losses(metrics), losses(trainer.steps(batches)[1]), rtol=1e-5)
-    adam = state.opt_state[1][0]
+    adam = state.opt_state.inner[1][0]
     params = jax.tree.leaves(state.params)
     for moments in (adam.mu, adam.nu):
         for moment, param in zip(jax.tree.leaves(moments), params, strict=True):
             assert moment.sharding.is_equivalent_to(param.sharding, param.ndim)
     kernel = state.params["blocks"]["mlp"]["up"]["kernel"][...]
-    assert kernel.addressable_shards[0].data.size == kernel.size // 4
+    assert kernel.addressable_shards[0].data.size == kernel.size // (fsdp * tensor)
+
+
+def test_muons_moments_are_sharded_like_their_parameters_too():
+    state = Trainer("optimizer=muon", data=1, fsdp=2, tensor=2).steps([batch()])[0]
+    leaves = jax.tree_util.tree_flatten_with_path
+    params = leaves(state.params)[0]
+    moments = [(path, leaf) for path, leaf in leaves(state.opt_state)[0] if leaf.ndim == 3]
+    assert len(moments) == 7  # one for each kernel: no second moment
+    for path, moment in moments:
+        (param,) = (leaf for place, leaf in params if path[-len(place) :] == place)
+        assert moment.sharding.is_equivalent_to(param.sharding, 3)
 
 
 def test_accumulated_parts_equal_one_big_batch(trainer):
@@ -135,8 +150,46 @@ def test_a_few_sequences_are_learnt_by_heart():
     cfg = dataclasses.replace(TINY, n_layers=1)
     rows = batch()
     rows["mask"] = rows["mask"] * (rows["positions"] > 3)  # what comes first cannot be known
-    _, metrics = Trainer(cfg=cfg, tx=optax.adam(1e-2)).steps([rows] * 150)
+    _, metrics = Trainer("weight_decay=0", "steps=150", cfg=cfg).steps([rows] * 150)
     assert losses(metrics)[-1] < 0.05
+
+
+def test_loss_weights_choose_what_is_learnt(trainer):
+    rows = batch()
+    weights = (0.0, 0.0, 0.0, 0.0, 1.0)
+    assert losses(trainer.steps([rows], loss_weights=weights)[1]) == losses(
+        trainer.steps([rows])[1]
+    )  # what is reported has no weights
+    metrics = trainer.steps([rows] * 40, loss_weights=weights)[1]
+    mean = [one["field_nll"] / np.maximum(one["field_count"], 1) for one in metrics]
+    rtt = tokenizer.FIELDS.index("rtt")
+    assert mean[-1][rtt] < 0.5 * mean[0][rtt]
+    others = [i for i in range(len(mean[0])) if i != rtt and metrics[0]["field_count"][i]]
+    assert all(mean[-1][i] > 0.9 * mean[0][i] for i in others)
+
+
+def test_z_loss_keeps_the_softmax_denominator_near_one(trainer):
+    rows = [batch()] * 30
+
+    def log_z(state):
+        model = nnx.merge(trainer.graphdef, state.params)
+        arrays = (jnp.asarray(rows[0][n]) for n in ("inputs", "segment_ids", "positions"))
+        return float(jnp.mean(jax.nn.logsumexp(model(*arrays), axis=-1) ** 2))
+
+    without, with_z = (trainer.steps(rows, z_loss=z)[0] for z in (0.0, 0.1))
+    assert log_z(with_z) < 0.1 * log_z(without)
+
+
+def test_a_step_with_a_gradient_that_is_not_finite_leaves_the_state_as_it_was(trainer):
+    rows = batch()
+    broken = dict(rows, mask=np.where(rows["mask"] > 0, np.float32(np.inf), np.float32(0)))
+    before = trainer.steps([rows])[0]
+    after, metrics = trainer.steps([rows, broken])
+    assert [bool(one["skipped"]) for one in metrics] == [False, True]
+    for one, other in zip(
+        jax.tree.leaves(before.params), jax.tree.leaves(after.params), strict=True
+    ):
+        np.testing.assert_array_equal(one, other)
 
 
 @settings(max_examples=30, deadline=None)
