@@ -28,6 +28,8 @@ class TrainConfig:
         batch_size: Sequences in a global batch, B.
         seq_len: Tokens in a sequence, T.
         seed: Seed of the initial parameters and of the order of the data.
+        result_last_fraction: Part of the windows in which the result of a measurement stands last,
+            as in a question; in the others the fields stand in a random order.
         mesh: Sizes of the mesh axes, such as `data=-1,fsdp=1,tensor=1`; -1 is what is left.
         learning_rate: Peak learning rate.
         final_learning_rate_fraction: Part of the peak that is left at the last step.
@@ -50,6 +52,7 @@ class TrainConfig:
     batch_size: int = 8
     seq_len: int = 1024
     seed: int = 0
+    result_last_fraction: float = 0.0
     mesh: str = "data=-1,fsdp=1,tensor=1"
     learning_rate: float = 1e-3
     final_learning_rate_fraction: float = 0.1
@@ -73,7 +76,7 @@ class TrainConfig:
         for name in ("seed", "warmup_steps", "weight_decay"):
             if getattr(self, name) < 0:
                 raise ConfigError(f"{name}={getattr(self, name)} must not be negative")
-        for name in ("beta1", "beta2", "final_learning_rate_fraction"):
+        for name in ("beta1", "beta2", "final_learning_rate_fraction", "result_last_fraction"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ConfigError(f"{name}={getattr(self, name)} must be between 0 and 1")
         batch_size, accumulate_steps = self.batch_size, self.accumulate_steps

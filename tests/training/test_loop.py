@@ -9,6 +9,7 @@ import time
 
 import pytest
 
+from ping_llm.checkpoints import load_run
 from ping_llm.errors import CheckpointError, ConfigError, DataError, Stopped, TrainingError
 from ping_llm.training.loop import train
 
@@ -74,6 +75,17 @@ def test_a_finished_run_is_not_touched_and_gives_the_same_result(finished, probe
     assert run(probe_rows, output, "checkpoint_every=2", steps=3) == result
     after = {path: path.stat().st_mtime_ns for path in output.rglob("*") if path.is_file()}
     assert before == after
+
+
+def test_a_run_of_another_version_of_the_token_language_is_refused(copy_of_finished, probe_rows):
+    path = copy_of_finished / "config.json"
+    config = json.loads(path.read_text())
+    del config["language_version"]  # as the first version wrote it
+    path.write_text(json.dumps(config))
+    with pytest.raises(CheckpointError, match="on version 1 of the token language, this is ver"):
+        run(probe_rows, copy_of_finished, "checkpoint_every=2")
+    with pytest.raises(CheckpointError, match="train it again"):
+        load_run(copy_of_finished)
 
 
 def test_more_steps_go_on_where_the_run_ended_on_another_mesh(copy_of_finished, probe_rows):
