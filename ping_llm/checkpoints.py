@@ -15,6 +15,7 @@ import orbax.checkpoint as ocp
 from flax import nnx
 from orbax.checkpoint import checkpoint_managers as policies
 
+from ping_llm import tokenizer
 from ping_llm.errors import CheckpointError
 from ping_llm.models.config import DecoderConfig
 from ping_llm.models.decoder import Decoder
@@ -186,7 +187,8 @@ def load_run(run: str | Path) -> tuple[dict[str, Any], Any, Any]:
     The run may be in training meanwhile; nothing of it is changed.
 
     Raises:
-        CheckpointError: `run` is no run, has no checkpoint yet, or is damaged.
+        CheckpointError: `run` is no run, has no checkpoint yet, is damaged, or was trained on
+            another version of the token language.
     """
     path = Path(run) / "config.json"
     try:
@@ -198,6 +200,7 @@ def load_run(run: str | Path) -> tuple[dict[str, Any], Any, Any]:
         ) from None
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{path} is damaged: {_line(error)}; restore it") from None
+    check_language(run, config)
     checkpoints = Path(run) / "checkpoints"
     if not checkpoints.is_dir():
         raise CheckpointError(f"{run} has no checkpoint yet; train it for some steps first")
@@ -212,6 +215,16 @@ def load_run(run: str | Path) -> tuple[dict[str, Any], Any, Any]:
             raise CheckpointError(f"{run} has no checkpoint yet; train it for some steps first")
         trees, _ = stored.restore(step, {"params": abstract})
     return config, graphdef, trees["params"]
+
+
+def check_language(run: str | Path, config: Mapping[str, Any]) -> None:
+    """Raises a `CheckpointError` where the run of `config` was trained on other tokens."""
+    version = config.get("language_version", 1)
+    if version != tokenizer.LANGUAGE_VERSION:
+        raise CheckpointError(
+            f"{run} was trained on version {version} of the token language, this is version "
+            f"{tokenizer.LANGUAGE_VERSION}; train it again"
+        )
 
 
 def _by_place(tree: Any) -> dict[str, Any]:

@@ -2,7 +2,8 @@
 
 267 ids: eleven that give structure, then one for each byte. A measurement is MEASUREMENT_START and
 then its fields in any order, each a token that names the field and a fixed number of bytes,
-big-endian. `docs/token-language.md` has the table and the reasons.
+big-endian. One from the same source as the measurement before it leaves its source out.
+`docs/token-language.md` has the table and the reasons.
 
 `encode` works on a whole batch of segments at once; `decode` reads any ids whatever, one by one.
 """
@@ -14,6 +15,9 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from ping_llm.errors import DataError
+
+# Counts up when the same measurements become other tokens: no model reads two versions.
+LANGUAGE_VERSION = 2
 
 MEASUREMENT_START = 0
 SRC_IPV4 = 1
@@ -66,11 +70,13 @@ FIELD_OF_PAYLOAD = (
 MANTISSA_BITS = 11
 MAX_RTT_MS = 2047 * 2.0**31 / 1000
 
-# The most tokens a measurement takes without its time; a first time; a later one, in time order.
-UNTIMED_TOKENS = {4: 1 + 5 + 5 + 3, 6: 1 + 17 + 17 + 3}
+# The tokens of a source; the most a measurement takes without source and time; a first time; a
+# later one, in time order.
+SOURCE_TOKENS = {4: 5, 6: 17}
+BARE_TOKENS = {4: 1 + 5 + 3, 6: 1 + 17 + 3}
 FIRST_TIME_TOKENS = 9
 NEXT_TIME_TOKENS = 5
-MAX_MEASUREMENT_TOKENS = UNTIMED_TOKENS[6] + FIRST_TIME_TOKENS
+MAX_MEASUREMENT_TOKENS = SOURCE_TOKENS[6] + BARE_TOKENS[6] + FIRST_TIME_TOKENS
 
 IPV4_PREFIX = bytes(10) + b"\xff\xff"
 
@@ -144,27 +150,29 @@ def decode_rtt(codes: np.ndarray) -> np.ndarray:
 
 
 # --- encode -----------------------------------------------------------------------------------
-# Which tokens a measurement has, and where each field stands in it, depends on four things only:
-# the family, the form of its time, whether it failed, and the order of the fields. The two tables
-# below hold every such layout.
+# Which tokens a measurement has, and where each field stands in it, depends on five things only:
+# the family, the form of its time, whether it failed, whether its source is left out, and the order
+# of the fields. The two tables below hold every such layout.
 
 _NO_TIME, _ABS, _DELTA1, _DELTA4 = range(4)
 _TIME_TOKENS = (0, FIRST_TIME_TOKENS, 2, NEXT_TIME_TOKENS)
 
 
 def _layout_tables() -> tuple[np.ndarray, np.ndarray]:
-    """Returns (start of each field within a measurement [4, 1024], tokens in all [1024])."""
-    starts, lengths = np.zeros((4, 1024), np.uint8), np.zeros(1024, np.uint8)
+    """Returns (start of each field within a measurement [4, 2048], tokens in all [2048])."""
+    starts, lengths = np.zeros((4, 2048), np.uint8), np.zeros(2048, np.uint8)
     for order_code in range(64):
         order = [order_code & 3, order_code >> 2 & 3, order_code >> 4]
         order.append(6 - sum(order))
         if sorted(order) != [0, 1, 2, 3]:
             continue
-        for rest in range(16):
-            family6, time_form, failed = rest & 1, rest >> 1 & 3, rest >> 3
+        for rest in range(32):
+            family6, time_form = rest & 1, rest >> 1 & 3
+            failed, same_source = rest >> 3 & 1, rest >> 4
             address = 17 if family6 else 5
-            sizes = (address, address, _TIME_TOKENS[time_form], 1 if failed else 3)
-            layout, at = order_code << 4 | rest, 1
+            source = 0 if same_source else address
+            sizes = (source, address, _TIME_TOKENS[time_form], 1 if failed else 3)
+            layout, at = order_code << 5 | rest, 1
             for field in order:
                 starts[field, layout] = at
                 at += sizes[field]
@@ -216,6 +224,18 @@ def _time_forms(measurements: Measurements, segment_offsets: np.ndarray):
     return forms, deltas
 
 
+def _same_source(measurements: Measurements, segment_offsets: np.ndarray) -> np.ndarray:
+    """Returns whether each measurement has the source of the one before it in its segment [n]."""
+    n = len(measurements)
+    same = np.zeros(n, bool)
+    halves = np.ascontiguousarray(measurements.src_addr).view(np.uint64)  # [n, 2]
+    family = measurements.ip_version
+    same[1:] = (halves[1:] == halves[:-1]).all(axis=1) & (family[1:] == family[:-1])
+    firsts = segment_offsets[:-1]
+    same[firsts[firsts < n]] = False
+    return same
+
+
 def encode(
     measurements: Measurements, *, segment_offsets: np.ndarray, field_order: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
@@ -225,7 +245,8 @@ def encode(
         measurements: The measurements of all segments, end to end, n of them.
         segment_offsets: Segment s is measurements `[s]:[s + 1]`, from 0 to n [S + 1], int64.
         field_order: The order in which each measurement's fields stand, a permutation of source 0,
-            destination 1, time 2, result 3; an unknown time is left out [n, 4], uint8.
+            destination 1, time 2, result 3; an unknown time, and a source that is the one of the
+            measurement before, are left out [n, 4], uint8.
 
     Returns:
         (tokens uint16, token_offsets int64 [S + 1]): segment s is `tokens[o[s]:o[s + 1]]`.
@@ -237,9 +258,11 @@ def encode(
     forms, deltas = _time_forms(measurements, segment_offsets)
     failed = measurements.rtt < 0
     family6 = measurements.ip_version == 6
+    same_source = _same_source(measurements, segment_offsets)
     rest = family6.view(np.uint8) | forms << 1 | failed.view(np.uint8) << 3
+    rest |= same_source.view(np.uint8) << 4
     order_code = field_order[:, 0] | field_order[:, 1] << 2 | field_order[:, 2] << 4
-    layout = order_code.astype(np.uint16) << 4 | rest
+    layout = order_code.astype(np.uint16) << 5 | rest
     starts = np.zeros(n + 1, np.int64)
     np.cumsum(_LENGTHS[layout], out=starts[1:])
     tokens = np.empty(starts[n], np.uint16)
@@ -252,8 +275,9 @@ def encode(
         (~family6, 4, SRC_IPV4, DST_IPV4),
         (family6, 16, SRC_IPV6, DST_IPV6),
     ):
-        where = np.flatnonzero(among)
+        where = np.flatnonzero(among & ~same_source)
         write(0, where, src, measurements.src_addr[where, 16 - width :])
+        where = np.flatnonzero(among)
         write(1, where, dst, measurements.dst_addr[where, 16 - width :])
     times = measurements.event_time
     for form, head, width, values in (
@@ -292,14 +316,15 @@ def decode(tokens: Sequence[int] | np.ndarray) -> tuple[Measurements, list[Probl
     """Returns the measurements in the tokens of one segment, and what did not parse.
 
     Any ids may be given. A measurement that is not well-formed is left out as a whole and adds one
-    `Problem`; reading goes on at the next MEASUREMENT_START. A timestamp read before the
-    measurement went wrong still counts as the previous one for what follows.
+    `Problem`; reading goes on at the next MEASUREMENT_START. A source or timestamp read before the
+    measurement went wrong still counts as the last one for what follows.
     """
     ids = np.asarray(tokens).tolist()
     found: list[dict[int, tuple[int, bytes]]] = []
     problems: list[Problem] = []
     times: list[int | None] = []
     previous: int | None = None
+    last_source: tuple[int, bytes] | None = None
     at = 0
     while at < len(ids):
         begin = at
@@ -328,10 +353,14 @@ def decode(tokens: Sequence[int] | np.ndarray) -> tuple[Measurements, list[Probl
                 problem = Problem(position, f"a second {_FIELD_NAMES[field]}")
             else:
                 fields[field] = (head, bytes(payload))
+                if field == _SOURCE:
+                    last_source = fields[field]
                 if field == _TIME:
                     time, reason = _read_time(head, bytes(payload), previous)
                     problem = Problem(position, reason) if reason else None
                     previous = previous if time is None else time
+        if last_source is not None:
+            fields.setdefault(_SOURCE, last_source)
         problem = problem or _incomplete(fields, begin)
         if problem is not None:
             problems.append(problem)

@@ -57,7 +57,7 @@ def reference_encode(segments, orders):
     """Encodes segments of records; `orders` is one list of permutations over all of them."""
     out, orders = [], iter(orders)
     for segment in segments:
-        previous, tokens = None, []
+        previous, last_source, tokens = None, None, []
         for time, src, dst, version, rtt in segment:
 
             def field(head, payload):
@@ -65,6 +65,9 @@ def reference_encode(segments, orders):
 
             cut = 12 if version == 4 else 0
             parts = [field(1 if cut else 2, src[cut:]), field(3 if cut else 4, dst[cut:])]
+            if (version, src) == last_source:
+                parts[0] = []
+            last_source = version, src
             if time is None:
                 parts.append([])
             else:
@@ -84,19 +87,25 @@ def reference_encode(segments, orders):
     return out
 
 
+SOURCES = (tk.IPV4_PREFIX + bytes([10, 0, 0, 1]), bytes(range(16)))
+
+
 @st.composite
 def record(draw):
     version = draw(st.sampled_from([4, 6]))
+    # Few sources, so that they repeat; the first stands for another one in each family.
     if version == 4:
         address = st.binary(min_size=4, max_size=4).map(lambda b: tk.IPV4_PREFIX + b)
+        source = st.just(SOURCES[0]) | address
     else:
         address = st.binary(min_size=16, max_size=16)
+        source = st.sampled_from(SOURCES) | address
     near = st.integers(0, 600)
     far = st.sampled_from([2**32 - 1, 2**32, 2**32 + 255, 0, -1])
     anywhere = st.integers(-(2**63), 2**63 - 1)
     time = draw(st.none() | near | far | anywhere)
     rtt = draw(st.just(-1.0) | st.floats(0, tk.MAX_RTT_MS) | st.floats(0, 1000, width=32))
-    return time, draw(address), draw(address), version, rtt
+    return time, draw(source), draw(address), version, rtt
 
 
 permutations = st.permutations(range(4))
@@ -292,6 +301,45 @@ def test_the_first_time_of_every_segment_is_absolute_whatever_came_before():
     ]
 
 
+# --- source -------------------------------------------------------------------------------------
+
+
+def source_heads(tokens):
+    """Returns the source head of each measurement, None where it has none."""
+    text = tk.format_tokens(tokens).splitlines()
+    return [next((w for w in line.split() if w.startswith("SRC")), None) for line in text]
+
+
+def test_a_source_is_named_where_it_begins_and_where_it_changes():
+    other4, mapped = V4[:15] + b"\x02", V4
+    sources = [(V4, 4), (V4, 4), (other4, 4), (V4, 4), (V6, 6), (V6, 6), (mapped, 6), (V4, 4)]
+    tokens = encode_one_segment([(None, src, V6 if v == 6 else V4, v, 1.0) for src, v in sources])
+    four, six = "SRC_IPV4", "SRC_IPV6"
+    assert source_heads(tokens) == [four, None, four, four, six, None, six, four]
+
+
+def test_the_first_measurement_of_every_segment_names_its_source():
+    tokens, offsets = tk.encode(
+        measurements([(None, V4, V4, 4, 1.0)] * 5),
+        segment_offsets=np.array([0, 2, 2, 3, 5, 5]),
+        field_order=np.tile(np.arange(4, dtype=np.uint8), (5, 1)),
+    )
+    assert np.diff(offsets).tolist() == [14 + 9, 0, 14, 14 + 9, 0]
+    four = "SRC_IPV4"
+    assert source_heads(tokens) == [four, None, four, four, None]
+
+
+def test_the_most_tokens_of_a_measurement_are_what_the_constants_say():
+    for version, address in ((4, V4), (6, V6)):
+        one = [(10**9, address, address, version, 1.0)]
+        first = tk.SOURCE_TOKENS[version] + tk.BARE_TOKENS[version] + tk.FIRST_TIME_TOKENS
+        assert len(encode_one_segment(one)) == first
+        later = [(10**9 + 10**6, address, address, version, 1.0)]
+        both = first + tk.BARE_TOKENS[version] + tk.NEXT_TIME_TOKENS
+        assert len(encode_one_segment(one + later)) == both
+    assert first == tk.MAX_MEASUREMENT_TOKENS
+
+
 # --- problems -----------------------------------------------------------------------------------
 
 SRC4, DST4 = [1, 11, 12, 13, 14], [3, 21, 22, 23, 24]
@@ -335,6 +383,21 @@ def test_tokens_before_the_first_measurement_are_one_problem():
     decoded, problems = tk.decode([50, 60, *SRC4, *GOOD])
     assert len(decoded) == 1
     assert problems == [tk.Problem(0, "byte 27 outside a measurement")]
+
+
+def test_a_measurement_without_a_source_is_of_the_last_one_named_even_by_a_broken_one():
+    bare, other = [0, *DST4, *RTT], [1, 11, 12, 13, 99]
+    decoded, problems = tk.decode(
+        [*GOOD, *bare, 0, *DST4, *RTT, *other, *bare, 0, *SRC4, 99, *bare, *GOOD]
+    )
+    assert len(problems) == 1
+    assert decoded.src_addr[:, 15].tolist() == [3, 3, 88, 88, 3, 3]
+
+
+def test_a_destination_of_another_family_than_the_last_source_is_a_problem():
+    decoded, problems = tk.decode([*GOOD, 0, *DST6, *RTT])
+    assert len(decoded) == 1
+    assert [p.reason for p in problems] == ["source and destination of different families"]
 
 
 def test_a_timestamp_read_before_the_rest_went_wrong_counts_as_the_previous_one():

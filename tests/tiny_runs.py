@@ -13,6 +13,7 @@ from ping_llm.checkpoints import Checkpoints
 from ping_llm.data.pipeline import data_fingerprint
 from ping_llm.models.config import DecoderConfig
 from ping_llm.models.decoder import Decoder
+from ping_llm.tokenizer import LANGUAGE_VERSION
 
 CONFIG = DecoderConfig(
     vocab_size=267,
@@ -41,6 +42,7 @@ def write_run(path: Path, data: Path | None = None) -> Path:
     fingerprint = None if data is None else data_fingerprint(data)
     config = {
         "schema_version": 1,
+        "language_version": LANGUAGE_VERSION,
         "model": dataclasses.asdict(CONFIG),
         "train": {"seq_len": SEQ_LEN},
         "data": {"path": str(data or path / "gone"), "fingerprint": fingerprint},

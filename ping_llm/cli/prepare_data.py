@@ -24,6 +24,11 @@ from ping_llm.cli.options import common_options, print_result
     "--test-fraction", type=float, default=0.1, show_default=True, help="Held out for reporting."
 )
 @click.option(
+    "--both-ends",
+    is_flag=True,
+    help="Let train measurements also count as made from their destinations.",
+)
+@click.option(
     "--row-cap-mb", type=float, default=8, show_default=True, help="Largest row, in 1e6 bytes."
 )
 @click.option(

@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -14,9 +15,9 @@ import pyarrow as pa
 from ping_llm.data.files import InputFile
 from ping_llm.data.records import REJECTED_SCHEMA, Chunk
 from ping_llm.data.rows import SPLITS, FlatRows, RowBuilder, RowWriter
-from ping_llm.data.sorting import Run, Sorted, cut_into_ranges, is_ipv4, read_range
+from ping_llm.data.sorting import MIRRORED, Run, Sorted, cut_into_ranges, is_ipv4, read_range
 from ping_llm.data.sources import Unit, cut_into_units, read_unit, renumber
-from ping_llm.data.splits import SplitRule
+from ping_llm.data.splits import TRAIN, SplitRule
 from ping_llm.errors import DataError
 from ping_llm.progress import Progress, progress
 
@@ -35,9 +36,17 @@ class Engine:
         rejected: Rejected records by reason.
     """
 
-    def __init__(self, directory: Path, rule: SplitRule, *, row_cap_bytes: int, memory_limit: int):
+    def __init__(
+        self,
+        directory: Path,
+        rule: SplitRule,
+        *,
+        row_cap_bytes: int,
+        memory_limit: int,
+        both_ends: bool,
+    ):
         self._directory, self._rule, self._row_cap_bytes = directory, rule, row_cap_bytes
-        self._memory_limit = memory_limit
+        self._memory_limit, self._both_ends = memory_limit, both_ends
         self._spill = directory / "spill"
         self.rows: dict[str, int] = dict.fromkeys(SPLITS, 0)
         self.measurements: dict[str, int] = dict.fromkeys(SPLITS, 0)
@@ -48,9 +57,9 @@ class Engine:
 class LocalEngine(Engine):
     """The engine of one machine: threads, runs on disk, ranges in memory."""
 
-    def __init__(self, directory: Path, rule: SplitRule, *, row_cap_bytes: int, memory_limit: int):
-        super().__init__(directory, rule, row_cap_bytes=row_cap_bytes, memory_limit=memory_limit)
-        self._memory = memory_limit - _BASE_MEMORY
+    def __init__(self, directory: Path, rule: SplitRule, **settings: Any):
+        super().__init__(directory, rule, **settings)
+        self._memory = self._memory_limit - _BASE_MEMORY
         self._stop = threading.Event()
         self._lock = threading.Lock()
         self._run_numbers = itertools.count()
@@ -125,7 +134,10 @@ class LocalEngine(Engine):
                         if len(part.chunk):
                             times = part.chunk.event_time
                             spans[i] = min(spans[i, 0], times.min()), max(spans[i, 1], times.max())
-                            chunks.append((part.chunk, unit.file.input_index))
+                            index = unit.file.input_index
+                            chunks.append((part.chunk, index))
+                            if self._both_ends:
+                                chunks.append((part.chunk.mirrored(), index | MIRRORED))
                         if sum(len(chunk) for chunk, _ in chunks) >= run_rows:
                             self._spill_run(chunks)
                         with self._lock:
@@ -160,15 +172,14 @@ class LocalEngine(Engine):
         ranges = list(itertools.pairwise(bounds))
         last_source = None
         with progress("sorting", total=total, unit="measurements") as shown:
-            for part, flat in _in_order(pool, self._sort_range, ranges, ahead=workers):
-                if part is None:
-                    continue
+            for n, found, flat in _in_order(pool, self._sort_range, ranges, ahead=workers):
                 for split, rows_of_split in flat.items():
                     builders[split].append(rows_of_split)
-                self.failed += int((part.rtt < 0).sum())
-                self.probes += len(part.src_addr) - (part.src_addr[0].tobytes() == last_source)
-                last_source = part.src_addr[-1].tobytes()
-                shown.update(len(part))
+                    self.failed += int((rows_of_split.rtt < 0).sum())
+                if len(found):
+                    self.probes += len(found) - (found[0].tobytes() == last_source)
+                    last_source = found[-1].tobytes()
+                shown.update(n)
         for split, writer in writers.items():
             builders[split].close()
             writer.close()
@@ -176,12 +187,12 @@ class LocalEngine(Engine):
 
     def _sort_range(
         self, bounds: tuple[np.ndarray, np.ndarray]
-    ) -> tuple[Sorted | None, dict[str, FlatRows]]:
-        """Returns one range in order, and what of it each split gets, one row a source."""
+    ) -> tuple[int, np.ndarray, dict[str, FlatRows]]:
+        """Returns (the size of one range, and `split_rows` of it)."""
         part = read_range(self._runs, *bounds)
         if part is None:
-            return None, {}
-        return part, split_rows(part, self._rule, self._cuts)
+            return 0, np.zeros((0, 16), np.uint8), {}
+        return len(part), *split_rows(part, self._rule, self._cuts)
 
 
 def no_measurement(files: Sequence[InputFile], rejected: Counter[str]) -> DataError:
@@ -209,8 +220,12 @@ def write_rejected(directory: Path, spill: Path, units: Sequence[Unit], lines: n
             before += int(lines[i])
 
 
-def split_rows(part: Sorted, rule: SplitRule, cuts: np.ndarray) -> dict[str, FlatRows]:
-    """Returns what of `part` each split gets, one row a source however long.
+def split_rows(
+    part: Sorted, rule: SplitRule, cuts: np.ndarray
+) -> tuple[np.ndarray, dict[str, FlatRows]]:
+    """Returns (the sources, what of `part` each split gets, one row a source however long).
+
+    Only train gets mirrored measurements; the sources [S, 16] are those of any split, in order.
 
     Args:
         part: Measurements in order.
@@ -219,12 +234,14 @@ def split_rows(part: Sorted, rule: SplitRule, cuts: np.ndarray) -> dict[str, Fla
     """
     source = np.repeat(np.arange(len(part.src_addr)), np.diff(part.offsets))
     if rule.split == "time":
-        split = rule.by_time(part.event_time, cuts[part.input_index])
+        split = rule.by_time(part.event_time, cuts[part.input_index & ~np.uint32(MIRRORED)])
     else:
         src = rule.hash_addresses(part.src_addr)[source]
         split = rule.by_addresses(src, rule.hash_addresses(part.dst_addr))
-    chosen = {name: np.flatnonzero(split == code) for code, name in enumerate(SPLITS)}
-    return {name: _take(part, which, source[which]) for name, which in chosen.items() if len(which)}
+    kept = (part.input_index < MIRRORED) | (split == TRAIN)
+    chosen = {name: np.flatnonzero(kept & (split == code)) for code, name in enumerate(SPLITS)}
+    rows = {name: _take(part, which, source[which]) for name, which in chosen.items() if len(which)}
+    return part.src_addr[np.unique(source[kept])], rows
 
 
 def _take(part: Sorted, which: np.ndarray, source: np.ndarray) -> FlatRows:

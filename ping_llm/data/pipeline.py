@@ -63,10 +63,18 @@ class _Chunk:
 
 
 def _make_chunk(
-    rows: ProbeRows, visits: windows.Visits, *, seed: int, length: int, order_key: np.ndarray
+    rows: ProbeRows,
+    visits: windows.Visits,
+    *,
+    seed: int,
+    length: int,
+    order_key: np.ndarray,
+    result_last_fraction: float,
 ) -> _Chunk:
     """Returns a chunk with its sequences in the random order that `order_key` [1] names."""
-    tokens, offsets = windows.encode_visits(rows, visits, seed=seed, length=length)
+    tokens, offsets = windows.encode_visits(
+        rows, visits, seed=seed, length=length, result_last_fraction=result_last_fraction
+    )
     lengths = np.diff(offsets)
     if lengths.max() > length:
         row = int(visits.row[np.argmax(lengths)])
@@ -82,11 +90,20 @@ class _Lanes:
     A position is `chunk * MAX_CHUNK_VISITS + sequence`: no chunk makes more sequences than that.
     """
 
-    def __init__(self, data: str | Path, *, batch_size: int, seq_len: int, seed: int):
+    def __init__(
+        self,
+        data: str | Path,
+        *,
+        batch_size: int,
+        seq_len: int,
+        seed: int,
+        result_last_fraction: float,
+    ):
         windows.check_length(seq_len + 1)
         self._rows = ProbeRows(data, "train")
         self._order = windows.VisitOrder(self._rows.n_measurements, seed)
         self._batch_size, self.length, self._seed = batch_size, seq_len + 1, seed
+        self._result_last_fraction = result_last_fraction
         if self._order.per_epoch == 0:
             raise DataError(f"{data} has no train rows; prepare it again from more measurements")
         self._chunk_visits = self._choose_chunk_visits()
@@ -113,7 +130,14 @@ class _Lanes:
         key = windows.make_keys(
             self._seed, np.array([lane]), np.array([number]), np.array([_ORDER])
         )
-        return _make_chunk(self._rows, visits, seed=self._seed, length=self.length, order_key=key)
+        return _make_chunk(
+            self._rows,
+            visits,
+            seed=self._seed,
+            length=self.length,
+            order_key=key,
+            result_last_fraction=self._result_last_fraction,
+        )
 
 
 Element = dict[str, np.ndarray]
@@ -192,6 +216,7 @@ class TrainLoader:
         batch_size: int,
         seq_len: int,
         seed: int,
+        result_last_fraction: float = 0.0,
         process_index: int = 0,
         process_count: int = 1,
         num_workers: int = 0,
@@ -203,6 +228,8 @@ class TrainLoader:
             batch_size: Sequences of a global batch, B; a multiple of `process_count`.
             seq_len: Tokens of an example, T.
             seed: Names the order and the form of everything.
+            result_last_fraction: Part of the windows in which the result of a measurement stands
+                last, as in a question; in the others its fields stand in a random order.
             process_index: Which process this is.
             process_count: How many processes make a global batch together.
             num_workers: How many further processes make the batches; with 0, a thread of this one
@@ -216,7 +243,14 @@ class TrainLoader:
             raise ConfigError(f"{batch_size=} must be a positive multiple of {process_count=}")
         if num_workers < 0:
             raise ConfigError(f"{num_workers=} must be 0 or more")
-        settings = {"batch_size": batch_size, "seq_len": seq_len, "seed": seed}
+        if not 0 <= result_last_fraction <= 1:
+            raise ConfigError(f"{result_last_fraction=} must be between 0 and 1")
+        settings = {
+            "batch_size": batch_size,
+            "seq_len": seq_len,
+            "seed": seed,
+            "result_last_fraction": result_last_fraction,
+        }
         self._source = {"data": data, **settings}
         self._settings = {"data": data_fingerprint(data), **settings}
         _Lanes(**self._source)  # what is wrong shows here, not in the background
@@ -321,7 +355,8 @@ def eval_batches(
     """Returns `count` fixed batches of a split, the same for every run on that data.
 
     Every row is visited once before any is visited again, so as many probes as can be are covered.
-    A split without rows gives no batches.
+    The result of a measurement stands last, as in a question, however a run was trained. A split
+    without rows gives no batches.
     """
     windows.check_length(seq_len + 1)
     rows, length = ProbeRows(data, split), seq_len + 1
@@ -334,7 +369,14 @@ def eval_batches(
         turn, place = np.divmod(np.arange(visits), len(with_any))
         row = with_any[windows.permuted(place, len(with_any), windows.make_keys(EVAL_SEED, turn))]
         wanted = windows.Visits(turn, row, np.zeros_like(row))
-        chunk = _make_chunk(rows, wanted, seed=EVAL_SEED, length=length, order_key=order_key)
+        chunk = _make_chunk(
+            rows,
+            wanted,
+            seed=EVAL_SEED,
+            length=length,
+            order_key=order_key,
+            result_last_fraction=1.0,
+        )
         made = len(chunk.sequences)
         if made >= needed:
             break

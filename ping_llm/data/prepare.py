@@ -40,10 +40,10 @@ class PrepareResult:
     """What `prepare_data` did; the keys of `ping-llm prepare-data --json`.
 
     Attributes:
-        measurements: Measurements in the rows of all splits.
+        measurements: Measurements in the rows of all splits; those seen from both ends count twice.
         failed: How many of them failed.
         rejected: Number of rejected records by reason.
-        probes: Distinct source addresses.
+        probes: Distinct source addresses of the rows.
         rows: Rows of each split.
         split_measurements: Measurements of each split.
         seconds: How long it took.
@@ -67,6 +67,7 @@ def prepare_data(
     split: str = "pair",
     valid_fraction: float = 0.05,
     test_fraction: float = 0.1,
+    both_ends: bool = False,
     row_cap_mb: float = 8,
     memory_limit: str | int = "4GB",
     workers: int | None = None,
@@ -75,8 +76,8 @@ def prepare_data(
 ) -> PrepareResult:
     """Writes the measurements of `inputs` as probe rows to the directory `output`.
 
-    The rows depend on the inputs, `split`, the fractions, `row_cap_mb` and `seed` alone. When
-    `output` holds just these rows already, nothing is done.
+    The rows depend on the inputs, `split`, the fractions, `both_ends`, `row_cap_mb` and `seed`
+    alone. When `output` holds just these rows already, nothing is done.
 
     Args:
         inputs: Files, directories or globs; each is one input to the *time* split.
@@ -84,6 +85,8 @@ def prepare_data(
         split: How valid and test are held out: by "pair", "time" or "probe".
         valid_fraction: Share held out for choices.
         test_fraction: Share held out for reporting.
+        both_ends: Whether each train measurement also stands in a row of its destination, as one
+            from there: right where RTTs are about the same either way and sources are few.
         row_cap_mb: Largest size of a row, in units of 1e6 bytes.
         memory_limit: What the process may hold at once, in bytes or like "4GB" or "512MiB".
         workers: Threads; by default one a CPU.
@@ -116,6 +119,7 @@ def prepare_data(
         raise ConfigError(f"output {output} exists and is no data set; choose another --output")
     files = find_files(inputs)
     settings = {**dataclasses.asdict(rule), "row_cap_mb": float(row_cap_mb)}
+    settings["both_ends"] = both_ends
     settings["inputs"] = _fingerprints(files, workers)
     if done:
         return _finished(output, settings)
@@ -124,7 +128,13 @@ def prepare_data(
     else:
         Engine = LocalEngine
     with PeakMemory() as memory, publish(output) as directory:
-        made = Engine(directory, rule, row_cap_bytes=int(row_cap_mb * 1e6), memory_limit=limit)
+        made = Engine(
+            directory,
+            rule,
+            row_cap_bytes=int(row_cap_mb * 1e6),
+            memory_limit=limit,
+            both_ends=both_ends,
+        )
         made.run(files, workers=workers)
         result = PrepareResult(
             measurements=sum(made.measurements.values()),

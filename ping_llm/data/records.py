@@ -76,6 +76,20 @@ class Chunk:
     def __len__(self) -> int:
         return len(self.event_time)
 
+    def mirrored(self) -> "Chunk":
+        """Returns the measurements as if made from their destinations, less those to oneself."""
+        src, dst = self.src_values[self.src_codes], self.dst_values[self.dst_codes]
+        apart = (src != dst).any(axis=1)
+        return Chunk(
+            event_time=self.event_time[apart],
+            src_values=self.dst_values,
+            src_codes=self.dst_codes[apart],
+            dst_values=self.src_values,
+            dst_codes=self.src_codes[apart],
+            ip_version=self.ip_version[apart],
+            rtt=self.rtt[apart],
+        )
+
     def to_record_batch(self) -> pa.RecordBatch:
         """Returns the measurements as a batch of `MEASUREMENT_SCHEMA`."""
         addresses = [

@@ -15,6 +15,7 @@ import numpy as np
 from ping_llm.data.records import Chunk
 
 SAMPLE_EVERY = 1024
+MIRRORED = 1 << 30  # a bit of `input_index`
 _DTYPES = {
     "event_time": np.dtype(np.uint32),
     "dst_addr": np.dtype((np.void, 16)),
@@ -34,7 +35,8 @@ class Sorted:
         event_time: Seconds since 1970 UTC [n], uint32.
         dst_addr: Destinations [n, 16], uint8.
         rtt: Milliseconds, -1 = failed [n], float32.
-        input_index: Which INPUT argument each came from [n], uint32.
+        input_index: Which INPUT argument each came from, and `MIRRORED` if it is seen from its
+            destination [n], uint32.
     """
 
     src_addr: np.ndarray

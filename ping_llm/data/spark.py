@@ -19,8 +19,9 @@ import pyarrow as pa
 
 from ping_llm.data.files import InputFile
 from ping_llm.data.local import Engine, RejectedSpool, no_measurement, split_rows, write_rejected
+from ping_llm.data.records import Chunk
 from ping_llm.data.rows import SPLITS, RowBuilder, RowWriter, read_rows
-from ping_llm.data.sorting import Sorted
+from ping_llm.data.sorting import MIRRORED, Sorted
 from ping_llm.data.sources import Unit, cut_into_units, read_unit
 from ping_llm.data.splits import SplitRule
 from ping_llm.errors import ConfigError, DataError, StorageError
@@ -49,7 +50,7 @@ class SparkEngine(Engine):
 
         try:
             read = session.range(0, len(units), 1, len(units))
-            read = read.mapInArrow(_reader(units, spill), _READ)
+            read = read.mapInArrow(_reader(units, spill, self._both_ends), _READ)
             read = read.persist(StorageLevel.DISK_ONLY)
             spans = read.groupBy("input").agg({"event_time": "min"}).collect()
             last = dict(read.groupBy("input").agg({"event_time": "max"}).collect())
@@ -69,7 +70,8 @@ class SparkEngine(Engine):
                 raise no_measurement(files, self.rejected)
             cuts = np.zeros((max(file.input_index for file in files) + 1, 2), np.int64)
             for index, first in spans:
-                cuts[index] = self._rule.time_cuts(first, last[index])
+                if index < MIRRORED:
+                    cuts[index] = self._rule.time_cuts(first, last[index])
             parts = max(len(units), session.sparkContext.defaultParallelism)
             # A source goes to one partition, so that rows need not be joined across them.
             made = read.repartitionByRange(parts, "ip_version", "src_addr")
@@ -130,8 +132,14 @@ def _session(workers: int, memory_limit: int) -> tuple[Any, bool]:
     return builder.getOrCreate(), True
 
 
-def _reader(units: list[Unit], spill: Path) -> Callable:
+def _reader(units: list[Unit], spill: Path, both_ends: bool) -> Callable:
     """Returns what reads the units of the numbers it is given, into batches of `_READ`."""
+
+    def to_batch(chunk: Chunk, index: int) -> pa.RecordBatch:
+        batch = chunk.to_record_batch()
+        inputs = pa.array(np.full(len(batch), index, np.int32))
+        columns = [c.cast(pa.binary()) if n else c for n, c in _marked(batch)]
+        return pa.RecordBatch.from_arrays([*columns, inputs], names=[*batch.schema.names, "input"])
 
     def read(batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
         for i in (number for batch in batches for number in batch.column(0).to_pylist()):
@@ -140,11 +148,9 @@ def _reader(units: list[Unit], spill: Path) -> Callable:
                 for part in read_unit(unit):
                     spool.add(part.rejected)
                     lines += part.lines
-                    batch = part.chunk.to_record_batch()
-                    index = pa.array(np.full(len(batch), unit.file.input_index, np.int32))
-                    columns = [c.cast(pa.binary()) if n else c for n, c in _marked(batch)]
-                    names = [*batch.schema.names, "input"]
-                    yield pa.RecordBatch.from_arrays([*columns, index], names=names)
+                    yield to_batch(part.chunk, unit.file.input_index)
+                    if both_ends:
+                        yield to_batch(part.chunk.mirrored(), unit.file.input_index | MIRRORED)
             note = {"lines": lines, "reasons": spool.reasons}
             (spill / f"unit-{i}.json").write_text(json.dumps(note))
 
@@ -171,10 +177,12 @@ def _writer(spill: Path, rule: SplitRule, cuts: np.ndarray, row_cap_bytes: int) 
             if len(batch) == 0:
                 continue
             ordered = _to_sorted(batch)
-            probes += len(ordered.src_addr) - (ordered.src_addr[0].tobytes() == last)
-            last = ordered.src_addr[-1].tobytes()
-            for split, rows in split_rows(ordered, rule, cuts).items():
+            found, rows_by_split = split_rows(ordered, rule, cuts)
+            for split, rows in rows_by_split.items():
                 builders[split].append(rows)
+            if len(found):
+                probes += len(found) - (found[0].tobytes() == last)
+                last = found[-1].tobytes()
         for split, writer in writers.items():
             builders[split].close()
             writer.close()

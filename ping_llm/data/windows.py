@@ -22,7 +22,7 @@ FULL_SHARE, PARTIAL_SHARE = 0.4, 0.3
 UNTIMED_FRACTION = (0.1, 0.9)
 
 # What a random number is for: the scalars of a visit, then one stream per purpose.
-_SIZE, _OFFSET, _MODE, _FRACTION, _COIN = range(5)
+_SIZE, _OFFSET, _MODE, _FRACTION, _COIN, _RESULT_LAST = range(6)
 _SELECT, _PLACE, _FIELDS = range(101, 104)
 
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
@@ -167,15 +167,19 @@ def largest_count(
     ip_version: np.ndarray, mode: np.ndarray, fraction: np.ndarray, coin: np.ndarray, length: int
 ) -> np.ndarray:
     """Returns the most measurements [v] that fit `length` tokens whatever their values are."""
-    base = np.where(ip_version == 6, tokenizer.UNTIMED_TOKENS[6], tokenizer.UNTIMED_TOKENS[4])
+    base, source = (
+        np.where(ip_version == 6, tokens[6], tokens[4])
+        for tokens in (tokenizer.BARE_TOKENS, tokenizer.SOURCE_TOKENS)
+    )
+    room = length - source  # the source is named once
     first, later = tokenizer.FIRST_TIME_TOKENS, tokenizer.NEXT_TIME_TOKENS
     timed_share = np.where(mode == FULL, 1.0, np.where(mode == NONE, 0.0, 1 - fraction))
     # Without rounding of the timed count this would be it; rounding moves it by less than 2.
-    count = ((length + later - first) / (base + later * timed_share)).astype(np.int64) + 2
+    count = ((room + later - first) / (base + later * timed_share)).astype(np.int64) + 2
     for _ in range(4):
         timed = count - _untimed(count, mode, fraction, coin)
         tokens = count * base + np.where(timed > 0, first + later * (timed - 1), 0)
-        count -= tokens > length
+        count -= tokens > room
     return np.maximum(count, 1)
 
 
@@ -238,7 +242,12 @@ def _sample(size: np.ndarray, count: np.ndarray, key: np.ndarray) -> np.ndarray:
 
 
 def select(
-    keys: np.ndarray, n_measurements: np.ndarray, ip_version: np.ndarray, length: int
+    keys: np.ndarray,
+    n_measurements: np.ndarray,
+    ip_version: np.ndarray,
+    length: int,
+    *,
+    result_last_fraction: float = 0.0,
 ) -> Selection:
     """Returns what visits show of their rows, such that each fits a sequence of `length` tokens.
 
@@ -247,6 +256,8 @@ def select(
         n_measurements: Measurements in the visit's row [v].
         ip_version: The row's family, 4 or 6 [v].
         length: Tokens of an empty sequence, at least `MAX_MEASUREMENT_TOKENS`.
+        result_last_fraction: Part of the visits in which the fields stand as in a question, source,
+            destination, time, result; in the others, in an order of their own each.
     """
     n = n_measurements
     window = np.exp(_uniform(keys, _SIZE) * np.log(n + 1)).astype(np.int64)
@@ -279,6 +290,8 @@ def select(
     has_time[at] = timed
     bits = draw(draw(keys, _FIELDS)[visit], rank)
     order = _PERMUTATIONS[(bits >> np.uint64(32)) * np.uint64(24) >> np.uint64(32)]
+    result_last = _uniform(keys, _RESULT_LAST) < result_last_fraction
+    order[result_last[visit]] = np.arange(4, dtype=np.uint8)
     return Selection(segment_offsets, index, has_time, order)
 
 
@@ -325,15 +338,33 @@ def _columns(flat: FlatRows) -> tuple[np.ndarray, ...]:
 
 
 def encode_visits(
-    rows: ProbeRows, visits: Visits, *, seed: int, length: int
+    rows: ProbeRows,
+    visits: Visits,
+    *,
+    seed: int,
+    length: int,
+    result_last_fraction: float = 0.0,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Returns (tokens, token_offsets): one segment of at most `length` tokens a visit.
+
+    Args:
+        rows: The rows visited.
+        visits: Which visits.
+        seed: Of what the visits draw.
+        length: As for `select`, like the next.
+        result_last_fraction: Part of the visits in which the result stands last.
 
     Raises:
         DataError: A row is not in time order or has an RTT without a code.
     """
     keys = make_keys(seed, visits.epoch, visits.row, visits.k)
-    selection = select(keys, rows.n_measurements[visits.row], rows.ip_version[visits.row], length)
+    selection = select(
+        keys,
+        rows.n_measurements[visits.row],
+        rows.ip_version[visits.row],
+        length,
+        result_last_fraction=result_last_fraction,
+    )
     measurements = gather(rows, visits.row, selection)
     return tokenizer.encode(
         measurements,

@@ -94,7 +94,7 @@ def newest_before(history: Measurements, queries: Measurements, *, max_tokens: i
     begin = np.searchsorted(keys, at * span)
     stop = np.searchsorted(keys, at * span + (queries.event_time - first))
     # More than fit are cut off again below, by what they really take.
-    begin = np.maximum(begin, stop - max_tokens // tokenizer.UNTIMED_TOKENS[4])
+    begin = np.maximum(begin, stop - max_tokens // tokenizer.BARE_TOKENS[4])
     known = (at >= 0) & (stop > begin)
     ranges, of_range = np.unique(np.c_[begin, stop][known], axis=0, return_inverse=True)
     counts = ranges[:, 1] - ranges[:, 0]
@@ -117,7 +117,7 @@ def random_of_source(
     order = np.lexsort((np.random.default_rng(seed).random(len(source)), source))
     starts = np.searchsorted(source[order], source[order])
     rank = np.arange(len(order)) - starts
-    chosen = order[rank < max_tokens // tokenizer.UNTIMED_TOKENS[4]]
+    chosen = order[rank < max_tokens // tokenizer.BARE_TOKENS[4]]
     drawn = take(history, chosen)
     drawn = dataclasses.replace(drawn, has_time=np.zeros(len(chosen), bool))
     contexts = from_groups(drawn, source[chosen], _numbers(sources, queries))
@@ -131,12 +131,14 @@ def trim(contexts: Contexts, *, max_tokens: int) -> Contexts:
     """
     m = contexts.measurements
     six = m.ip_version == 6
-    most = np.where(six, tokenizer.UNTIMED_TOKENS[6], tokenizer.UNTIMED_TOKENS[4])
+    most = np.where(six, tokenizer.BARE_TOKENS[6], tokenizer.BARE_TOKENS[4])
     most += np.where(m.has_time, tokenizer.NEXT_TIME_TOKENS, 0)
     group = np.repeat(np.arange(len(contexts.offsets) - 1), np.diff(contexts.offsets))
     left = np.cumsum(most[::-1])[::-1]  # tokens from here to the very end
     after = np.append(left, 0)[contexts.offsets[1:]]
-    first = tokenizer.FIRST_TIME_TOKENS - tokenizer.NEXT_TIME_TOKENS
+    # The first one kept names the source, and may name a first time.
+    first = np.where(six, tokenizer.SOURCE_TOKENS[6], tokenizer.SOURCE_TOKENS[4])
+    first += tokenizer.FIRST_TIME_TOKENS - tokenizer.NEXT_TIME_TOKENS
     kept = left - after[group] <= max_tokens - first
     return from_groups(take(m, kept), group[kept], contexts.of_query)
 
@@ -168,16 +170,22 @@ def encode_prompts(contexts: Contexts, queries: Measurements) -> Prompts:
     """Returns the tokens of contexts and of the questions after them."""
     m, n = contexts.measurements, len(queries)
     context_tokens, context_offsets = _encode(m, contexts.offsets)
-    # A question's time is counted from the last known time of its context: encode it after that
-    # measurement, and cut that off.
+    # A question leaves out the source that its context ends with, and its time is counted from the
+    # last known one there: encode it after a measurement of both, the anchor, and cut that off.
     rank = np.where(m.has_time, np.arange(len(m)), -1)
-    last = np.maximum.accumulate(rank)[contexts.offsets[1:] - 1] if len(m) else rank
-    last = np.where(last >= contexts.offsets[:-1], last, -1)
-    anchor = np.append(last, -1)[contexts.of_query]
-    anchored = np.flatnonzero(anchor >= 0)
-    before = dataclasses.replace(take(m, anchor[anchored]), rtt=np.full(len(anchored), -1.0))
+    ends = contexts.offsets[1:] - 1
+    last_timed = np.maximum.accumulate(rank)[ends] if len(m) else ends
+    anchored = np.flatnonzero(contexts.of_query >= 0)
+    context = contexts.of_query[anchored]
+    timed = last_timed[context]
+    before = dataclasses.replace(
+        take(m, ends[context]),
+        event_time=m.event_time[timed],
+        has_time=timed >= contexts.offsets[context],
+        rtt=np.full(len(anchored), -1.0),
+    )
     asked = dataclasses.replace(queries, rtt=np.zeros(n))
-    # Anchor, question, anchor, question, ...; a question without an anchor stands alone.
+    # Anchor, question, anchor, question, ...; a question without a context stands alone.
     joined = Measurements(
         **{
             field.name: np.concatenate([getattr(before, field.name), getattr(asked, field.name)])
@@ -185,7 +193,7 @@ def encode_prompts(contexts: Contexts, queries: Measurements) -> Prompts:
         }
     )
     order = np.argsort(np.concatenate([2 * anchored, 2 * np.arange(n) + 1]))
-    sizes = 1 + (anchor >= 0)
+    sizes = 1 + (contexts.of_query >= 0)
     tokens, offsets = _encode(take(joined, order), np.concatenate([[0], np.cumsum(sizes)]))
     skipped = np.zeros(n, np.int64)
     _, before_offsets = _encode(before, np.arange(len(anchored) + 1))

@@ -23,7 +23,7 @@ from ping_llm.tokenizer import Measurements
 
 MAX_LANES = 64  # sequences sampled side by side
 _SOURCE, _DESTINATION, _TIME, _RESULT = 1, 2, 4, 8
-_NEEDED = _SOURCE | _DESTINATION | _RESULT
+_NEEDED = _DESTINATION | _RESULT
 # What each head gives, and the family it fixes.
 _FIELD = np.zeros(tokenizer.VOCAB_SIZE, np.uint8)
 _FIELD[[tokenizer.SRC_IPV4, tokenizer.SRC_IPV6]] = _SOURCE
@@ -40,17 +40,20 @@ _ZERO_BYTES_OF_ABS = 4  # of its 8: times are of 1970 to 2106
 
 
 def _heads_table() -> np.ndarray:
-    """Returns which ids may follow whole fields, by (fields there, family, time known before)."""
-    table = np.zeros((16, 3, 2, tokenizer.VOCAB_SIZE), bool)
-    for used in range(16):
-        for family in range(3):
-            for timed in range(2):
-                allowed = table[used, family, timed]
-                for head in np.flatnonzero(_FIELD):
-                    fits = _FAMILY[head] in (0, family) or family == 0
-                    after_time = timed or head not in _TIMES[1:]
-                    allowed[head] = not used & _FIELD[head] and fits and after_time
-                allowed[tokenizer.MEASUREMENT_START] = used & _NEEDED == _NEEDED
+    """Returns which ids may follow whole fields.
+
+    By (fields there, their family, whether a time was before, the family of the last source).
+    """
+    table = np.zeros((16, 3, 2, 3, tokenizer.VOCAB_SIZE), bool)
+    for used, family, timed, of_source in np.ndindex(table.shape[:-1]):
+        allowed = table[used, family, timed, of_source]
+        for head in np.flatnonzero(_FIELD):
+            fits = _FAMILY[head] in (0, family) or family == 0
+            after_time = timed or head not in _TIMES[1:]
+            allowed[head] = not used & _FIELD[head] and fits and after_time
+        # Without a source it is of the last one, if that is of its family.
+        sourced = used & _SOURCE or of_source == family
+        allowed[tokenizer.MEASUREMENT_START] = used & _NEEDED == _NEEDED and sourced
     return table
 
 
@@ -66,21 +69,23 @@ class Grammar:
     A sequence of allowed ids, cut behind a whole measurement, decodes without a problem.
     """
 
-    def __init__(self, timed: np.ndarray):
+    def __init__(self, timed: np.ndarray, source_family: np.ndarray):
         """Starts at the beginning of a measurement.
 
         Args:
             timed: Whether a time was known before, in each sequence [n], bool.
+            source_family: Of the last source before, 1 for IPv4, 2 for IPv6, 0 for none [n], uint8.
         """
         n = len(timed)
-        self._timed = timed.copy()
+        self._timed, self._source_family = timed.copy(), source_family.copy()
         self._started = np.zeros(n, bool)
         self._used, self._family = np.zeros(n, np.uint8), np.zeros(n, np.uint8)
         self._head, self._left = np.zeros(n, np.int64), np.zeros(n, np.uint8)
 
     def allowed(self) -> np.ndarray:
         """Returns which ids may come next [n, 267], bool."""
-        found = _HEADS[self._used, self._family, self._timed.astype(np.int64)]
+        timed = self._timed.astype(np.int64)
+        found = _HEADS[self._used, self._family, timed, self._source_family]
         found[~self._started] = _START
         found[self._left > 0] = _BYTES
         whole = _PAYLOAD[self._head]
@@ -100,6 +105,8 @@ class Grammar:
         named = head & (_FAMILY[ids] > 0)
         self._family = np.where(starts, 0, np.where(named, _FAMILY[ids], self._family))
         self._family = self._family.astype(np.uint8)
+        source = head & (_FIELD[ids] == _SOURCE)
+        self._source_family = np.where(source, _FAMILY[ids], self._source_family)
         self._head = np.where(head, ids, self._head)
         self._timed |= head & (_FIELD[ids] == _TIME)
 
@@ -152,12 +159,17 @@ class _Prefix:
     Attributes:
         tokens: Token ids [lanes, P], int32.
         positions: Their positions; -1 at padding [lanes, P], int32.
-        timed: Whether they hold a time [lanes].
     """
 
     tokens: np.ndarray
     positions: np.ndarray
-    timed: np.ndarray
+
+    def grammar(self) -> Grammar:
+        """Returns what may follow."""
+        six = np.any(self.tokens == tokenizer.SRC_IPV6, axis=1)
+        four = np.any(self.tokens == tokenizer.SRC_IPV4, axis=1)
+        timed = np.any(np.isin(self.tokens, _TIMES), axis=1)
+        return Grammar(timed, np.where(six, 2, four).astype(np.uint8))
 
 
 def _prefix(predictor: Predictor, history: Measurements, lanes: int) -> _Prefix:
@@ -167,7 +179,7 @@ def _prefix(predictor: Predictor, history: Measurements, lanes: int) -> _Prefix:
     """
     if not len(history):
         nothing = np.zeros((lanes, 1), np.int32)
-        return _Prefix(nothing, nothing - 1, np.zeros(lanes, bool))
+        return _Prefix(nothing, nothing - 1)
     first = np.unique(hash_addresses(history.src_addr), return_index=True)[1]
     queries = take(history, first)
     contexts = same_source(history, queries, max_tokens=predictor.max_tokens // 2)
@@ -177,7 +189,7 @@ def _prefix(predictor: Predictor, history: Measurements, lanes: int) -> _Prefix:
     tokens, positions = dense(
         prompts.context_tokens, prompts.context_offsets, of_lane, np.zeros(lanes, np.int64), width
     )
-    return _Prefix(tokens, positions, np.any(np.isin(tokens, _TIMES), axis=1))
+    return _Prefix(tokens, positions)
 
 
 def _sample_lanes(
@@ -188,7 +200,7 @@ def _sample_lanes(
     position = np.count_nonzero(prefix.positions >= 0, axis=1)
     if position.max() + longest > length:
         raise ConfigError(f"the model's sequences of {length} tokens are too short to sample in")
-    cache, grammar = step.start(prefix.tokens, prefix.positions), Grammar(prefix.timed)
+    cache, grammar = step.start(prefix.tokens, prefix.positions), prefix.grammar()
     place = prefix.tokens.shape[1]
     ids, alive = np.full(len(position), tokenizer.MEASUREMENT_START), np.ones(len(position), bool)
     sampled: list[np.ndarray] = []

@@ -40,7 +40,7 @@ QUESTION_TOKENS = tokenizer.MAX_MEASUREMENT_TOKENS - 2  # the longest, RTT_START
 
 # Shapes of what is computed at once; few, since each is compiled.
 _QUESTIONS = (16, 256)
-_QUESTION_LENGTHS = (12, 24, 48)  # IPv4 without a time, with one, and IPv6
+_QUESTION_LENGTHS = (8, 12, 24, 48)  # IPv4 after its source, with it, with a time, and IPv6
 _SHORTEST_CONTEXT = 64
 _CONTEXT_TOKENS = 32_768  # of all contexts together, for the memory of their caches
 _SHARES = (1, 8, 64, 256)  # questions of one context

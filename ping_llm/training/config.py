@@ -29,6 +29,8 @@ class TrainConfig:
         batch_size: Sequences in a global batch, B.
         seq_len: Tokens in a sequence, T.
         seed: Seed of the initial parameters and of the order of the data.
+        result_last_fraction: Part of the windows in which the result of a measurement stands last,
+            as in a question; in the others the fields stand in a random order.
         mesh: Sizes of the mesh axes, such as `data=-1,fsdp=1,tensor=1`; -1 is what is left.
         loss_weights: Weight of a target in the objective, by its field: structure, source,
             destination, time, RTT. What is reported as loss has no weights.
@@ -66,6 +68,7 @@ class TrainConfig:
     batch_size: int = 8
     seq_len: int = 1024
     seed: int = 0
+    result_last_fraction: float = 0.0
     mesh: str = "data=-1,fsdp=1,tensor=1"
     loss_weights: tuple[float, ...] = (1.0, 1.0, 1.0, 1.0, 1.0)
     z_loss: float = 0.0
@@ -101,7 +104,8 @@ class TrainConfig:
         for name in ("seed", "warmup_steps", "weight_decay", "z_loss"):
             if getattr(self, name) < 0:
                 raise ConfigError(f"{name}={getattr(self, name)} must not be negative")
-        for name in ("beta1", "beta2", "muon_beta", "final_learning_rate_fraction"):
+        fractions = ("beta1", "beta2", "muon_beta", "final_learning_rate_fraction")
+        for name in (*fractions, "result_last_fraction"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ConfigError(f"{name}={getattr(self, name)} must be between 0 and 1")
         if not 0 < self.decay_fraction <= 1:

@@ -16,7 +16,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding
 
 from ping_llm import report, sharding, storage, tokenizer
-from ping_llm.checkpoints import Checkpoints
+from ping_llm.checkpoints import Checkpoints, check_language
 from ping_llm.data import pipeline
 from ping_llm.errors import ConfigError, Stopped, StorageError
 from ping_llm.packing import Batch
@@ -143,6 +143,7 @@ def train(
             batch_size=cfg.batch_size,
             seq_len=cfg.seq_len,
             seed=cfg.seed,
+            result_last_fraction=cfg.result_last_fraction,
             process_index=index,
             process_count=count,
         ) as loader,
@@ -374,6 +375,7 @@ def _check_output(output: Path, cfg: TrainConfig, fingerprint: str) -> None:
         raise StorageError(f"{output}: cannot be read: {error.strerror}") from None
     except (ValueError, KeyError, TypeError):
         raise ConfigError(f"{path} is damaged; restore it, or choose another output") from None
+    check_language(output, stored)
     if trained_on["fingerprint"] != fingerprint:
         raise ConfigError(
             f"data: {output} was begun on other data ({trained_on['path']}, fingerprint "
@@ -398,6 +400,7 @@ def _write_config(output: Path, cfg: TrainConfig, data: Path, fingerprint: str) 
     model = settings.pop("model")
     config = {
         "schema_version": SCHEMA_VERSION,
+        "language_version": tokenizer.LANGUAGE_VERSION,
         "parameters": cfg.model.parameter_count(),
         "model": model,
         "train": settings,

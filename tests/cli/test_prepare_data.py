@@ -36,10 +36,12 @@ def test_json_is_one_object_on_stdout_and_the_same_on_a_second_run(parquet, tmp_
 def test_the_command_and_the_function_make_the_same(parquet, tmp_path):
     flags = ["--split", "time", "--valid-fraction", "0.1", "--test-fraction", "0.2", "--seed", "3"]
     flags += ["--row-cap-mb", "1", "--memory-limit", "1GiB", "--workers", "1", "--engine", "local"]
+    flags += ["--both-ends"]
     assert run(parquet, "--output", tmp_path / "rows", *flags).exit_code == 0
     settings = {"split": "time", "valid_fraction": 0.1, "test_fraction": 0.2, "seed": 3}
-    result = prepare_data([str(parquet)], output=tmp_path / "rows", row_cap_mb=1, **settings)
-    assert result.measurements == 500
+    settings |= {"row_cap_mb": 1, "both_ends": True}
+    result = prepare_data([str(parquet)], output=tmp_path / "rows", **settings)
+    assert result.measurements == 500 + result.split_measurements["train"] // 2
 
 
 def test_the_text_counts_what_was_rejected_and_says_where_it_is(tmp_path):

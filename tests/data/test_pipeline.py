@@ -207,6 +207,7 @@ def test_merged_states_go_on_in_another_number_of_processes(mixed, before, after
         ({"seed": 12}, "seed was 11, now it is 12"),
         ({"batch_size": 8}, "batch_size was 4, now it is 8"),
         ({"seq_len": 300}, "seq_len was 256, now it is 300"),
+        ({"result_last_fraction": 1.0}, "result_last_fraction was 0.0, now it is 1.0"),
     ],
 )
 def test_a_state_of_other_settings_is_refused_by_name(mixed, change, named):
@@ -281,6 +282,7 @@ def test_a_directory_without_rows_is_an_error(tmp_path):
         ({"batch_size": 0}, "batch_size=0"),
         ({"batch_size": 3, "process_count": 2}, "batch_size=3 .* process_count=2"),
         ({"seq_len": 45}, "seq_len=45 .* 46 or more"),
+        ({"result_last_fraction": 1.5}, "result_last_fraction=1.5"),
     ],
 )
 def test_settings_that_cannot_be_are_refused_with_their_values(mixed, change, named):
@@ -355,6 +357,22 @@ def test_evaluation_batches_are_fixed_and_cover_every_probe(mixed):
             assert not problems
             sources.add(bytes(decoded.src_addr[0]))
     assert len(sources) >= 38  # of 40; the last windows may miss the cut
+
+
+def ends_with_the_result(segment):
+    """Returns whether every measurement of a segment has its RTT or failure last."""
+    text = tokenizer.format_tokens(np.frombuffer(segment, np.uint16))
+    fields = [line.split() for line in text.splitlines()]
+    return all(line[-1] == "FAILED" or line[-3] == "RTT_START" for line in fields)
+
+
+def test_results_stand_last_in_evaluation_and_as_asked_in_training(mixed):
+    batches = eval_batches(mixed, "valid", batch_size=4, seq_len=256, count=3)
+    assert all(ends_with_the_result(s) for lane in range(4) for s in segments_of(batches, lane))
+    for fraction in (0.0, 1.0):
+        batches = batches_of(mixed, 5, result_last_fraction=fraction)
+        found = [ends_with_the_result(s) for lane in range(4) for s in segments_of(batches, lane)]
+        assert all(found) == (fraction == 1.0)
 
 
 def test_a_split_without_rows_has_no_evaluation_batches(mixed):

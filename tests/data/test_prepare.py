@@ -80,23 +80,26 @@ def test_rows_hold_one_source_sorted_by_time_within_the_cap(parquet, tmp_path):
             assert (np.diff(batch.event_time[a:b]) >= 0).all()
 
 
-@pytest.mark.parametrize("split", ["pair", "time", "probe"])
+@pytest.mark.parametrize(
+    ("split", "both_ends"),
+    [("pair", False), ("time", False), ("probe", False), ("pair", True), ("time", True)],
+)
 def test_the_files_do_not_depend_on_workers_memory_units_or_order_of_inputs(
-    tmp_path, monkeypatch, split
+    tmp_path, monkeypatch, split, both_ends
 ):
-    paths = []
+    settings, paths = {"split": split, "both_ends": both_ends}, []
     for i in range(3):
         paths.append(str(tmp_path / f"{i}.parquet"))
         pq.write_table(make_table(3000, seed=i, days=1 + i), paths[-1], row_group_size=500)
     plain = tmp_path / "plain"
-    prepare_data(paths, output=plain, split=split, workers=1)
+    prepare_data(paths, output=plain, workers=1, **settings)
     monkeypatch.setattr(sources, "UNIT_ROWS", 300)
     monkeypatch.setattr(sources, "BATCH_ROWS", 97)
     monkeypatch.setattr(local, "_BYTES_PER_MEASUREMENT", 10**9)  # many runs and ranges
     for workers, order in ((1, [2, 0, 1]), (4, [1, 2, 0])):
         other = tmp_path / f"other-{workers}"
         inputs = [paths[i] for i in order]
-        prepare_data(inputs, output=other, split=split, workers=workers)
+        prepare_data(inputs, output=other, workers=workers, **settings)
         assert files_of(other) == files_of(plain)
     a, b = (json.loads((d / "dataset.json").read_text()) for d in (plain, other))
     assert a["fingerprint"] == b["fingerprint"]
@@ -136,6 +139,33 @@ def test_time_holds_out_the_end_of_each_input_by_itself(tmp_path):
     assert sorted(records(tmp_path / "rows", "test")) == sorted(expected)
 
 
+@pytest.mark.parametrize("split", ["pair", "time", "probe"])
+def test_with_both_ends_train_has_each_measurement_from_its_destination_too(tmp_path, split):
+    table = make_table(3000)
+    of_itself = {"src_addr": "10.0.1.1", "dst_addr": "10.0.1.1", "ip_version": 4, "rtt": 0.1}
+    itself = pa.Table.from_pylist([of_itself | {"event_time": T0 + 5}], table.schema)
+    pq.write_table(pa.concat_tables([table, itself]), tmp_path / "m.parquet")
+    made = {}
+    for both_ends in (False, True):
+        output = tmp_path / str(both_ends)
+        inputs = [str(tmp_path / "m.parquet")]
+        made[both_ends] = prepare_data(inputs, output=output, split=split, both_ends=both_ends)
+    one, both = (records(tmp_path / name, "train") for name in ("False", "True"))
+    mirrored = [(d, t, s, r) for s, t, d, r in one if s != d]
+    assert sorted(both) == sorted(one + mirrored)
+    for held in ("valid", "test"):
+        name = f"{held}-00000-of-00001.arrow"
+        assert (tmp_path / "True" / name).read_bytes() == (tmp_path / "False" / name).read_bytes()
+    everything = [r for s in SPLITS for r in records(tmp_path / "True", s)]
+    assert made[True].measurements == len(everything)
+    assert made[True].failed == sum(r[3] < 0 for r in everything)
+    assert made[True].probes == len({r[0] for r in everything})
+    assert made[True].split_measurements["train"] == len(one) + len(mirrored)
+    assert all(
+        check.ok for check in inspect_data(tmp_path / "True").checks if "splits" in check.name
+    )
+
+
 def test_rejected_records_are_counted_and_kept_with_their_place(tmp_path, monkeypatch):
     monkeypatch.setattr(sources, "UNIT_BYTES", 200)
     good = {"type": "ping", "af": 4, "from": "1.2.3.4", "dst_addr": "5.6.7.8", "min": 3}
@@ -172,6 +202,7 @@ def test_run_again_it_does_nothing_and_returns_the_same(parquet, tmp_path, monke
         ({"valid_fraction": 0.2}, "valid_fraction=0.05, not valid_fraction=0.2"),
         ({"test_fraction": 0.2}, "test_fraction=0.1, not test_fraction=0.2"),
         ({"row_cap_mb": 4}, "row_cap_mb=8.0, not row_cap_mb=4.0"),
+        ({"both_ends": True}, "both_ends=False, not both_ends=True"),
     ],
 )
 def test_other_settings_on_the_same_output_are_refused_by_name(parquet, tmp_path, changes, message):

@@ -36,8 +36,11 @@ def spark():
     session.stop()
 
 
-@pytest.mark.parametrize("split", ["pair", "time", "probe"])
-def test_spark_makes_the_files_of_the_local_engine(spark, tmp_path, monkeypatch, split):
+@pytest.mark.parametrize(
+    ("split", "both_ends"), [("pair", False), ("time", False), ("probe", False), ("time", True)]
+)
+def test_spark_makes_the_files_of_the_local_engine(spark, tmp_path, monkeypatch, split, both_ends):
+    settings = {"split": split, "both_ends": both_ends, "row_cap_mb": 0.002}
     monkeypatch.setattr(sources, "UNIT_ROWS", 1000)
     inputs = []
     for i in range(2):
@@ -51,13 +54,13 @@ def test_spark_makes_the_files_of_the_local_engine(spark, tmp_path, monkeypatch,
     results = []
     for engine in ("local", "spark"):
         output = tmp_path / engine
-        result = prepare_data(inputs, output=output, split=split, engine=engine, row_cap_mb=0.002)
+        result = prepare_data(inputs, output=output, engine=engine, **settings)
         results.append({**vars(result), "seconds": 0, "peak_rss_bytes": 0})
     assert results[0] == results[1]
     assert results[0]["rejected"] == {"not a JSON object": 1, "not a ping result": 1}
     assert files_of(tmp_path / "spark") == files_of(tmp_path / "local")
     # Either engine takes the other's output as finished.
-    prepare_data(inputs, output=tmp_path / "spark", split=split, row_cap_mb=0.002)
+    prepare_data(inputs, output=tmp_path / "spark", **settings)
 
 
 def test_spark_finds_no_measurement_where_there_is_none(spark, tmp_path):

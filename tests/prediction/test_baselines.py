@@ -1,3 +1,5 @@
+import dataclasses
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -5,7 +7,7 @@ from hypothesis import strategies as st
 
 from ping_llm.errors import DataError
 from ping_llm.prediction import baselines
-from ping_llm.prediction.table import Nodes, grouped_median, take, training_table
+from ping_llm.prediction.table import Nodes, concatenate, grouped_median, take, training_table
 from ping_llm.tokenizer import IPV4_PREFIX, Measurements
 
 N = 60
@@ -50,6 +52,21 @@ def relative_error(name, matrix):
     train, test = split_of(matrix)
     predicted = baselines.fit(name, training_table(train))(test)
     return np.median(np.abs(predicted - test.rtt) / test.rtt)
+
+
+@pytest.mark.parametrize("name", ["prefix", "additive", "src_median", "biased_mf", "dmfsgd"])
+def test_static_methods_do_not_change_when_each_measurement_is_seen_from_both_ends(name):
+    rng = np.random.default_rng(0)
+    src, dst = rng.integers(0, 12, (2, 300))
+    src, dst = src[src != dst], dst[src != dst]
+    train = measurements(src, dst, rng.gamma(3, 20, len(src)))
+    mirrored = dataclasses.replace(train, src_addr=train.dst_addr, dst_addr=train.src_addr)
+    queries = measurements(*rng.integers(0, 14, (2, 50)), np.zeros(50))
+    one, both = (
+        baselines.fit(name, training_table(table))(queries)
+        for table in (train, concatenate([train, mirrored]))
+    )
+    np.testing.assert_array_equal(one, both)
 
 
 @pytest.fixture(scope="module")

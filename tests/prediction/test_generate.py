@@ -13,7 +13,7 @@ from ping_llm.prediction.table import no_measurements
 
 def walk(lanes, steps, seed, timed):
     """Returns random allowed ids [lanes, steps]."""
-    rng, grammar = np.random.default_rng(seed), Grammar(timed)
+    rng, grammar = np.random.default_rng(seed), Grammar(timed, np.zeros(lanes, np.uint8))
     # Structure far likelier than chance, so that all of it is met.
     logits = np.where(np.arange(tokenizer.VOCAB_SIZE) < tokenizer.BYTE_0, 3.0, 0.0)
     out = np.zeros((lanes, steps), np.int64)
@@ -26,16 +26,19 @@ def walk(lanes, steps, seed, timed):
 
 def test_a_million_tokens_respect_the_grammar():
     ids = walk(1000, 1000, seed=0, timed=np.zeros(1000, bool))
-    heads = set()
+    heads, unnamed = set(), 0
     for lane in ids:
         end = np.flatnonzero(lane == tokenizer.MEASUREMENT_START)[-1]  # the last may be cut
         measurements, problems = tokenizer.decode(lane[:end])
         assert not problems
         starts = np.count_nonzero(lane[:end] == tokenizer.MEASUREMENT_START)
         assert len(measurements) == starts
+        sources = np.isin(lane[:end], [tokenizer.SRC_IPV4, tokenizer.SRC_IPV6])
+        unnamed += starts - np.count_nonzero(sources)
         assert measurements.event_time.min() >= 0
         heads |= set(lane[lane < tokenizer.BYTE_0].tolist())
     assert heads == set(range(tokenizer.BYTE_0)) - {tokenizer.THROUGHPUT_START}
+    assert unnamed > 1000  # measurements of the source before
 
 
 def test_every_encoded_segment_is_allowed():
@@ -43,6 +46,7 @@ def test_every_encoded_segment_is_allowed():
     rng, n = np.random.default_rng(0), 300
     version = rng.choice([4, 6], n).astype(np.int8)
     addresses = rng.integers(0, 256, (2, n, 16)).astype(np.uint8)
+    addresses[0] = addresses[0, rng.integers(0, 3, n) + 3 * (version == 6)]  # sources repeat
     addresses[:, version == 4, :12] = np.frombuffer(tokenizer.IPV4_PREFIX, np.uint8)
     times = 10**9 + np.cumsum(rng.choice([0, 3, 200, 10**5], n))
     times[100] = 5
@@ -51,7 +55,7 @@ def test_every_encoded_segment_is_allowed():
     )
     order = np.array([rng.permutation(4) for _ in range(n)], np.uint8)
     ids, _ = tokenizer.encode(measurements, segment_offsets=np.array([0, n]), field_order=order)
-    grammar = Grammar(np.zeros(1, bool))
+    grammar = Grammar(np.zeros(1, bool), np.zeros(1, np.uint8))
     for token in ids:
         assert grammar.allowed()[0, token], tokenizer.token_name(int(token))
         grammar.advance(np.array([int(token)]))

@@ -127,7 +127,7 @@ def test_a_context_keeps_the_newest_measurements_that_fit(predictor):
     query = asked(1, times=[1_600_009_999])
     contexts = predictor.contexts(history, query)
     room = SEQ_LEN - rtt_module.QUESTION_TOKENS
-    assert contexts.lengths().tolist() == [(room - 4) // (14 + 5)]
+    assert contexts.lengths().tolist() == [(room - 5 - 4) // (9 + 5)]
     assert contexts.measurements.event_time.max() == history.event_time.max()
 
 

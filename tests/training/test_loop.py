@@ -11,6 +11,8 @@ import time
 
 import jax
 import pytest
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 from wandb.proto import wandb_internal_pb2
 
 from ping_llm import sharding
@@ -82,6 +84,17 @@ def test_a_finished_run_is_not_touched_and_gives_the_same_result(finished, probe
     assert run(probe_rows, output, "checkpoint_every=2", steps=3) == result
     after = {path: path.stat().st_mtime_ns for path in output.rglob("*") if path.is_file()}
     assert before == after
+
+
+def test_a_run_of_another_version_of_the_token_language_is_refused(copy_of_finished, probe_rows):
+    path = copy_of_finished / "config.json"
+    config = json.loads(path.read_text())
+    del config["language_version"]  # as the first version wrote it
+    path.write_text(json.dumps(config))
+    with pytest.raises(CheckpointError, match="on version 1 of the token language, this is ver"):
+        run(probe_rows, copy_of_finished, "checkpoint_every=2")
+    with pytest.raises(CheckpointError, match="train it again"):
+        load_run(copy_of_finished)
 
 
 def test_more_steps_go_on_where_the_run_ended_on_another_mesh(copy_of_finished, probe_rows):
@@ -178,6 +191,7 @@ def test_the_best_on_valid_is_kept_and_is_what_is_loaded(probe_rows, tmp_path):
     evaluate = make_eval_step(graphdef)
     (batch,) = pipeline.eval_batches(probe_rows, "valid", batch_size=4, seq_len=64, count=1)
     with jax.set_mesh(sharding.make_mesh()):
+        params = jax.device_put(params, NamedSharding(jax.sharding.get_mesh(), P()))
         nll, count = evaluate(params, dataclasses.asdict(batch))
     assert float(nll.sum() / count.sum()) == pytest.approx(losses[best], rel=1e-5)
     # A resumed run knows the best one of before, and goes on from the newest.
