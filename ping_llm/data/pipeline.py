@@ -22,6 +22,7 @@ from absl import flags
 
 from ping_llm.data import windows
 from ping_llm.data.rows import ProbeRows, read_metadata
+from ping_llm.data.windows import WindowLaw
 from ping_llm.errors import ConfigError, DataError
 from ping_llm.packing import Batch, best_fit, next_token_batch, pack
 
@@ -69,12 +70,10 @@ def _make_chunk(
     seed: int,
     length: int,
     order_key: np.ndarray,
-    result_last_fraction: float,
+    law: WindowLaw,
 ) -> _Chunk:
     """Returns a chunk with its sequences in the random order that `order_key` [1] names."""
-    tokens, offsets = windows.encode_visits(
-        rows, visits, seed=seed, length=length, result_last_fraction=result_last_fraction
-    )
+    tokens, offsets = windows.encode_visits(rows, visits, seed=seed, length=length, law=law)
     lengths = np.diff(offsets)
     if lengths.max() > length:
         row = int(visits.row[np.argmax(lengths)])
@@ -97,13 +96,13 @@ class _Lanes:
         batch_size: int,
         seq_len: int,
         seed: int,
-        result_last_fraction: float,
+        law: WindowLaw,
     ):
         windows.check_length(seq_len + 1)
         self._rows = ProbeRows(data, "train")
         self._order = windows.VisitOrder(self._rows.n_measurements, seed)
         self._batch_size, self.length, self._seed = batch_size, seq_len + 1, seed
-        self._result_last_fraction = result_last_fraction
+        self._law = law
         if self._order.per_epoch == 0:
             raise DataError(f"{data} has no train rows; prepare it again from more measurements")
         self._chunk_visits = self._choose_chunk_visits()
@@ -111,7 +110,9 @@ class _Lanes:
     def _choose_chunk_visits(self) -> int:
         """Returns how many visits make a chunk of the size wanted, about."""
         sample = self._order[np.arange(min(self._order.per_epoch, 512))]
-        _, offsets = windows.encode_visits(self._rows, sample, seed=self._seed, length=self.length)
+        _, offsets = windows.encode_visits(
+            self._rows, sample, seed=self._seed, length=self.length, law=self._law
+        )
         least, most = CHUNK_SEQUENCES
         sequences = BUFFERED_TOKENS // (self._batch_size * self.length)
         tokens = min(max(sequences, least), most) * self.length
@@ -136,7 +137,7 @@ class _Lanes:
             seed=self._seed,
             length=self.length,
             order_key=key,
-            result_last_fraction=self._result_last_fraction,
+            law=self._law,
         )
 
 
@@ -216,7 +217,7 @@ class TrainLoader:
         batch_size: int,
         seq_len: int,
         seed: int,
-        result_last_fraction: float = 0.0,
+        law: WindowLaw = windows.USUAL,
         process_index: int = 0,
         process_count: int = 1,
         num_workers: int = 0,
@@ -228,8 +229,7 @@ class TrainLoader:
             batch_size: Sequences of a global batch, B; a multiple of `process_count`.
             seq_len: Tokens of an example, T.
             seed: Names the order and the form of everything.
-            result_last_fraction: Part of the windows in which the result of a measurement stands
-                last, as in a question; in the others its fields stand in a random order.
+            law: What windows are like.
             process_index: Which process this is.
             process_count: How many processes make a global batch together.
             num_workers: How many further processes make the batches; with 0, a thread of this one
@@ -243,16 +243,10 @@ class TrainLoader:
             raise ConfigError(f"{batch_size=} must be a positive multiple of {process_count=}")
         if num_workers < 0:
             raise ConfigError(f"{num_workers=} must be 0 or more")
-        if not 0 <= result_last_fraction <= 1:
-            raise ConfigError(f"{result_last_fraction=} must be between 0 and 1")
-        settings = {
-            "batch_size": batch_size,
-            "seq_len": seq_len,
-            "seed": seed,
-            "result_last_fraction": result_last_fraction,
-        }
-        self._source = {"data": data, **settings}
-        self._settings = {"data": data_fingerprint(data), **settings}
+        settings = {"batch_size": batch_size, "seq_len": seq_len, "seed": seed}
+        self._source = {"data": data, **settings, "law": law}
+        fingerprint = data_fingerprint(data)
+        self._settings = {"data": fingerprint, **settings, **dataclasses.asdict(law)}
         _Lanes(**self._source)  # what is wrong shows here, not in the background
         share = batch_size // process_count
         self.lanes = range(process_index * share, (process_index + 1) * share)
@@ -375,7 +369,7 @@ def eval_batches(
             seed=EVAL_SEED,
             length=length,
             order_key=order_key,
-            result_last_fraction=1.0,
+            law=WindowLaw(result_last_fraction=1.0),
         )
         made = len(chunk.sequences)
         if made >= needed:

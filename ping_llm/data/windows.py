@@ -18,7 +18,7 @@ MEASUREMENTS_PER_VISIT = 30
 MAX_VISITS = 16
 
 FULL, PARTIAL, NONE = range(3)
-FULL_SHARE, PARTIAL_SHARE = 0.4, 0.3
+FULL_TO_PARTIAL = 4 / 7  # of the windows that show times, the part that shows all of them
 UNTIMED_FRACTION = (0.1, 0.9)
 
 # What a random number is for: the scalars of a visit, then one stream per purpose.
@@ -82,6 +82,29 @@ def permuted(index: np.ndarray, size: int, key: np.ndarray) -> np.ndarray:
         out[todo] = value
         todo = todo[value >= size]
     return out.astype(np.int64)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class WindowLaw:
+    """What windows are like, where a run may choose.
+
+    Attributes:
+        result_last_fraction: Part of the windows in which the fields stand as in a question,
+            source, destination, time, result; in the others, in an order of their own each.
+        untimed_fraction: Part of the windows that show no time. Of the others, four in seven show
+            all times, the rest some.
+    """
+
+    result_last_fraction: float = 0.0
+    untimed_fraction: float = 0.3
+
+    def __post_init__(self) -> None:
+        for name, value in dataclasses.asdict(self).items():
+            if not 0 <= value <= 1:
+                raise ConfigError(f"{name}={value} must be between 0 and 1")
+
+
+USUAL = WindowLaw()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -246,8 +269,7 @@ def select(
     n_measurements: np.ndarray,
     ip_version: np.ndarray,
     length: int,
-    *,
-    result_last_fraction: float = 0.0,
+    law: WindowLaw = USUAL,
 ) -> Selection:
     """Returns what visits show of their rows, such that each fits a sequence of `length` tokens.
 
@@ -256,17 +278,16 @@ def select(
         n_measurements: Measurements in the visit's row [v].
         ip_version: The row's family, 4 or 6 [v].
         length: Tokens of an empty sequence, at least `MAX_MEASUREMENT_TOKENS`.
-        result_last_fraction: Part of the visits in which the fields stand as in a question, source,
-            destination, time, result; in the others, in an order of their own each.
+        law: What windows are like.
     """
     n = n_measurements
     window = np.exp(_uniform(keys, _SIZE) * np.log(n + 1)).astype(np.int64)
     window = np.minimum(window, n)  # n + 1 only by rounding
     offset = (_uniform(keys, _OFFSET) * (n - window + 1)).astype(np.int64)
     toss = _uniform(keys, _MODE)
-    mode = np.where(
-        toss < FULL_SHARE, FULL, np.where(toss < FULL_SHARE + PARTIAL_SHARE, PARTIAL, NONE)
-    )
+    timed_share = 1 - law.untimed_fraction
+    some = np.where(toss < timed_share * FULL_TO_PARTIAL, FULL, PARTIAL)
+    mode = np.where(toss < timed_share, some, NONE)
     low, high = UNTIMED_FRACTION
     fraction = low + (high - low) * _uniform(keys, _FRACTION)
     coin = (_uniform(keys, _COIN) < 0.5).astype(np.int64)
@@ -290,7 +311,7 @@ def select(
     has_time[at] = timed
     bits = draw(draw(keys, _FIELDS)[visit], rank)
     order = _PERMUTATIONS[(bits >> np.uint64(32)) * np.uint64(24) >> np.uint64(32)]
-    result_last = _uniform(keys, _RESULT_LAST) < result_last_fraction
+    result_last = _uniform(keys, _RESULT_LAST) < law.result_last_fraction
     order[result_last[visit]] = np.arange(4, dtype=np.uint8)
     return Selection(segment_offsets, index, has_time, order)
 
@@ -343,7 +364,7 @@ def encode_visits(
     *,
     seed: int,
     length: int,
-    result_last_fraction: float = 0.0,
+    law: WindowLaw = USUAL,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Returns (tokens, token_offsets): one segment of at most `length` tokens a visit.
 
@@ -352,19 +373,14 @@ def encode_visits(
         visits: Which visits.
         seed: Of what the visits draw.
         length: As for `select`, like the next.
-        result_last_fraction: Part of the visits in which the result stands last.
+        law: What windows are like.
 
     Raises:
         DataError: A row is not in time order or has an RTT without a code.
     """
     keys = make_keys(seed, visits.epoch, visits.row, visits.k)
-    selection = select(
-        keys,
-        rows.n_measurements[visits.row],
-        rows.ip_version[visits.row],
-        length,
-        result_last_fraction=result_last_fraction,
-    )
+    counts, families = rows.n_measurements[visits.row], rows.ip_version[visits.row]
+    selection = select(keys, counts, families, length, law)
     measurements = gather(rows, visits.row, selection)
     return tokenizer.encode(
         measurements,

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from ping_llm import sharding
+from ping_llm.data.windows import WindowLaw
 from ping_llm.errors import ConfigError
 from ping_llm.models.config import PRESETS, DecoderConfig, YarnScaling
 from ping_llm.tokenizer import FIELDS
@@ -31,6 +32,7 @@ class TrainConfig:
         seed: Seed of the initial parameters and of the order of the data.
         result_last_fraction: Part of the windows in which the result of a measurement stands last,
             as in a question; in the others the fields stand in a random order.
+        untimed_fraction: Part of the windows that show no time.
         mesh: Sizes of the mesh axes, such as `data=-1,fsdp=1,tensor=1`; -1 is what is left.
         loss_weights: Weight of a target in the objective, by its field: structure, source,
             destination, time, RTT. What is reported as loss has no weights.
@@ -69,6 +71,7 @@ class TrainConfig:
     seq_len: int = 1024
     seed: int = 0
     result_last_fraction: float = 0.0
+    untimed_fraction: float = 0.3
     mesh: str = "data=-1,fsdp=1,tensor=1"
     loss_weights: tuple[float, ...] = (1.0, 1.0, 1.0, 1.0, 1.0)
     z_loss: float = 0.0
@@ -98,6 +101,7 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         sharding.parse_mesh(self.mesh)
+        _ = self.law  # checks its own fields
         for name in _POSITIVE:
             if getattr(self, name) <= 0:
                 raise ConfigError(f"{name}={getattr(self, name)} must be above 0")
@@ -105,7 +109,7 @@ class TrainConfig:
             if getattr(self, name) < 0:
                 raise ConfigError(f"{name}={getattr(self, name)} must not be negative")
         fractions = ("beta1", "beta2", "muon_beta", "final_learning_rate_fraction")
-        for name in (*fractions, "result_last_fraction"):
+        for name in fractions:
             if not 0 <= getattr(self, name) <= 1:
                 raise ConfigError(f"{name}={getattr(self, name)} must be between 0 and 1")
         if not 0 < self.decay_fraction <= 1:
@@ -126,6 +130,13 @@ class TrainConfig:
         batch_size, accumulate_steps = self.batch_size, self.accumulate_steps
         if batch_size % accumulate_steps:
             raise ConfigError(f"{accumulate_steps=} must divide {batch_size=}")
+
+    @property
+    def law(self) -> WindowLaw:
+        """What the windows of the train split are like."""
+        return WindowLaw(
+            result_last_fraction=self.result_last_fraction, untimed_fraction=self.untimed_fraction
+        )
 
 
 _POSITIVE = (

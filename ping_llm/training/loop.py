@@ -143,7 +143,7 @@ def train(
             batch_size=cfg.batch_size,
             seq_len=cfg.seq_len,
             seed=cfg.seed,
-            result_last_fraction=cfg.result_last_fraction,
+            law=cfg.law,
             process_index=index,
             process_count=count,
         ) as loader,

@@ -13,6 +13,7 @@ from ping_llm import tokenizer
 from ping_llm.data import pipeline, windows
 from ping_llm.data.pipeline import TrainLoader, eval_batches, merge_states
 from ping_llm.data.rows import FlatRows, ProbeRows, RowWriter
+from ping_llm.data.windows import WindowLaw
 from ping_llm.errors import ConfigError, DataError
 
 SETTINGS = {"batch_size": 4, "seq_len": 256, "seed": 11}
@@ -207,7 +208,10 @@ def test_merged_states_go_on_in_another_number_of_processes(mixed, before, after
         ({"seed": 12}, "seed was 11, now it is 12"),
         ({"batch_size": 8}, "batch_size was 4, now it is 8"),
         ({"seq_len": 300}, "seq_len was 256, now it is 300"),
-        ({"result_last_fraction": 1.0}, "result_last_fraction was 0.0, now it is 1.0"),
+        (
+            {"law": WindowLaw(result_last_fraction=1.0)},
+            "result_last_fraction was 0.0, now it is 1.0",
+        ),
     ],
 )
 def test_a_state_of_other_settings_is_refused_by_name(mixed, change, named):
@@ -282,7 +286,6 @@ def test_a_directory_without_rows_is_an_error(tmp_path):
         ({"batch_size": 0}, "batch_size=0"),
         ({"batch_size": 3, "process_count": 2}, "batch_size=3 .* process_count=2"),
         ({"seq_len": 45}, "seq_len=45 .* 46 or more"),
-        ({"result_last_fraction": 1.5}, "result_last_fraction=1.5"),
     ],
 )
 def test_settings_that_cannot_be_are_refused_with_their_values(mixed, change, named):
@@ -370,7 +373,7 @@ def test_results_stand_last_in_evaluation_and_as_asked_in_training(mixed):
     batches = eval_batches(mixed, "valid", batch_size=4, seq_len=256, count=3)
     assert all(ends_with_the_result(s) for lane in range(4) for s in segments_of(batches, lane))
     for fraction in (0.0, 1.0):
-        batches = batches_of(mixed, 5, result_last_fraction=fraction)
+        batches = batches_of(mixed, 5, law=WindowLaw(result_last_fraction=fraction))
         found = [ends_with_the_result(s) for lane in range(4) for s in segments_of(batches, lane)]
         assert all(found) == (fraction == 1.0)
 

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from ping_llm import tokenizer
 from ping_llm.data import windows
 from ping_llm.data.rows import ProbeRows
-from ping_llm.data.windows import FULL, NONE, PARTIAL
+from ping_llm.data.windows import FULL, NONE, PARTIAL, WindowLaw
 from ping_llm.errors import ConfigError
 
 ROOM = 10**6  # tokens, where a test does not want windows cut
@@ -231,6 +231,27 @@ def test_times_are_full_partial_and_absent_in_shares_40_30_30():
     assert_follows(np.bincount(modes, minlength=3), [0.4, 0.3, 0.3])
 
 
+@pytest.mark.parametrize("untimed", [0.0, 0.8, 1.0])
+def test_the_part_of_windows_without_times_is_a_setting(untimed):
+    law = WindowLaw(untimed_fraction=untimed)
+    size = np.full(20_000, 60)
+    found = segments(windows.select(keys(20_000), size, np.full(20_000, 4), 257, law))
+    modes = [mode_of(t) for index, t, _ in found if len(index) > 1]
+    timed = 1 - untimed
+    shares = np.array([timed * 4 / 7, timed * 3 / 7, untimed])
+    counts = np.bincount(modes, minlength=3)
+    assert not counts[shares == 0].any()
+    if shares.min() > 0 or untimed == 0:
+        assert_follows(counts[shares > 0], shares[shares > 0])
+
+
+def test_a_window_law_takes_fractions_only():
+    with pytest.raises(ConfigError, match=r"untimed_fraction=1\.5 must be between 0 and 1"):
+        WindowLaw(untimed_fraction=1.5)
+    with pytest.raises(ConfigError, match="result_last_fraction=-1 must be between 0 and 1"):
+        WindowLaw(result_last_fraction=-1)
+
+
 def test_a_single_measurement_loses_its_time_by_a_coin_where_times_are_partial():
     timed = [all(t) for _, t, _ in segments(select(20_000, 1))]
     assert_follows([sum(timed), len(timed) - sum(timed)], [0.4 + 0.15, 0.3 + 0.15])
@@ -286,7 +307,7 @@ def test_the_fields_of_a_measurement_stand_in_a_uniform_order_whatever_its_neigh
 def test_the_result_stands_last_in_the_stated_part_of_the_visits_and_nothing_else_changes():
     args = keys(20_000), np.full(20_000, 5), np.full(20_000, 4), ROOM
     plain = windows.select(*args)
-    some = windows.select(*args, result_last_fraction=0.25)
+    some = windows.select(*args, WindowLaw(result_last_fraction=0.25))
     for name in ("segment_offsets", "index", "has_time"):
         np.testing.assert_array_equal(getattr(some, name), getattr(plain, name))
     starts = plain.segment_offsets[:-1]
@@ -297,7 +318,7 @@ def test_the_result_stands_last_in_the_stated_part_of_the_visits_and_nothing_els
     by_chance = np.logical_and.reduceat((plain.field_order == np.arange(4)).all(axis=1), starts)
     count = np.count_nonzero(whole & ~by_chance)
     assert_follows([count, np.count_nonzero(~by_chance) - count], [0.25, 0.75])
-    always = windows.select(*args, result_last_fraction=1.0)
+    always = windows.select(*args, WindowLaw(result_last_fraction=1.0))
     assert (always.field_order == np.arange(4)).all()
 
 
