@@ -6,6 +6,10 @@ from collections.abc import Sequence
 
 import numpy as np
 
+# A sequence of T tokens holds at most T / 16 segments: kernels that take a packed batch must know
+# how many there may be.
+SHORTEST_SEGMENT = 16
+
 
 @dataclasses.dataclass(frozen=True)
 class Batch:
@@ -43,13 +47,14 @@ def best_fit(lengths: np.ndarray, capacity: int | np.ndarray) -> list[list[int]]
 
     Capacities may differ [n]: a segment that fits nowhere opens a sequence of its own capacity.
 
-    Longest first, each into the fullest sequence that it still fits (best-fit decreasing).
+    Longest first, each into the fullest sequence that it still fits (best-fit decreasing). A
+    segment takes the room of `SHORTEST_SEGMENT` tokens at least, or that of a whole sequence.
     """
     sequences: list[list[int]] = []
     room: list[tuple[int, int]] = []  # (what is left, which sequence), ascending
     capacities = np.broadcast_to(capacity, len(lengths))
     for i in np.argsort(-lengths, kind="stable").tolist():
-        length = int(lengths[i])
+        length = max(int(lengths[i]), min(SHORTEST_SEGMENT, int(capacities[i])))
         at = bisect.bisect_left(room, (length, -1))
         if at == len(room):
             left, sequence = int(capacities[i]), len(sequences)

@@ -3,10 +3,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ping_llm.packing import best_fit, next_token_batch, pack
+from ping_llm.packing import SHORTEST_SEGMENT, best_fit, next_token_batch, pack
 
-lengths_and_capacity = st.integers(1, 60).flatmap(
-    lambda capacity: st.tuples(st.lists(st.integers(1, capacity), max_size=60), st.just(capacity))
+lengths_and_capacity = st.integers(SHORTEST_SEGMENT, 300).flatmap(
+    lambda capacity: st.tuples(
+        st.lists(st.integers(SHORTEST_SEGMENT, capacity), max_size=60), st.just(capacity)
+    )
 )
 
 
@@ -26,8 +28,14 @@ def test_best_fit_leaves_at_most_one_sequence_half_empty(drawn):
 
 
 def test_best_fit_puts_a_segment_where_the_least_room_is_left():
-    assert best_fit(np.array([5, 3, 2, 7]), 10) == [[3, 1], [0, 2]]
-    assert best_fit(np.array([10, 10]), 10) == [[0], [1]]
+    assert best_fit(np.array([50, 30, 20, 70]), 100) == [[3, 1], [0, 2]]
+    assert best_fit(np.array([100, 100]), 100) == [[0], [1]]
+
+
+@given(st.lists(st.integers(1, 40), min_size=1, max_size=200), st.integers(40, 100))
+def test_best_fit_puts_no_more_segments_in_a_sequence_than_kernels_have_room_for(sizes, capacity):
+    sequences = best_fit(np.array(sizes), capacity)
+    assert max(map(len, sequences)) <= max(capacity // SHORTEST_SEGMENT, 1)
 
 
 @given(st.lists(st.lists(st.integers(1, 9), min_size=1, max_size=5), min_size=1, max_size=6))

@@ -8,6 +8,7 @@ from jaxtyping import Array, Float, Int
 
 from ping_llm import sharding
 from ping_llm.models import layers
+from ping_llm.models.attention import Attend, attention
 from ping_llm.models.config import DecoderConfig
 
 SITES = ("attn", "mlp", "residual")  # of each block
@@ -32,7 +33,7 @@ class Block(nnx.Module):
         cos: Float[Array, "B T 1 h"],
         sin: Float[Array, "B T 1 h"],
         window: Int[Array, ""] | None = None,
-        attend: layers.Attend = layers.attention,
+        attend: Attend = attention,
     ) -> tuple[Float[Array, "B T D"], dict[str, Float[Array, "B T D"]]]:
         """Returns the residual stream after the block, and {site: what it held}."""
         attn = self.attn(self.attn_norm(x), segment_ids, cos, sin, window, attend)

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from ping_llm.models import layers
+from ping_llm.models import attention, layers
 from ping_llm.models.decoder import Decoder
 
 
@@ -57,7 +57,7 @@ def read(
         def attend(q, k, v, segment_ids, window):
             kept.append((k, v))
             if not seen:
-                return layers.attention(q, k, v, segment_ids, window)
+                return attention.attention(q, k, v, segment_ids, window)
             before = [(*pair, cache.positions) for pair, cache in zip(cached, seen, strict=True)]
             return _attend(q, positions, window, [*before, (k, v, None)])
 
@@ -92,7 +92,7 @@ def _attend(
         grouped = q.reshape(C, B // C * T, K, N // K, H)
         scores = jnp.einsum("cqkgh,cskh->ckqgs", grouped, keys, preferred_element_type=jnp.float32)
         visible = _visible(positions.reshape(C, -1), window, at, T)  # [C or 1, q or 1, S]
-        scores = jnp.where(visible[:, None, :, None], scores, layers.MASKED)
+        scores = jnp.where(visible[:, None, :, None], scores, attention.MASKED)
         peak = jnp.max(scores, axis=-1)
         weights = jnp.exp(scores - peak[..., None])
         summed = jnp.einsum("ckqgs,cskh->cqkgh", weights.astype(values.dtype), values)
