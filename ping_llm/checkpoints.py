@@ -4,25 +4,30 @@ A checkpoint holds named trees of arrays and a JSON object of notes. Arrays are 
 of their place in the tree, so that what is on disk knows nothing of Flax's and Optax's classes.
 """
 
+import dataclasses
 import json
 import shutil
+import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
 from flax import nnx
 from orbax.checkpoint import checkpoint_managers as policies
 
 from ping_llm import tokenizer
-from ping_llm.errors import CheckpointError
+from ping_llm.errors import CheckpointError, ConfigError, StorageError
 from ping_llm.models.config import DecoderConfig
 from ping_llm.models.decoder import Decoder
+from ping_llm.models.safetensors import SafetensorsFile
 
 TREES = ("params", "opt_state")
 _NOTES = "notes"
 _VALID_LOSS = "valid_loss"  # among the notes
+EXPORTED = "model.safetensors"
 
 
 class _Best:
@@ -184,7 +189,8 @@ def load_run(run: str | Path) -> tuple[dict[str, Any], Any, Any]:
     Which is that of the lowest valid loss among the checkpoints, or the newest one where none has a
     valid loss.
 
-    The run may be in training meanwhile; nothing of it is changed.
+    The run may be in training meanwhile; nothing of it is changed. What `export_run` wrote is read
+    the same way.
 
     Raises:
         CheckpointError: `run` is no run, has no checkpoint yet, is damaged, or was trained on
@@ -201,20 +207,99 @@ def load_run(run: str | Path) -> tuple[dict[str, Any], Any, Any]:
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{path} is damaged: {_line(error)}; restore it") from None
     check_language(run, config)
-    checkpoints = Path(run) / "checkpoints"
-    if not checkpoints.is_dir():
-        raise CheckpointError(f"{run} has no checkpoint yet; train it for some steps first")
     graphdef, shapes = nnx.split(nnx.eval_shape(lambda: Decoder(cfg, rngs=nnx.Rngs(0))))
     place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     abstract = jax.tree.map(
         lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place), shapes
     )
+    exported = Path(run) / EXPORTED
+    if exported.exists():
+        return config, graphdef, _read_exported(exported, abstract)
+    checkpoints = Path(run) / "checkpoints"
+    if not checkpoints.is_dir():
+        raise CheckpointError(f"{run} has no checkpoint yet; train it for some steps first")
     with Checkpoints(checkpoints, keep=None) as stored:
         step = stored.best()
         if step is None:
             raise CheckpointError(f"{run} has no checkpoint yet; train it for some steps first")
         trees, _ = stored.restore(step, {"params": abstract})
     return config, graphdef, trees["params"]
+
+
+@dataclasses.dataclass(frozen=True)
+class ExportResult:
+    """What an export holds.
+
+    Attributes:
+        parameters: Number of parameters.
+        bytes: Size of their file.
+        output: The directory.
+    """
+
+    parameters: int
+    bytes: int
+    output: str
+
+
+def export_run(run: str | Path, output: str | Path) -> ExportResult:
+    """Writes a run's best decoder as one safetensors file beside its config.
+
+    The directory can stand for the run wherever one is read: `predict`, `evaluate`, `generate`,
+    `extract-activations`. Exporting again what is there already changes nothing.
+
+    Raises:
+        CheckpointError: `run` cannot be read.
+        ConfigError: `output` holds something else.
+        StorageError: `output` cannot be written.
+    """
+    from safetensors.numpy import save
+
+    config, _, params = load_run(run)
+    tensors = {name: np.asarray(leaf) for name, leaf in _by_name(params).items()}
+    content = {
+        EXPORTED: save(tensors, metadata={"format": "ping-llm"}),
+        "config.json": (json.dumps(config, indent=2) + "\n").encode(),
+    }
+    output = Path(output)
+    try:
+        if output.is_dir() and any(output.iterdir()):
+            held = {path.name: path.read_bytes() for path in output.iterdir() if path.is_file()}
+            if held != content:
+                raise ConfigError(f"{output} is not empty and holds another model; choose another")
+        else:
+            output.parent.mkdir(parents=True, exist_ok=True)
+            building = Path(tempfile.mkdtemp(dir=output.parent, prefix=f".{output.name}."))
+            try:
+                for name, data in content.items():
+                    (building / name).write_bytes(data)
+                building.chmod(0o755)
+                building.replace(output)  # in one move: whoever sees it sees it whole
+            finally:
+                shutil.rmtree(building, ignore_errors=True)
+    except OSError as error:
+        raise StorageError(f"{output}: cannot be written: {error.strerror}") from None
+    parameters = sum(tensor.size for tensor in tensors.values())
+    return ExportResult(parameters, len(content[EXPORTED]), str(output))
+
+
+def _by_name(params: Any) -> dict[str, Any]:
+    """Returns parameters by the names they have in an export, such as `blocks.mlp.up.kernel`."""
+    return {place.removesuffix(".value"): leaf for place, leaf in _by_place(params).items()}
+
+
+def _read_exported(path: Path, abstract: Any) -> Any:
+    names = _by_name(abstract)
+    with SafetensorsFile(path) as file:
+        stored = {
+            name: jax.ShapeDtypeStruct(shape, file.dtypes[name])
+            for name, shape in file.shapes.items()
+        }
+        _check_shapes(path, names, stored)
+        values = [
+            jax.device_put(file.read(name).astype(leaf.dtype), leaf.sharding)
+            for name, leaf in names.items()
+        ]
+    return jax.tree.unflatten(jax.tree.structure(abstract), values)
 
 
 def check_language(run: str | Path, config: Mapping[str, Any]) -> None:

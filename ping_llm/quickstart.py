@@ -1,4 +1,4 @@
-"""The whole story once: simulate an internet, prepare its measurements, look at them, train."""
+"""The whole story once: simulate an internet, learn it, predict it, and read what was learnt."""
 
 import dataclasses
 import json
@@ -7,11 +7,15 @@ from pathlib import Path
 from ping_llm.data.inspect import inspect_data
 from ping_llm.data.prepare import prepare_data
 from ping_llm.data.simulate import simulate
+from ping_llm.extraction.run import extract_activations
+from ping_llm.prediction.evaluate import evaluate
 from ping_llm.training.loop import train
+from ping_llm.training.metrics import write_text
 
 # Small enough for two cores and minutes; enough to learn the language and some geography.
 PROBES, DAYS, MEASUREMENTS = 100, 7.0, 200_000
-STEPS, BATCH_SIZE, SEQ_LEN = 120, 8, 512
+STEPS, BATCH_SIZE, SEQ_LEN = 150, 8, 512
+SCORED, EXTRACTED = 200, 200
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,6 +45,12 @@ def quickstart(output: Path, *, seed: int = 0) -> QuickstartResult:
     prepare_data([str(raw)], output=rows, seed=seed)
     inspect_data(rows, samples=4, report=report)
     train(rows, run, preset="tiny", steps=STEPS, batch_size=BATCH_SIZE, seq_len=SEQ_LEN, seed=seed)
+    scores, scored = output / "evaluation.html", output / "evaluation.json"
+    if not scored.exists():
+        result = evaluate(run, rows, max_rows=SCORED, report=scores)
+        write_text(scored, json.dumps(result, indent=2) + "\n")
+    activations = output / "activations"
+    extract_activations(run, rows, activations, format="measurements", limit=EXTRACTED)
     losses = [json.loads(line)["loss"] for line in (run / "metrics.jsonl").read_text().splitlines()]
     return QuickstartResult(
         output=str(output),
@@ -50,5 +60,7 @@ def quickstart(output: Path, *, seed: int = 0) -> QuickstartResult:
             "what the data hold": str(report),
             "how the loss fell": str(run / "loss.png"),
             "every logged step": str(run / "metrics.jsonl"),
+            "how well it predicts, beside classical methods": str(scores),
+            "what its layers held, for sparse autoencoders": str(activations / "manifest.json"),
         },
     )

@@ -28,11 +28,11 @@ LEVEL_OF = {part: level for level, parts in enumerate(LEVELS) for part in parts}
 RESERVED = {
     "click": lambda path: path.parts[0] == "cli",
     "orbax": lambda path: path == Path("checkpoints.py"),
-    "wandb": lambda path: path == Path("training/loop.py"),
+    "wandb": lambda path: path == Path("training/tracking.py"),
     "jax": lambda path: path.parts[0] not in {"data", "tokenizer.py", "packing.py"},
     "flax": lambda path: path.parts[0] not in {"data", "tokenizer.py", "packing.py"},
     "grain": lambda path: path == Path("data/pipeline.py"),
-    "torch": lambda path: path == Path("extraction/parity.py"),
+    "torch": lambda path: path in {Path("extraction/parity.py"), Path("training/yardsticks.py")},
     "transformers": lambda path: path == Path("extraction/parity.py"),
 }
 

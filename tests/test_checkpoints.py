@@ -5,12 +5,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tiny_runs
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
+from safetensors.numpy import load_file
 
 from ping_llm import sharding
-from ping_llm.checkpoints import Checkpoints
-from ping_llm.errors import CheckpointError
+from ping_llm.checkpoints import Checkpoints, export_run, load_run
+from ping_llm.errors import CheckpointError, ConfigError
 
 ROWS = 512
 
@@ -141,3 +143,46 @@ def test_a_failed_write_is_an_error_and_leaves_the_checkpoint_before(tmp_path):
     save_one(tmp_path, step=2)
     with Checkpoints(tmp_path, keep=3) as checkpoints:
         assert checkpoints.latest() == 2
+
+
+# --- exports ------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def exported(tmp_path):
+    run = tiny_runs.write_run(tmp_path / "run")
+    return run, tmp_path / "export", export_run(run, tmp_path / "export")
+
+
+def test_an_export_loads_like_the_run_bit_for_bit(exported):
+    run, output, result = exported
+    assert result.parameters == tiny_runs.CONFIG.parameter_count()
+    assert sorted(path.name for path in output.iterdir()) == ["config.json", "model.safetensors"]
+    (config, graphdef, params), (other_config, other_graphdef, other) = map(load_run, (run, output))
+    assert config == other_config
+    assert graphdef == other_graphdef
+    jax.tree.map(np.testing.assert_array_equal, params, other)
+
+
+def test_an_export_is_read_by_the_safetensors_library_under_plain_names(exported):
+    tensors = load_file(exported[1] / "model.safetensors")
+    assert tensors["blocks.mlp.up.kernel"].shape == (2, 32, 64)
+    assert sum(tensor.size for tensor in tensors.values()) == exported[2].parameters
+
+
+def test_exporting_again_changes_nothing_and_onto_something_else_is_refused(exported):
+    run, output, result = exported
+    before = {path: path.stat().st_mtime_ns for path in output.iterdir()}
+    assert export_run(run, output) == result
+    assert export_run(output, output) == result
+    assert before == {path: path.stat().st_mtime_ns for path in output.iterdir()}
+    (output / "thesis.tex").write_text("years of work")
+    with pytest.raises(ConfigError, match="is not empty and holds another model"):
+        export_run(run, output)
+
+
+def test_a_damaged_export_is_named(exported):
+    path = exported[1] / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-4])
+    with pytest.raises(CheckpointError, match=r"model\.safetensors is not a sound"):
+        load_run(exported[1])

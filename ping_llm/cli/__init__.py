@@ -15,6 +15,7 @@ from ping_llm.errors import PingLLMError, Stopped
 COMMANDS = {
     "bench": ("bench", "Measure the throughput of one part on this machine."),
     "evaluate": ("evaluate", "Compare a model with classical methods."),
+    "export": ("export", "Write a run's model as safetensors and a config."),
     "extract-activations": (
         "extract_activations",
         "Write a model's activations over a data set into a store.",

@@ -20,8 +20,9 @@ from ping_llm.cli.options import common_options, print_result
 def command(output: Path, as_json: bool) -> None:
     """Run the whole story once on simulated data, in minutes.
 
-    Simulates an internet, turns its measurements into probe rows, inspects them and trains a small
-    decoder. Run it again to continue where it stopped.
+    Simulates an internet, turns its measurements into probe rows, inspects them, trains a small
+    decoder, compares it with classical methods and extracts its activations. Run it again to
+    continue where it stopped.
     """
     from ping_llm.quickstart import quickstart
 
