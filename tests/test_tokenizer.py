@@ -42,8 +42,9 @@ def encode_one_segment(records, orders=None):
 # --- an independent encoder, one measurement at a time, after DESIGN section 4 ------------------
 
 
-def reference_code(ms):
-    us = max(Fraction(ms) * 1000, Fraction(1))
+def reference_code(us):
+    """Returns the code of a float64 of microseconds, rounded once and exactly."""
+    us = max(Fraction(us), Fraction(1))
     exponent = 0
     while us / 2**exponent >= 2048:
         exponent += 1
@@ -79,7 +80,7 @@ def reference_encode(segments, orders):
                 else:
                     parts.append(field(5, struct.pack(">q", time)))
                 previous = time
-            parts.append([10] if rtt < 0 else field(8, struct.pack(">H", reference_code(rtt))))
+            parts.append([10] if rtt < 0 else field(8, struct.pack(">H", reference_code(rtt * 1000.0))))
             tokens.append(0)
             for i in next(orders):
                 tokens.extend(parts[i])
@@ -212,7 +213,7 @@ def test_between_two_codes_the_nearer_wins_and_the_middle_goes_to_the_even_manti
     middle = (us[:-1] + us[1:]) / 2
     for near in (np.nextafter(middle, 0), middle, np.nextafter(middle, np.inf)):
         ms = near[::53] / 1000
-        expected = [reference_code(Fraction(value) / 1000) for value in ms * 1000]
+        expected = [reference_code(value) for value in ms * 1000]
         assert tk.encode_rtt(ms).tolist() == expected
 
 
