@@ -54,7 +54,7 @@ class Predictions:
     Attributes:
         levels: Levels of the quantiles [q].
         quantiles_ms: RTTs below which a part `levels` of the probability lies [n, q].
-        mean_ms: Expected RTTs [n].
+        mean_ms: Expected RTTs, as `Distribution.mean` gives them [n].
         p_failed: Probability that the measurement fails [n].
         unseen_src: Whether the source was not in training; None: not known [n].
         unseen_dst: The same of the destination [n].

@@ -45,6 +45,12 @@ def test_quantiles_and_mean_are_those_of_a_sample(microseconds):
     np.testing.assert_allclose(found.mean()[0], rtts.mean())
 
 
+def test_a_trace_of_probability_on_the_largest_codes_does_not_carry_the_mean_away():
+    rtts, weights = np.array([10.0, 20.0, 2.0**40 / 1000]), np.array([0.5, 0.499, 0.001])
+    rtts = decode_rtt(encode_rtt(rtts))
+    np.testing.assert_allclose(of_values(rtts, weights).mean(), 15.0, rtol=1e-3)
+
+
 @given(st.lists(st.integers(1, 60_000), min_size=1, max_size=8), st.integers(1, 60_000))
 def test_crps_is_that_of_the_energy_form(microseconds, actual):
     """CRPS = E|X - y| - E|X - X'| / 2 (Gneiting and Raftery, 2007)."""
