@@ -80,7 +80,9 @@ def reference_encode(segments, orders):
                 else:
                     parts.append(field(5, struct.pack(">q", time)))
                 previous = time
-            parts.append([10] if rtt < 0 else field(8, struct.pack(">H", reference_code(rtt * 1000.0))))
+            parts.append(
+                [10] if rtt < 0 else field(8, struct.pack(">H", reference_code(rtt * 1000.0)))
+            )
             tokens.append(0)
             for i in next(orders):
                 tokens.extend(parts[i])

@@ -30,9 +30,8 @@ def free_port():
         return probe.getsockname()[1]
 
 
-def train(data, output, *, processes, steps, mesh):
-    """Runs `ping-llm train`: several processes have four devices in all, one has two."""
-    devices = max(4 // processes, 1) if processes > 1 else 2
+def train(data, output, *, processes, steps, mesh, devices=2):
+    """Runs `ping-llm train` in so many processes of so many devices each."""
     environment = os.environ | {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"}
     flags = ["--data", str(data), "--output", str(output), "--steps", str(steps), "--mesh", mesh]
     flags += [f"--set={text}" for text in SETTINGS]
@@ -82,5 +81,15 @@ def test_two_processes_train_as_one_and_resume_as_any_number(probe_rows, tmp_pat
 def test_four_processes_train_as_one(probe_rows, tmp_path):
     one, four = tmp_path / "one", tmp_path / "four"
     train(probe_rows, one, processes=1, steps=5, mesh="data=2")
-    train(probe_rows, four, processes=4, steps=5, mesh="data=2,tensor=2")
+    train(probe_rows, four, processes=4, steps=5, mesh="data=2,tensor=2", devices=1)
     np.testing.assert_allclose(losses(four)[0], losses(one)[0], rtol=1e-5)
+
+
+@pytest.mark.slow
+def test_saved_on_four_devices_it_goes_on_on_one_and_on_two_by_two(probe_rows, tmp_path):
+    one, moved = tmp_path / "one", tmp_path / "moved"
+    train(probe_rows, one, processes=1, steps=6, mesh="data=1", devices=1)
+    train(probe_rows, moved, processes=1, steps=2, mesh="data=4", devices=4)
+    train(probe_rows, moved, processes=1, steps=4, mesh="data=1", devices=1)
+    train(probe_rows, moved, processes=1, steps=6, mesh="fsdp=2,tensor=2", devices=4)
+    np.testing.assert_allclose(losses(moved)[0], losses(one)[0], rtol=1e-5)
