@@ -54,6 +54,35 @@ def package(session: nox.Session) -> None:
 
 
 @nox.session
+def bench(session: nox.Session) -> None:
+    """Measures what docs/benchmarks.md records; to be run on a quiet machine."""
+    session.install("-e", ".[parity]")
+    place = Path(session.create_tmp()).resolve()
+    pings, rows, run, model = (place / name for name in ("pings.parquet", "rows", "run", "qwen2"))
+
+    def ping_llm(*words: object) -> None:
+        session.run("ping-llm", *map(str, words), "--json")
+
+    ping_llm("simulate", "--output", pings, "--measurements", 2_000_000, "--probes", 500)
+    ping_llm("bench", "prepare", pings)
+    ping_llm("prepare-data", pings, "--output", rows)
+    ping_llm("bench", "loader", "--data", rows)
+    ping_llm("bench", "train", "--compare")
+    ping_llm("train", "--data", rows, "--output", run, "--steps", 20, "--seq-len", 512)
+    ping_llm("bench", "predict", "--run", run)
+    # Random weights in the shape of Qwen2.5-0.5B.
+    code = (
+        "from pathlib import Path; from hf_checkpoints import make_checkpoint; "
+        f"make_checkpoint(Path({str(model)!r}), hidden_size=896, intermediate_size=4864, "
+        "num_hidden_layers=24, num_attention_heads=14, num_key_value_heads=2, vocab_size=151936, "
+        "max_position_embeddings=32768, tie_word_embeddings=True)"
+    )
+    if not model.exists():
+        session.run("python", "-c", code, env={"PYTHONPATH": "tests"})
+    ping_llm("bench", "extract", "--model", model, "--layers", "3,7,11,15,19,23", "--compare")
+
+
+@nox.session
 def docs(session: nox.Session) -> None:
     """Makes the reference pages that come from the code."""
     session.install("-e", ".")
