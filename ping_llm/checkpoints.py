@@ -26,12 +26,12 @@ from ping_llm.models.safetensors import SafetensorsFile
 
 TREES = ("params", "opt_state")
 _NOTES = "notes"
-_VALID_LOSS = "valid_loss"  # among the notes
+_OBJECTIVE = "valid_objective"  # among the notes
 EXPORTED = "model.safetensors"
 
 
 class _Best:
-    """Orbax's way to ask which checkpoints stay: the one of the lowest valid loss does."""
+    """Orbax's way to ask which checkpoints stay: the one of the lowest valid objective does."""
 
     def __init__(self, of: "Checkpoints"):
         self._of = of
@@ -54,11 +54,11 @@ class Checkpoints:
 
         Args:
             directory: Where they are.
-            keep: Number of newest checkpoints to keep, besides the one of the lowest valid loss;
-                None: for reading; opening changes nothing.
+            keep: Number of newest checkpoints to keep, besides the best; None: for reading; opening
+                changes nothing.
         """
         self.directory = Path(directory).absolute()
-        self._valid_losses: dict[int, float] = {}  # of the checkpoints that have one
+        self._objectives: dict[int, float] = {}  # of the checkpoints that have one
         options = ocp.CheckpointManagerOptions(
             preservation_policy=policies.AnyPreservationPolicy(
                 [policies.LatestN(keep), _Best(self)]
@@ -78,8 +78,8 @@ class Checkpoints:
                 self.directory, options=options, item_handlers=handlers
             )
             for step in self._manager.all_steps():
-                if (valid_loss := self._read_valid_loss(step)) is not None:
-                    self._valid_losses[step] = valid_loss
+                if (objective := self._read_objective(step)) is not None:
+                    self._objectives[step] = objective
         except Exception as error:  # Orbax and TensorStore raise many kinds
             raise CheckpointError(f"{directory}: cannot be opened: {_line(error)}") from error
 
@@ -93,10 +93,10 @@ class Checkpoints:
             if kind is None:  # else the error on its way says more
                 raise self._failed(error) from error
 
-    def _read_valid_loss(self, step: int) -> float | None:
+    def _read_objective(self, step: int) -> float | None:
         only_notes = ocp.args.Composite(**{_NOTES: ocp.args.JsonRestore()})
         try:
-            return self._manager.restore(step, args=only_notes)[_NOTES][_VALID_LOSS]
+            return self._manager.restore(step, args=only_notes)[_NOTES][_OBJECTIVE]
         except Exception:  # a damaged checkpoint is not the best; whoever restores it is told
             return None
 
@@ -105,9 +105,9 @@ class Checkpoints:
         return self._manager.latest_step()
 
     def best(self) -> int | None:
-        """Returns the step of the lowest valid loss, the newest where none has a valid loss."""
-        losses = self._valid_losses
-        return min(losses, key=losses.__getitem__) if losses else self.latest()
+        """Returns the step of the lowest valid objective, or the newest where none has one."""
+        objectives = self._objectives
+        return min(objectives, key=objectives.__getitem__) if objectives else self.latest()
 
     def save(
         self,
@@ -115,7 +115,7 @@ class Checkpoints:
         trees: Mapping[str, Any],
         notes: Mapping[str, Any],
         *,
-        valid_loss: float | None = None,
+        objective: float | None = None,
     ) -> None:
         """Begins to write a checkpoint, after waiting for the one before.
 
@@ -124,11 +124,11 @@ class Checkpoints:
             trees: Trees of arrays by their names in `TREES`. They may be donated once this
                 returns: on a CPU, JAX does not reuse a buffer that Orbax is still reading.
             notes: What JSON can hold.
-            valid_loss: The loss on the valid split at this step, where it is known.
+            objective: What is minimised, on the valid split at this step, where it is known.
         """
-        if valid_loss is not None:
-            self._valid_losses[step] = valid_loss
-        notes = {**notes, _VALID_LOSS: valid_loss}
+        if objective is not None:
+            self._objectives[step] = objective
+        notes = {**notes, _OBJECTIVE: objective}
         items = {name: ocp.args.StandardSave(_by_place(tree)) for name, tree in trees.items()}
         args = ocp.args.Composite(**items, **{_NOTES: ocp.args.JsonSave(notes)})
         try:
@@ -172,7 +172,7 @@ class Checkpoints:
             )
             for name, tree in trees.items()
         }
-        notes = {name: value for name, value in read[_NOTES].items() if name != _VALID_LOSS}
+        notes = {name: value for name, value in read[_NOTES].items() if name != _OBJECTIVE}
         return restored, notes
 
     def _failed(self, error: Exception) -> CheckpointError:
@@ -186,8 +186,8 @@ class Checkpoints:
 def load_run(run: str | Path) -> tuple[dict[str, Any], Any, Any]:
     """Returns (config, graphdef, params): `config.json` of a run and its best decoder.
 
-    Which is that of the lowest valid loss among the checkpoints, or the newest one where none has a
-    valid loss.
+    Which is that of the lowest valid objective among the checkpoints, or the newest one where none
+    has a valid objective.
 
     The run may be in training meanwhile; nothing of it is changed. What `export_run` wrote is read
     the same way.

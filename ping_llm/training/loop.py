@@ -188,7 +188,8 @@ class _Run:
     ):
         self.cfg, self.loader, self.checkpoints, self.log = cfg, loader, checkpoints, log
         self.tracker, self.mesh = tracker, mesh
-        self.best = min((row["valid_loss"] for row in log.rows if "valid_loss" in row), default=inf)
+        objectives = (row.get("valid_objective", inf) for row in log.rows)
+        self.best = min(objectives, default=inf)
         self.valid = [self._place(batch) for batch in valid]
         self.schedule = learning_rate_at(cfg)
         tx = make_optimizer(cfg)
@@ -230,39 +231,41 @@ class _Run:
                 last = self.step == cfg.steps
                 log_now = last or self.step % cfg.log_every == 0
                 stop = None if last else signals.agreed(at_log_point=log_now)
-                valid_loss = None
+                objective = None
                 if log_now or self.step % cfg.eval_every == 0:
-                    valid_loss = self._write_row(evaluate=last or self.step % cfg.eval_every == 0)
+                    objective = self._write_row(evaluate=last or self.step % cfg.eval_every == 0)
                 bar.update(done=self.step, note=self.meter.note)
-                is_best = valid_loss is not None and valid_loss < self.best
+                is_best = objective is not None and objective < self.best
                 if last or stop or is_best or self.step % cfg.checkpoint_every == 0:
-                    self._save(valid_loss)
+                    self._save(objective)
                 if is_best:
-                    self.best = valid_loss
+                    self.best = objective
                 if last or stop:
                     self.checkpoints.wait()
                 if stop:
                     raise Stopped(stop)
 
     def _write_row(self, *, evaluate: bool) -> float | None:
-        """Writes a line about the newest steps; returns the valid loss where it was measured."""
+        """Writes a line about the newest steps; returns the valid objective where measured."""
         self.meter.fetch()
         row = self.meter.row(self.step, float(self.schedule(self.step - 1)))
         if evaluate and self.valid:
             sums = [self.eval_step(self.state.params, batch) for batch in self.valid]
             nll, count = (np.sum(part, axis=0) for part in zip(*jax.device_get(sums), strict=True))
             row["valid_loss"] = float(nll.sum() / count.sum())
+            weights = np.array(self.cfg.loss_weights)
+            row["valid_objective"] = float(weights @ nll / max(weights @ count, 1.0))
             row |= by_field("valid_loss_", nll, count)
             self.meter.start_clock()
         self.log.append(row)
         self.tracker.log(row)
-        return row.get("valid_loss")
+        return row.get("valid_objective")
 
-    def _save(self, valid_loss: float | None) -> None:
+    def _save(self, objective: float | None) -> None:
         self.meter.fetch()
         trees = {"params": self.state.params, "opt_state": self.state.opt_state}
         notes = {"loader": _all_lanes(self.loader), "meter": self.meter.state()}
-        self.checkpoints.save(self.step, trees, notes, valid_loss=valid_loss)
+        self.checkpoints.save(self.step, trees, notes, objective=objective)
 
     def _batch_shapes(self) -> dict[str, jax.ShapeDtypeStruct]:
         shape = (self.cfg.batch_size, self.cfg.seq_len)

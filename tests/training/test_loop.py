@@ -180,7 +180,8 @@ def test_the_best_on_valid_is_kept_and_is_what_is_loaded(probe_rows, tmp_path):
     settings = ["keep_checkpoints=1", "checkpoint_every=100", "eval_every=1", "warmup_steps=3"]
     # At this rate the loss falls at first and then goes wild.
     run(probe_rows, output, *settings, "learning_rate=3", steps=12)
-    losses = {row["step"]: row["valid_loss"] for row in lines(output)}
+    losses = {row["step"]: row["valid_objective"] for row in lines(output)}
+    assert losses == {row["step"]: row["valid_loss"] for row in lines(output)}  # weights are 1
     best = min(losses, key=losses.__getitem__)
     assert best != 12, "choose other settings: the last step is the best one"
     kept = sorted(int(path.name) for path in (output / "checkpoints").iterdir())
