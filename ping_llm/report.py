@@ -110,6 +110,7 @@ h3 { font-size: 1rem; margin-bottom: .3rem; overflow-wrap: anywhere; }
 table { border-collapse: collapse; margin: .6rem 0; font-variant-numeric: tabular-nums; }
 th, td { text-align: left; padding: .18rem 1.1rem .18rem 0; vertical-align: top;
          border-bottom: 1px solid #eee; overflow-wrap: anywhere; }
+td { min-width: 3.5em; } td:first-child { min-width: 7.5em; } td.number { min-width: 0; }
 th { color: #666; font-weight: 600; }
 td.number, th.number { text-align: right; white-space: nowrap; }
 img { max-width: 100%; }
