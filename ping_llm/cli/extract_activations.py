@@ -36,6 +36,14 @@ from ping_llm.cli.options import common_options, print_result
 @click.option("--dtype", help="float32, bfloat16 or float16.  [default: the model's]")
 @click.option("--compression", default="none", show_default=True, help="none or zstd.")
 @click.option("--unit-mb", default=1.0, show_default=True, help="MB of input in a work unit.")
+@click.option(
+    "--lease-seconds",
+    type=float,
+    default=60.0,
+    show_default=True,
+    help="A unit whose worker gives no sign of life for so long is free again; equal for all.",
+)
+@click.option("--worker-id", help="Name of this worker.  [default: made up]")
 @click.option("--mesh", default="", help="Devices by axis, such as data=-1,fsdp=1,tensor=1.")
 @click.option("--limit", type=int, help="Take this many records only, the first ones.")
 @click.option("--dry-run", is_flag=True, help="Only say what would be done.")
@@ -43,7 +51,8 @@ from ping_llm.cli.options import common_options, print_result
 def command(as_json: bool, **arguments: Any) -> None:
     """Write a model's activations over a data set into a store.
 
-    Run it again with the same OUTPUT to go on where it stopped.
+    Run it again with the same OUTPUT to go on where it stopped. Any number of workers may run the
+    same command on one OUTPUT.
     """
     from ping_llm.extraction.run import DryRunResult, extract_activations
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import resource
 import signal
 import threading
 import time
@@ -121,7 +122,18 @@ class Extractor:
                 lowered = self._forward.lower(self._params, *arrays)
                 self._compiled[shape] = lowered.compile()
             self.compile_seconds += time.monotonic() - started
-        return self._compiled[shape](self._params, *arrays)
+        result = self._compiled[shape](self._params, *arrays)
+        if jax.default_backend() == "cpu":  # where two batches would share the cores
+            jax.block_until_ready(result)
+        return result
+
+    @property
+    def peak_device_bytes(self) -> int:
+        """The most memory used on one device so far; on a CPU, by the process."""
+        stats = [device.memory_stats() for device in jax.local_devices()]
+        if all(stats):
+            return max(stat["peak_bytes_in_use"] for stat in stats)
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 @contextlib.contextmanager
@@ -182,13 +194,3 @@ def _make_forward(graphdef: Any, cfg: ExtractionConfig) -> jax.stages.Wrapped:
         return {site: finish(x) for site, x in kept.items()}
 
     return jax.jit(forward)
-
-
-def peak_device_bytes() -> int:
-    """Returns the most memory used on one device; on a CPU, by the process."""
-    stats = [device.memory_stats() for device in jax.local_devices()]
-    if all(stats):
-        return max(stat["peak_bytes_in_use"] for stat in stats)
-    import resource
-
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

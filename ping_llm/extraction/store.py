@@ -23,7 +23,7 @@ from ping_llm.extraction.config import canonical_json, digest, seal, unseal
 from ping_llm.extraction.prompts import Prompts
 from ping_llm.storage import KeyValueStore
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 MANIFEST = "manifest.json"
 SINK_RATIO = 10.0  # a token whose norm is above so many medians is counted as a sink
 STALE_ATTEMPT_S = 3600.0
@@ -81,12 +81,15 @@ def open_store(kv: KeyValueStore, manifest: dict[str, Any]) -> dict[str, Any]:
     stored = read_manifest(kv)
     if stored is None:
         raise StorageError(f"{kv.url}/{MANIFEST} was written and is not there")
-    if identity(stored) != identity(manifest):
-        differences = [
-            f"{name} was {old}, now {new}"
-            for part in ("settings", "model", "input")
-            for name, old, new in _differences(stored[part], manifest[part])
-        ]
+    differences = [
+        difference
+        for part in ("settings", "model", "input")
+        for difference in _differences(stored[part], manifest[part])
+    ]
+    # Not of the content, but workers with other leases would take each other's units.
+    leases = [{"lease_seconds": one.get("lease_seconds")} for one in (stored, manifest)]
+    differences += _differences(*leases)
+    if differences:
         raise ConfigError(
             f"{kv.url} was begun with other settings: {'; '.join(differences)}; "
             "use those, or another output"
@@ -94,9 +97,9 @@ def open_store(kv: KeyValueStore, manifest: dict[str, Any]) -> dict[str, Any]:
     return stored
 
 
-def _differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[tuple[str, str, str]]:
+def _differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
     changed = [name for name in {**old, **new} if old.get(name) != new.get(name)]
-    return [(name, _shown(old.get(name)), _shown(new.get(name))) for name in changed]
+    return [f"{name} was {_shown(old.get(name))}, now {_shown(new.get(name))}" for name in changed]
 
 
 def _shown(value: Any) -> str:
@@ -186,10 +189,12 @@ def _create_array(
         },
         # A chunk of zeros is stored like any other: a missing one is an error, never zeros.
         "store_data_equal_to_fill_value": True,
+        # A request whose answer was lost is sent again, and then finds what it made itself.
         "create": True,
+        "open": True,
     }
     try:
-        return ts.open(spec).result(), shard_rows
+        return ts.open(spec, context=kv.context).result(), shard_rows
     except (ValueError, OSError, RuntimeError) as error:
         raise StorageError(f"{kv.url}/{key} cannot be created: {_line(error)}") from None
 
@@ -326,15 +331,8 @@ class UnitWriter:
             raise StorageError(f"{where} cannot be written: {_line(error)}") from None
         self._in_flight -= size
 
-    def publish(self, notes: Mapping[str, Any]) -> tuple[dict[str, Any], bool]:
-        """Waits for all writes and creates `done.json`.
-
-        Args:
-            notes: What else it is to say.
-
-        Returns:
-            (What it says, whether it is this attempt's.)
-        """
+    def finish(self, notes: Mapping[str, Any]) -> dict[str, Any]:
+        """Waits for all writes; returns what the commit marker is to say, `notes` among it."""
         prompts, lengths = self._prompts, np.diff(self._prompts.offsets)
         encoded = [sample.encode() for sample in prompts.ids]
         id_offsets = np.concatenate([[0], np.cumsum([len(text) for text in encoded])])
@@ -358,7 +356,7 @@ class UnitWriter:
         while self._writes:
             self._wait_for_oldest()
         assert all(column.complete for column in self._columns.values())
-        done = {
+        return {
             "unit": self._unit,
             "attempt": self.attempt,
             "identity": self._identity,
@@ -374,12 +372,20 @@ class UnitWriter:
                 for name, mean in zip(activations, means, strict=True)
             },
         }
-        ours = self._kv.create(done_key(self._unit), seal(done))
-        if ours:
-            return done, True
+
+    def commit(self, done: dict[str, Any]) -> dict[str, Any]:
+        """Creates `done.json`; returns what it says, which is another attempt's if one was first.
+
+        Args:
+            done: What `finish` returned.
+        """
+        if self._kv.create(done_key(self._unit), seal(done)):
+            return done
         published = read_done(self._kv, self._unit)
-        assert published is not None
-        return published, False
+        if published is None:
+            where = f"{self._kv.url}/{done_key(self._unit)}"
+            raise StorageError(f"{where} was there, and is gone")
+        return published
 
     def _entry(self, name: str) -> dict[str, Any]:
         metadata, _ = self._kv.read(f"{self._prefix}{name}/zarr.json")

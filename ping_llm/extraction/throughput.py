@@ -60,6 +60,6 @@ def write_speeds(place: Path, *, seed: int) -> tuple[float, float]:
     for at in range(0, rows, 2048):
         part = slice(at, at + 2048)
         writer.put(spec.name, at, values[part], norms[part])
-    writer.publish({})
+    writer.commit(writer.finish({}))
     written = time.perf_counter() - started
     return values.nbytes / written, values.nbytes / npy

@@ -22,7 +22,8 @@ from ping_llm.data.prepare import prepare_data
 from ping_llm.data.simulate import simulate
 from ping_llm.errors import ConfigError, DataError, StorageError
 from ping_llm.extraction import parity, store
-from ping_llm.extraction.reader import ActivationReader, inspect_activations
+from ping_llm.extraction.inspection import inspect_activations
+from ping_llm.extraction.reader import ActivationReader
 from ping_llm.extraction.run import extract_activations
 from ping_llm.storage import KeyValueStore
 
