@@ -6,13 +6,13 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 from extraction_settings import settings
+from stores import assert_equal_stores
 
 from ping_llm.errors import StorageError
 from ping_llm.extraction import store
 from ping_llm.extraction.claims import Claims
 from ping_llm.extraction.inspection import inspect_activations
 from ping_llm.extraction.prompts import Prompts
-from ping_llm.extraction.reader import ActivationReader
 from ping_llm.extraction.records import Unit
 from ping_llm.extraction.work import Worker
 from ping_llm.storage import KeyValueStore
@@ -86,16 +86,7 @@ def assert_whole_and_equal(url, expected):
     found = inspect_activations(str(url), verify=True)
     assert found.errors == []
     assert found.complete
-    for site, layer in (("embed", None), ("residual", 0)):
-        ours, theirs = (
-            ActivationReader(str(one), site=site, layer=layer) for one in (url, expected)
-        )
-        np.testing.assert_array_equal(ours[:], theirs[:])
-        our_rows, their_rows = ours.rows(slice(None)), theirs.rows(slice(None))
-        for field in dataclasses.fields(our_rows):
-            np.testing.assert_array_equal(
-                getattr(our_rows, field.name), getattr(their_rows, field.name)
-            )
+    assert_equal_stores(url, expected)
 
 
 class KilledError(StorageError):

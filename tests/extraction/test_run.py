@@ -1,5 +1,4 @@
 import contextlib
-import dataclasses
 import itertools
 import json
 import os
@@ -16,6 +15,7 @@ import pytest
 import torch
 import zarr
 from hf_checkpoints import make_checkpoint
+from stores import assert_equal_stores, everything
 
 from ping_llm import storage
 from ping_llm.data.prepare import prepare_data
@@ -26,28 +26,6 @@ from ping_llm.extraction.inspection import inspect_activations
 from ping_llm.extraction.reader import ActivationReader
 from ping_llm.extraction.run import extract_activations
 from ping_llm.storage import KeyValueStore
-
-
-def everything(url):
-    """Returns all rows of a store: activations by array, and what stands beside them."""
-    manifest = store.read_manifest(KeyValueStore(url))
-    readers = {
-        entry["name"]: ActivationReader(str(url), site=entry["site"], layer=entry["layer"])
-        for entry in manifest["arrays"]
-    }
-    rows = next(iter(readers.values())).rows(slice(None))
-    return {name: reader[:] for name, reader in readers.items()}, rows
-
-
-def assert_equal_stores(left, right):
-    (ours, our_rows), (theirs, their_rows) = everything(left), everything(right)
-    assert ours.keys() == theirs.keys()
-    for name in ours:
-        np.testing.assert_array_equal(ours[name], theirs[name])
-    for field in dataclasses.fields(our_rows):
-        np.testing.assert_array_equal(
-            getattr(our_rows, field.name), getattr(their_rows, field.name)
-        )
 
 
 def test_every_row_is_what_transformers_gives_for_its_prompt_alone(finished, checkpoint, documents):
