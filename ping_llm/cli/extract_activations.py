@@ -16,7 +16,7 @@ from ping_llm.cli.options import common_options, print_result
     "--format",
     default="text",
     show_default=True,
-    help="A record is: text, chat, tokens or measurements.",
+    help="A record is: text, chat, tokens, arc or measurements.",
 )
 @click.option("--layers", default="all", show_default=True, help="all, or such as 0,5; -1: last.")
 @click.option(
@@ -44,6 +44,20 @@ from ping_llm.cli.options import common_options, print_result
     help="A unit whose worker gives no sign of life for so long is free again; equal for all.",
 )
 @click.option("--worker-id", help="Name of this worker.  [default: made up]")
+@click.option(
+    "--arc-encoder",
+    help="Grids are written: minimal or separated, with + and any of row-numbers, shape-header, "
+    "code-block.  [default: minimal]",
+)
+@click.option(
+    "--arc-augmentations", type=int, help="Prompts made of each test of an ARC task.  [default: 1]"
+)
+@click.option(
+    "--arc-colors",
+    help="Their permutations of colours move: keep (none), foreground (all but 0) or all.  "
+    "[default: foreground]",
+)
+@click.option("--arc-seed", type=int, help="Seed of the augmentations.  [default: 0]")
 @click.option("--mesh", default="", help="Devices by axis, such as data=-1,fsdp=1,tensor=1.")
 @click.option("--limit", type=int, help="Take this many records only, the first ones.")
 @click.option("--dry-run", is_flag=True, help="Only say what would be done.")

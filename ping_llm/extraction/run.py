@@ -98,6 +98,10 @@ def extract_activations(
     unit_mb: float = 1.0,
     lease_seconds: float = 60.0,
     worker_id: str | None = None,
+    arc_encoder: str | None = None,
+    arc_augmentations: int | None = None,
+    arc_colors: str | None = None,
+    arc_seed: int | None = None,
     mesh: str = "",
     limit: int | None = None,
     dry_run: bool = False,
@@ -111,7 +115,7 @@ def extract_activations(
         model: Directory of a checkpoint, a hub id, or a run of this package.
         input: A file, directory or glob, local or remote.
         output: Where the store is or is to be, local or remote.
-        format: What a record of the input is: text, chat, tokens or measurements.
+        format: What a record of the input is: text, chat, tokens, arc or measurements.
         layers: `all`, or numbers with commas between; -1 is the last one.
         sites: Names with commas between: residual, attn, mlp, embed, final_norm.
         max_length: Tokens of the longest prompt; None: 2048, or what a run was trained on.
@@ -123,6 +127,12 @@ def extract_activations(
         lease_seconds: For how long a unit stays with a worker that gives no sign of life; equal for
             all workers of a store.
         worker_id: Name of this worker in what `inspect_activations` shows; None: made up.
+        arc_encoder: How the grids of ARC tasks are written, such as `shape-header+separated`; None:
+            minimal.
+        arc_augmentations: Number of prompts made of each test of a task; None: 1, as it is.
+        arc_colors: What their permutations of colours move: keep (nothing), foreground (all but 0)
+            or all; None: foreground.
+        arc_seed: Decides the augmentations, with the task; None: 0.
         mesh: Sizes of the mesh axes, as for training.
         limit: Number of records to take, the first ones; None: all.
         dry_run: Whether to only say what would be done.
@@ -148,6 +158,10 @@ def extract_activations(
         compression=compression,
         unit_mb=unit_mb,
         limit=limit,
+        arc_encoder=arc_encoder,
+        arc_augmentations=arc_augmentations,
+        arc_colors=arc_colors,
+        arc_seed=arc_seed,
     )
     prompts = open_source(
         str(input), cfg, model=source.checkpoint, vocab_size=source.cfg.vocab_size
@@ -203,10 +217,19 @@ def make_config(
     overlong: str = "error",
     compression: str = "none",
     limit: int | None = None,
+    arc_encoder: str | None = None,
+    arc_augmentations: int | None = None,
+    arc_colors: str | None = None,
+    arc_seed: int | None = None,
 ) -> ExtractionConfig:
     """Returns the settings of `extract_activations` with what was left open filled in."""
     max_length = max_length or source.max_length
     dtype = dtype or source.cfg.dtype
+    if format == "arc":
+        arc_encoder = "minimal" if arc_encoder is None else arc_encoder
+        arc_augmentations = 1 if arc_augmentations is None else arc_augmentations
+        arc_colors = "foreground" if arc_colors is None else arc_colors
+        arc_seed = 0 if arc_seed is None else arc_seed
     return ExtractionConfig(
         format=format,
         layers=parse_layers(layers, source.cfg.n_layers),
@@ -219,6 +242,10 @@ def make_config(
         compression=compression,
         unit_mb=unit_mb,
         limit=limit,
+        arc_encoder=arc_encoder,
+        arc_augmentations=arc_augmentations,
+        arc_colors=arc_colors,
+        arc_seed=arc_seed,
     )
 
 
