@@ -16,10 +16,11 @@ from typing import Any, BinaryIO
 
 from pyarrow import fs
 
-from ping_llm.errors import StorageError
+from ping_llm.errors import LockedError, StorageError
 
 REMOTE = ("gs://", "s3://")
 RETRIES = {"max_retries": 12, "initial_delay": "500ms", "max_delay": "30s"}  # 3.5 to 7 minutes
+LOCK_S = 10.0  # for which a local file may be locked by another process
 REFUSALS = 8  # of a write whose condition holds
 
 
@@ -242,10 +243,15 @@ class KeyValueStore:
         Returns its own generation, or None where the one in place is another and stays. Values are
         to be unlike those of other writers: a request whose answer was lost is sent again, and
         what is then in place is known by its value.
+
+        Raises:
+            LockedError: On a local disk, another process stopped while it wrote this value. If it
+                goes on or ends, this value may still be written.
+            StorageError: The value cannot be written.
         """
         for _ in range(REFUSALS):
             pending = self._kv.write(key, value, if_equal=generation)
-            written = self._wait("written", key, pending).generation
+            written = self._wait("written", key, pending, LOCK_S).generation
             if written:
                 return written
             present, found = self.read(key)
@@ -276,9 +282,14 @@ class KeyValueStore:
         if prefix.endswith("/") and not is_remote(self.url):
             shutil.rmtree(join(self.url, prefix), ignore_errors=True)  # directories, empty now
 
-    def _wait(self, what: str, key: str, pending: Any) -> Any:
+    def _wait(self, what: str, key: str, pending: Any, lock_s: float | None = None) -> Any:
         try:
-            return pending.result()
+            return pending.result(None if is_remote(self.url) else lock_s)
+        except TimeoutError:
+            raise LockedError(
+                f"{join(self.url, key)} cannot be {what}: another process has had it locked for "
+                f"{lock_s:.0f} s; continue that process, or end it"
+            ) from None
         except (ValueError, OSError, RuntimeError) as error:
             reason = (str(error).splitlines() or [""])[0]
             raise StorageError(f"{join(self.url, key)} cannot be {what}: {reason}") from None

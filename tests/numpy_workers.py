@@ -15,6 +15,7 @@ from ping_llm.extraction.inspection import inspect_activations
 from ping_llm.extraction.prompts import Prompts
 from ping_llm.extraction.records import Unit
 from ping_llm.extraction.work import Worker
+from ping_llm.extraction.writer import Part
 from ping_llm.storage import KeyValueStore
 
 WIDTH = 8
@@ -45,6 +46,10 @@ class NumpyForward:
 
     compile_seconds = 0.0
     peak_device_bytes = 1
+    part = Part()
+
+    def to_host(self, result):
+        return result
 
     def __call__(self, batch):
         embed = TABLE[batch.tokens]  # [B, T, D]

@@ -59,6 +59,11 @@ from ping_llm.cli.options import common_options, print_result
 )
 @click.option("--arc-seed", type=int, help="Seed of the augmentations.  [default: 0]")
 @click.option("--mesh", default="", help="Devices by axis, such as data=-1,fsdp=1,tensor=1.")
+@click.option(
+    "--coordinator", help="Several processes, one model: address of process 0, HOST:PORT."
+)
+@click.option("--num-processes", type=int, help="Several processes: how many.")
+@click.option("--process-id", type=int, help="Several processes: which one this is, from 0.")
 @click.option("--limit", type=int, help="Take this many records only, the first ones.")
 @click.option("--dry-run", is_flag=True, help="Only say what would be done.")
 @common_options

@@ -21,7 +21,7 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from ping_llm.errors import StorageError
+from ping_llm.errors import LockedError, StorageError
 from ping_llm.extraction import store
 from ping_llm.extraction.config import canonical_json
 from ping_llm.storage import KeyValueStore
@@ -56,6 +56,7 @@ class Claim:
 
     Attributes:
         unit: Which unit.
+        attempt: Name of the attempt at it.
         generation: Of the claim as this worker last wrote it.
         following: What the next renewal writes; the same until it is known to be there.
         renewed: When the last renewal that arrived was sent, on the worker's own clock.
@@ -64,6 +65,7 @@ class Claim:
     """
 
     unit: int
+    attempt: str
     generation: bytes
     following: bytes
     renewed: float
@@ -108,6 +110,7 @@ class Claims:
         self._written = 0
         self._held: dict[int, Claim] = {}
         self._seen: dict[int, tuple[bytes, float]] = {}  # others' claims, and since when unchanged
+        self._locked: dict[int, bytes] = {}  # claims whose files are locked
         self._said = 0
         self._lock = threading.Lock()
         self._stop = threading.Event()
@@ -135,11 +138,17 @@ class Claims:
     def available(self) -> Iterator[Claim]:
         """Claims units and yields the claims, until there is none that can be had at once."""
         for unit in self.left:
+            if self._stop.is_set():
+                return
             with self._lock:
                 tried = unit in self.done or unit in self._held
             claim = None if tried else self._try(unit)
             if claim is not None:
                 yield claim
+
+    def interrupt(self) -> None:
+        """Lets `available` end soon, as the work failed."""
+        self._stop.set()
 
     def _try(self, unit: int) -> Claim | None:
         before = self._clock()
@@ -151,11 +160,17 @@ class Claims:
                 return None
             if present["held"] and not self._is_stale(unit, generation, before):
                 return None
+        if self._locked.get(unit) == generation:
+            return None
         sent = self._clock()
-        swapped = self._kv.swap(claim_key(unit), self._content(), generation)
+        try:
+            swapped = self._kv.swap(claim_key(unit), self._content(), generation)
+        except LockedError:  # by a worker that was stopped as it wrote: not to be asked again
+            self._locked[unit] = generation
+            return None
         if swapped is None:  # another worker was first
             return None
-        claim = Claim(unit, swapped, self._content(), sent)
+        claim = Claim(unit, store.new_attempt(), swapped, self._content(), sent)
         with self._lock:
             self._held[unit] = claim
         return claim

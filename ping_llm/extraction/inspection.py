@@ -239,13 +239,18 @@ def _verify(kv: KeyValueStore, done: Mapping[str, Any], name: str) -> list[str]:
     if metadata is None or zlib.crc32(metadata) != entry["zarr_crc32"]:
         return [f"{kv.url}/{key}/zarr.json is {'gone' if metadata is None else 'damaged'}"]
     array = open_array(kv, done, name)
-    errors = []
-    for shard, expected in enumerate(entry["crc32"]):
-        file = "/".join(["c", str(shard), *["0"] * (len(entry["shape"]) - 1)])
-        start = shard * entry["shard_rows"]
-        stop = min(start + entry["shard_rows"], entry["shape"][0])
+    errors, shard = [], entry["shard_shape"]
+    places = np.ndindex(
+        *(-(-size // step) for size, step in zip(entry["shape"], shard, strict=True))
+    )
+    for place, expected in zip(places, entry["crc32"], strict=True):
+        file = "/".join(["c", *map(str, place)])
+        part = tuple(
+            slice(at * step, min((at + 1) * step, size))
+            for at, step, size in zip(place, shard, entry["shape"], strict=True)
+        )
         try:
-            content = np.ascontiguousarray(read_result(array[start:stop].read(), f"{kv.url}/{key}"))
+            content = np.ascontiguousarray(read_result(array[part].read(), f"{kv.url}/{key}"))
         except StorageError as error:
             errors.append(f"{kv.url}/{key}/{file} is damaged: {error}")
             continue

@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 
 from ping_llm import __version__, sharding
 from ping_llm.errors import ConfigError
@@ -13,6 +14,7 @@ from ping_llm.extraction import store
 from ping_llm.extraction.batches import make_batches
 from ping_llm.extraction.claims import Claims
 from ping_llm.extraction.config import ExtractionConfig, parse_layers, parse_sites
+from ping_llm.extraction.group import Follower, Leader
 from ping_llm.extraction.model import Extractor, ModelSource, identity, open_model
 from ping_llm.extraction.prompts import PromptSource, open_source
 from ping_llm.extraction.work import Worker
@@ -103,6 +105,9 @@ def extract_activations(
     arc_colors: str | None = None,
     arc_seed: int | None = None,
     mesh: str = "",
+    coordinator: str | None = None,
+    num_processes: int | None = None,
+    process_id: int | None = None,
     limit: int | None = None,
     dry_run: bool = False,
 ) -> ExtractResult | DryRunResult:
@@ -134,6 +139,10 @@ def extract_activations(
             or all; None: foreground.
         arc_seed: Decides the augmentations, with the task; None: 0.
         mesh: Sizes of the mesh axes, as for training.
+        coordinator: Address of process 0, `host:port`, where several processes hold the model and
+            are one worker.
+        num_processes: How many there are.
+        process_id: Which one this is.
         limit: Number of records to take, the first ones; None: all.
         dry_run: Whether to only say what would be done.
 
@@ -145,6 +154,7 @@ def extract_activations(
     """
     if not lease_seconds > 0:
         raise ConfigError(f"{lease_seconds=} must be above 0")
+    sharding.start_processes(coordinator, num_processes, process_id)
     source = open_model(model)
     cfg = make_config(
         source,
@@ -190,18 +200,36 @@ def extract_activations(
     }
     kv = KeyValueStore(output)
     store_identity = store.identity(store.open_store(kv, manifest))
-    claims = Claims(kv, len(prompts.units), worker=worker_id, lease_s=lease_seconds)
-    done = claims.done
+    units = len(prompts.units)
+    claims = _open_claims(kv, units, worker=worker_id, lease_s=lease_seconds)
     if claims.left:
-        device_mesh = sharding.make_mesh(**sharding.parse_mesh(mesh))
-        extractor = Extractor(source, cfg, device_mesh)
+        extractor = Extractor(source, cfg, sharding.make_mesh(**sharding.parse_mesh(mesh)))
         d_model = source.cfg.d_model
-        worker = Worker(
+        Worker(
             kv, cfg, prompts, extractor, claims, store_identity=store_identity, d_model=d_model
-        )
-        done = worker.run()
-    store.remove_stale(kv, done, older_than_s=store.STALE_ATTEMPT_S)
+        ).run()
+    if jax.process_index() == 0:
+        done = claims.done
+        store.remove_stale(kv, done, older_than_s=store.STALE_ATTEMPT_S)
+    else:
+        done = store.read_all_done(kv, units)
     return _result([done[unit] for unit in sorted(done)], str(output))
+
+
+def _open_claims(
+    kv: KeyValueStore, units: int, *, worker: str | None, lease_s: float
+) -> Claims | Follower:
+    if jax.process_count() == 1:
+        return Claims(kv, units, worker=worker, lease_s=lease_s)
+    name = np.frombuffer(store.new_attempt().encode(), np.uint8)
+    group = multihost_utils.broadcast_one_to_all(name).tobytes().decode()  # that of process 0
+    if jax.process_index() == 0:
+        claims = Leader(kv, units, group, worker=worker, lease_s=lease_s)
+    else:
+        claims = Follower(kv, group)
+    if not multihost_utils.broadcast_one_to_all(np.array(bool(claims.left))):
+        claims.left.clear()  # process 0 has nothing to do, so nobody has
+    return claims
 
 
 def make_config(

@@ -19,11 +19,12 @@ import numpy as np
 import tensorstore as ts
 
 from ping_llm.errors import StorageError
-from ping_llm.extraction import store
 from ping_llm.extraction.batches import PackedBatch, make_batches
 from ping_llm.extraction.claims import Claim, Claims
 from ping_llm.extraction.config import ExtractionConfig
+from ping_llm.extraction.group import Follower
 from ping_llm.extraction.prompts import Prompts, PromptSource
+from ping_llm.extraction.writer import ArraySpec, Part, UnitWriter
 from ping_llm.progress import Progress, progress
 from ping_llm.storage import KeyValueStore
 
@@ -39,15 +40,21 @@ class Forward(Protocol):
     Attributes:
         compile_seconds: Time spent on compiling so far.
         peak_device_bytes: Most memory used on one device so far.
+        part: What of the activations this process gets.
     """
 
     compile_seconds: float
+    part: Part
 
     @property
     def peak_device_bytes(self) -> int: ...  # noqa: D102
 
     def __call__(self, batch: PackedBatch) -> Mapping[str, tuple[Any, Any, Any]]:
         """Returns {site: (activations [n, B, T, D], their norms [n, B, T], their sums [n, D])}."""
+        ...
+
+    def to_host(self, result: Mapping[str, tuple[Any, Any, Any]]) -> dict[str, list[np.ndarray]]:
+        """Returns what a call returned, once it is there, of D only this process's part."""
         ...
 
 
@@ -69,7 +76,7 @@ class Worker:
         cfg: ExtractionConfig,
         source: PromptSource,
         forward: Forward,
-        claims: Claims,
+        claims: Claims | Follower,
         *,
         store_identity: str,
         d_model: int,
@@ -81,7 +88,8 @@ class Worker:
             cfg: Its settings.
             source: The prompts.
             forward: What computes their activations.
-            claims: This worker's claims on the store's units.
+            claims: This worker's claims on the store's units, or where in its group to look for
+                them.
             store_identity: Hash of what decides the store's content.
             d_model: Width of an activation.
         """
@@ -89,8 +97,8 @@ class Worker:
         self._forward, self._claims = forward, claims
         self._identity, self._d_model = store_identity, d_model
         element = np.dtype(ts.dtype(cfg.dtype).numpy_dtype)
-        self._arrays = [store.ArraySpec(name, d_model, element) for name in cfg.arrays]
-        self._writer: store.UnitWriter | None = None  # of the unit that is being written
+        self._arrays = [ArraySpec(name, d_model, element) for name in cfg.arrays]
+        self._writer: UnitWriter | None = None  # of the unit that is being written
         self._computed = self._tokens = 0
         self._clock, self._compiling = time.monotonic(), 0.0
 
@@ -124,16 +132,19 @@ class Worker:
                 for step in steps:
                     if step.batch is None:
                         behind.append(writing.submit(self._publish, step))
-                    elif self._claims.holds(step.claim):
+                    # A group runs all batches of a unit, as its processes cannot tell each other.
+                    elif self._forward.part.count > 1 or self._claims.holds(step.claim):
                         behind.append(writing.submit(self._store, step, self._forward(step.batch)))
                         self._tokens += int(step.batch.pieces[:, 2].sum())
                         rate = self._tokens / (time.monotonic() - started)
                         bar.update(done=len(self._claims.done), note=f"{rate:,.0f} tokens/s")
+                    behind[-1].add_done_callback(steps.wake_on_error)
                     while len(behind) > RESULTS_BEHIND:
                         behind.popleft().result()
                 while behind:
                     behind.popleft().result()
             except BaseException:
+                self._claims.interrupt()
                 for future in behind:
                     future.cancel()
                 with contextlib.suppress(StorageError):  # else it is garbage, removed by age
@@ -149,15 +160,17 @@ class Worker:
 
     # What follows runs in the writing thread.
 
-    def _begun(self, step: _Step) -> store.UnitWriter:
+    def _begun(self, step: _Step) -> UnitWriter:
         if self._writer is None:
-            self._writer = store.UnitWriter(
+            self._writer = UnitWriter(
                 self._kv,
                 step.claim.unit,
+                step.claim.attempt,
                 self._arrays,
                 step.prompts,
                 zstd=self._cfg.compression == "zstd",
                 store_identity=self._identity,
+                part=self._forward.part,
             )
         return self._writer
 
@@ -165,8 +178,7 @@ class Worker:
         assert step.batch is not None
         writer = self._begun(step)
         self._computed += step.batch.tokens.size
-        for site, arrays in result.items():
-            activations, norms, sums = (np.asarray(array) for array in arrays)
+        for site, (activations, norms, sums) in self._forward.to_host(result).items():
             for name, (array_site, place) in self._cfg.arrays.items():
                 if array_site != site:
                     continue
@@ -189,7 +201,7 @@ class Worker:
         if self._claims.holds(step.claim):
             done = writer.finish(notes)
             # Asked once more: a machine that was asleep does not see by its clock for how long.
-            if self._claims.renew(step.claim):
+            if done is not None and self._claims.renew(step.claim):
                 published = writer.commit(done)
         if published is None or published["attempt"] != writer.attempt:
             writer.discard()
@@ -226,6 +238,13 @@ class Prefetch(Iterator[T]):
                 return
             except queue.Full:
                 continue
+
+    def wake_on_error(self, future: Future[Any]) -> None:
+        """Raises the error of a future, if it has one, to whoever waits for the next element."""
+        error = None if future.cancelled() else future.exception()
+        if error is not None:
+            with contextlib.suppress(queue.Full):  # then nobody waits
+                self._queue.put_nowait((False, error))
 
     def __next__(self) -> T:
         more, element = self._queue.get()

@@ -1,7 +1,11 @@
 import json
+import subprocess
+import sys
+import time
 
 import pytest
 
+from ping_llm import storage
 from ping_llm.errors import StorageError
 from ping_llm.extraction import store
 from ping_llm.extraction.claims import Claims, claim_key, read_claim
@@ -210,6 +214,38 @@ def test_a_wait_says_how_many_units_are_with_others_and_ends_when_a_lease_does(k
         second.wait()
     assert [claim.unit for claim in found] == [0]
     assert capsys.readouterr().err == "waiting for other workers; units left: 1\n"
+
+
+LOCKER = """
+import fcntl, os, sys, time
+lock = os.open(sys.argv[1], os.O_CREAT | os.O_RDWR)
+fcntl.lockf(lock, fcntl.LOCK_EX)
+print("locked", flush=True)
+time.sleep(60)
+"""
+
+
+def test_a_worker_stopped_as_it_writes_a_claim_holds_up_nobody_else(kv, monkeypatch):
+    monkeypatch.setattr(storage, "LOCK_S", 0.5)
+    clock = Clock()
+    (_,) = worker(kv, clock=clock).available()
+    second = worker(kv, units=2, clock=clock)
+    path = f"{kv.url}/{claim_key(0)}.__lock"  # as TensorStore locks it
+    with subprocess.Popen([sys.executable, "-c", LOCKER, path], stdout=subprocess.PIPE) as stopped:
+        assert stopped.stdout.readline() == b"locked\n"
+        assert [claim.unit for claim in second.available()] == [1]
+        clock.now += 60.0
+        started = time.monotonic()
+        assert list(second.available()) == []
+        assert list(second.available()) == [], "it is not asked for again"
+        assert time.monotonic() - started < 5.0
+        stopped.kill()
+    # The write that waited for the lock is done now, and counts as any other worker's claim.
+    until = time.monotonic() + 10.0
+    while not (found := list(second.available())) and time.monotonic() < until:
+        clock.now += 60.0
+        time.sleep(0.05)
+    assert [claim.unit for claim in found] == [0]
 
 
 def test_a_damaged_claim_is_an_error_that_names_it(kv):
