@@ -17,6 +17,10 @@ class StorageError(PingLLMError):
     """A file or object store did not do what was asked of it."""
 
 
+class LockedError(StorageError):
+    """A local file is locked by another process that does not go on, such as a stopped one."""
+
+
 class CheckpointError(PingLLMError):
     """A checkpoint cannot be written, read, or fitted to the model it is for."""
 

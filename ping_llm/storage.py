@@ -16,9 +16,12 @@ from typing import Any, BinaryIO
 
 from pyarrow import fs
 
-from ping_llm.errors import StorageError
+from ping_llm.errors import LockedError, StorageError
 
 REMOTE = ("gs://", "s3://")
+RETRIES = {"max_retries": 12, "initial_delay": "500ms", "max_delay": "30s"}  # 3.5 to 7 minutes
+LOCK_S = 10.0  # for which a local file may be locked by another process
+REFUSALS = 8  # of a write whose condition holds
 
 
 @dataclasses.dataclass(frozen=True)
@@ -192,6 +195,12 @@ class KeyValueStore:
     """Small values below one URL, with the conditional writes that concurrent writers need.
 
     A condition is checked and the value written as one step, on local disks and object stores.
+    What an object store does not answer, or answers with a 5xx, is asked again for some
+    minutes, less and less often; then it is an error that names the object.
+
+    Attributes:
+        url: The place.
+        context: TensorStore's, for arrays in it.
     """
 
     def __init__(self, url: str | Path):
@@ -199,10 +208,13 @@ class KeyValueStore:
         import tensorstore
 
         self.url = str(url).rstrip("/")
-        self._kv = tensorstore.KvStore.open(_kvstore_spec(self.url)).result()
+        # Shared by all that is opened below, so that credentials are looked for once.
+        self.context = tensorstore.Context()
+        spec = _kvstore_spec(self.url)
+        self._kv = tensorstore.KvStore.open(spec, context=self.context).result()
 
     def spec(self, key: str) -> dict[str, Any]:
-        """Returns what TensorStore needs to open an array below `key`."""
+        """Returns what TensorStore needs to open an array below `key`, beside the `context`."""
         return _kvstore_spec(join(self.url, key))
 
     def read(self, key: str) -> tuple[bytes | None, bytes]:
@@ -218,17 +230,37 @@ class KeyValueStore:
         self._wait("written", key, self._kv.write(key, value))
 
     def create(self, key: str, value: bytes) -> bool:
-        """Writes a value where there is none; returns whether this call did."""
+        """Writes a value where there is none; returns whether it is this one that is there.
+
+        As for `swap`, equal values count as one.
+        """
         present, generation = self.read(key)
         return present is None and self.swap(key, value, generation) is not None
 
     def swap(self, key: str, value: bytes, generation: bytes) -> bytes | None:
         """Writes a value in the place of that of `generation`.
 
-        Returns its own generation, or None where the one in place is another and stays.
+        Returns its own generation, or None where the one in place is another and stays. Values are
+        to be unlike those of other writers: a request whose answer was lost is sent again, and
+        what is then in place is known by its value.
+
+        Raises:
+            LockedError: On a local disk, another process stopped while it wrote this value. If it
+                goes on or ends, this value may still be written.
+            StorageError: The value cannot be written.
         """
-        pending = self._kv.write(key, value, if_equal=generation)
-        return self._wait("written", key, pending).generation or None
+        for _ in range(REFUSALS):
+            pending = self._kv.write(key, value, if_equal=generation)
+            written = self._wait("written", key, pending, LOCK_S).generation
+            if written:
+                return written
+            present, found = self.read(key)
+            if present == value:
+                return found
+            if found != generation:
+                return None
+        where = join(self.url, key)
+        raise StorageError(f"{where} cannot be written: its condition is refused, though it holds")
 
     def keys(self, prefix: str) -> list[str]:
         """Returns the keys that begin with `prefix`, sorted."""
@@ -250,9 +282,14 @@ class KeyValueStore:
         if prefix.endswith("/") and not is_remote(self.url):
             shutil.rmtree(join(self.url, prefix), ignore_errors=True)  # directories, empty now
 
-    def _wait(self, what: str, key: str, pending: Any) -> Any:
+    def _wait(self, what: str, key: str, pending: Any, lock_s: float | None = None) -> Any:
         try:
-            return pending.result()
+            return pending.result(None if is_remote(self.url) else lock_s)
+        except TimeoutError:
+            raise LockedError(
+                f"{join(self.url, key)} cannot be {what}: another process has had it locked for "
+                f"{lock_s:.0f} s; continue that process, or end it"
+            ) from None
         except (ValueError, OSError, RuntimeError) as error:
             reason = (str(error).splitlines() or [""])[0]
             raise StorageError(f"{join(self.url, key)} cannot be {what}: {reason}") from None
@@ -268,11 +305,17 @@ def _kvstore_spec(url: str) -> dict[str, Any]:
     user, _, bucket = authority.rpartition("@")
     spec: dict[str, Any] = {"bucket": bucket, "path": path.rstrip("/") + "/" if path else ""}
     if scheme == "gs":
-        return {"driver": "gcs", **spec}
+        return {"driver": "gcs", **spec, "gcs_request_retries": RETRIES}
     env = os.environ.get
+    credentials = None  # None: looked for wherever AWS's own tools look
+    if user == "anonymous":
+        credentials = {"type": "anonymous"}
+    elif env("AWS_ACCESS_KEY_ID") and env("AWS_SECRET_ACCESS_KEY"):
+        credentials = {"type": "environment"}  # the first place, without asking the others
     optional = {
         "endpoint": env("AWS_ENDPOINT_URL_S3") or env("AWS_ENDPOINT_URL"),
         "aws_region": env("AWS_REGION") or env("AWS_DEFAULT_REGION"),
-        "aws_credentials": {"type": "anonymous"} if user == "anonymous" else None,
+        "aws_credentials": credentials,
     }
+    spec["s3_request_retries"] = RETRIES
     return {"driver": "s3", **spec, **{key: value for key, value in optional.items() if value}}

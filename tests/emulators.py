@@ -35,7 +35,8 @@ def _server(command: list[str], url: str, log) -> Iterator[None]:
 _MOTO = """
 import sys, threading
 from moto.server import DomainDispatcherApplication, create_backend_app
-from werkzeug.serving import run_simple
+from werkzeug.serving import WSGIRequestHandler, run_simple
+WSGIRequestHandler.disable_nagle_algorithm = True  # or every answer takes 40 ms
 application, lock = DomainDispatcherApplication(create_backend_app), threading.Lock()
 def one_at_a_time(environ, start_response):
     with lock:

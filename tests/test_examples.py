@@ -1,11 +1,15 @@
 import importlib.util
+import re
+import subprocess
 from pathlib import Path
 
+import click
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
 from tiny_runs import write_run
 
+from ping_llm.cli import cli
 from ping_llm.data.simulate import simulate
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
@@ -42,3 +46,24 @@ def test_every_measurement_gets_a_score(made):
     scores = load("anomaly_scores").main(str(made / "run"), str(made / "pings.parquet"))
     assert scores.shape == (20,)
     assert np.all(scores > 0)
+
+
+LAUNCHERS = sorted((EXAMPLES / "launch").iterdir())
+
+
+@pytest.mark.parametrize("path", LAUNCHERS, ids=lambda path: path.name)
+def test_every_launcher_starts_the_command_with_flags_that_it_has(path):
+    text = path.read_text()
+    assert "extract-activations" in text
+    assert "not run by us" in text.lower()
+    command = cli.get_command(click.Context(cli), "extract-activations")
+    known = {flag for option in command.params for flag in option.opts}
+    own = {"--worker", "--zone", "--command", "--quiet"}  # gcloud's and pip's
+    shell = [line for line in text.splitlines() if not line.lstrip().startswith("#")]
+    used = set(re.findall(r"--[a-z][a-z-]*", "\n".join(shell)))
+    assert {"--model", "--input", "--output"} <= used
+    assert used - own <= known
+    if path.suffix == ".sh":
+        subprocess.run(["bash", "-n", path], check=True)
+    if path.suffix == ".py":
+        compile(text, path, "exec")

@@ -23,7 +23,7 @@ COMMANDS = {
     "generate": ("generate", "Sample measurements from a model."),
     "inspect-activations": (
         "inspect_activations",
-        "Show what an activation store holds, and whether it is whole.",
+        "Show what an activation store holds, whether it is whole, and who is at work on it.",
     ),
     "inspect-data": ("inspect_data", "Show what a data set holds, and what is wrong with it."),
     "predict": ("predict", "Predict RTT distributions and failures."),

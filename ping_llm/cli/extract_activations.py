@@ -16,7 +16,7 @@ from ping_llm.cli.options import common_options, print_result
     "--format",
     default="text",
     show_default=True,
-    help="A record is: text, chat, tokens or measurements.",
+    help="A record is: text, chat, tokens, arc or measurements.",
 )
 @click.option("--layers", default="all", show_default=True, help="all, or such as 0,5; -1: last.")
 @click.option(
@@ -36,14 +36,42 @@ from ping_llm.cli.options import common_options, print_result
 @click.option("--dtype", help="float32, bfloat16 or float16.  [default: the model's]")
 @click.option("--compression", default="none", show_default=True, help="none or zstd.")
 @click.option("--unit-mb", default=1.0, show_default=True, help="MB of input in a work unit.")
+@click.option(
+    "--lease-seconds",
+    type=float,
+    default=60.0,
+    show_default=True,
+    help="A unit whose worker gives no sign of life for so long is free again; equal for all.",
+)
+@click.option("--worker-id", help="Name of this worker.  [default: made up]")
+@click.option(
+    "--arc-encoder",
+    help="Grids are written: minimal or separated, with + and any of row-numbers, shape-header, "
+    "code-block.  [default: minimal]",
+)
+@click.option(
+    "--arc-augmentations", type=int, help="Prompts made of each test of an ARC task.  [default: 1]"
+)
+@click.option(
+    "--arc-colors",
+    help="Their permutations of colours move: keep (none), foreground (all but 0) or all.  "
+    "[default: foreground]",
+)
+@click.option("--arc-seed", type=int, help="Seed of the augmentations.  [default: 0]")
 @click.option("--mesh", default="", help="Devices by axis, such as data=-1,fsdp=1,tensor=1.")
+@click.option(
+    "--coordinator", help="Several processes, one model: address of process 0, HOST:PORT."
+)
+@click.option("--num-processes", type=int, help="Several processes: how many.")
+@click.option("--process-id", type=int, help="Several processes: which one this is, from 0.")
 @click.option("--limit", type=int, help="Take this many records only, the first ones.")
 @click.option("--dry-run", is_flag=True, help="Only say what would be done.")
 @common_options
 def command(as_json: bool, **arguments: Any) -> None:
     """Write a model's activations over a data set into a store.
 
-    Run it again with the same OUTPUT to go on where it stopped.
+    Run it again with the same OUTPUT to go on where it stopped. Any number of workers may run the
+    same command on one OUTPUT.
     """
     from ping_llm.extraction.run import DryRunResult, extract_activations
 

@@ -10,15 +10,18 @@ from ping_llm.cli.options import common_options, print_result
 @click.command("inspect-activations")
 @click.argument("url")
 @click.option("--verify", is_flag=True, help="Read every byte and compare checksums.")
+@click.option(
+    "--watch", is_flag=True, help="Watch leases for their length, to find those of the dead."
+)
 @common_options
-def command(url: str, verify: bool, as_json: bool) -> None:
-    """Show what an activation store holds, and whether it is whole.
+def command(url: str, verify: bool, watch: bool, as_json: bool) -> None:
+    """Show what an activation store holds, whether it is whole, and who is at work on it.
 
     With --verify the exit code is 1 if anything is damaged.
     """
-    from ping_llm.extraction.reader import inspect_activations
+    from ping_llm.extraction.inspection import inspect_activations
 
-    result = inspect_activations(url, verify=verify)
+    result = inspect_activations(url, verify=verify, watch=watch)
     lines = [
         f"{url}: {result.units_done:,} of {result.units:,} units, {result.samples:,} samples, "
         f"{result.tokens:,} tokens, {result.bytes / 1e9:,.2f} GB",
@@ -26,6 +29,18 @@ def command(url: str, verify: bool, as_json: bool) -> None:
         f"sites {', '.join(result.sites)}  layers {', '.join(map(str, result.layers)) or '-'}  "
         f"[{result.tokens:,}, {result.d_model:,}] {result.dtype}",
     ]
+    for name, worker in result.workers.items():
+        rate = worker.tokens / worker.seconds if worker.seconds else 0.0
+        line = f"{name}: {worker.units:,} units, {worker.tokens:,} tokens, {rate:,.0f} tokens/s"
+        if worker.leased:
+            unknown = "whether it lives takes --watch to see"
+            stale = unknown if worker.stale is None else f"{len(worker.stale):,} of them stale"
+            line += f"; holds {len(worker.leased):,} units, {stale}"
+        lines.append(line)
+    if not result.complete:
+        eta = result.eta_seconds
+        left = "unknown" if eta is None else f"about {eta:,.0f} s, if all who hold units live"
+        lines.append(f"time left: {left}")
     for name, values in result.statistics.items():
         if values:
             lines.append(

@@ -6,10 +6,11 @@ import json
 from typing import Any
 
 from ping_llm.errors import ConfigError
+from ping_llm.extraction import arc
 from ping_llm.models.config import DTYPES
 from ping_llm.models.decoder import END_SITES, SITES
 
-FORMATS = ("text", "chat", "tokens", "measurements")
+FORMATS = ("text", "chat", "tokens", "arc", "measurements")
 OVERLONG = ("error", "truncate-left", "truncate-right", "split")
 COMPRESSIONS = ("none", "zstd")
 # Prompts are packed into rows of one width; longer ones go into rows of the next, and each width
@@ -35,6 +36,11 @@ class ExtractionConfig:
         compression: Of the stored activations, one of `COMPRESSIONS`.
         unit_mb: Size of a work unit, in MB of input.
         limit: Number of records to take, the first ones; None: all.
+        arc_encoder: How grids are written, as `arc.parse_encoder` takes it; None where `format` is
+            not arc, like the next three.
+        arc_augmentations: Number of prompts made of each test of a task.
+        arc_colors: What permutations of colours move, one of `arc.COLORS`.
+        arc_seed: Decides the augmentations, with the task.
     """
 
     format: str
@@ -48,6 +54,10 @@ class ExtractionConfig:
     compression: str
     unit_mb: float
     limit: int | None
+    arc_encoder: str | None = None
+    arc_augmentations: int | None = None
+    arc_colors: str | None = None
+    arc_seed: int | None = None
 
     def __post_init__(self) -> None:
         for name, known in (
@@ -58,7 +68,8 @@ class ExtractionConfig:
         ):
             if (value := getattr(self, name)) not in known:
                 raise ConfigError(f"{name}={value!r} is not one of {', '.join(known)}")
-        for name in ("max_length", "unit_mb", "limit"):
+        self._check_arc()
+        for name in ("max_length", "unit_mb", "limit", "arc_augmentations"):
             if (value := getattr(self, name)) is not None and not value > 0:
                 raise ConfigError(f"{name}={value} must be above 0")
         if self.batch_tokens < self.max_length:
@@ -66,6 +77,18 @@ class ExtractionConfig:
                 f"batch_tokens={self.batch_tokens} is less than max_length={self.max_length}, so "
                 "the longest prompt does not fit a batch; raise the one or lower the other"
             )
+
+    def _check_arc(self) -> None:
+        names = ("arc_encoder", "arc_augmentations", "arc_colors", "arc_seed")
+        given = {name: getattr(self, name) for name in names}
+        for name, value in given.items():
+            if (value is None) == (self.format == "arc"):
+                raise ConfigError(f"{name}={value!r} does not go with format={self.format!r}")
+        if self.arc_encoder is not None:
+            arc.parse_encoder(self.arc_encoder)
+        if self.arc_colors is not None and self.arc_colors not in arc.COLORS:
+            known = ", ".join(arc.COLORS)
+            raise ConfigError(f"arc_colors={self.arc_colors!r} is not one of {known}")
 
     @property
     def row_widths(self) -> tuple[int, ...]:

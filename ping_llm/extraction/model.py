@@ -2,11 +2,12 @@
 
 import contextlib
 import dataclasses
+import resource
 import signal
 import threading
 import time
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +16,15 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from ping_llm import sharding
 from ping_llm.checkpoints import load_run
+from ping_llm.errors import ConfigError
 from ping_llm.extraction.batches import PackedBatch
 from ping_llm.extraction.config import ExtractionConfig, digest
 from ping_llm.extraction.records import fingerprint
+from ping_llm.extraction.writer import Part
 from ping_llm.models import qwen2
 from ping_llm.models.config import DecoderConfig
 from ping_llm.models.decoder import SITES, Decoder
@@ -62,6 +66,8 @@ def open_model(model: str | Path) -> ModelSource:
     path = Path(model) / "config.json"
     config = qwen2.read_json(path) if path.is_file() else {}
     if "model" in config and "train" in config:
+        if jax.process_count() > 1:
+            raise ConfigError(f"{model} is a run; runs are small, and read by one process each")
         cfg = DecoderConfig.from_json(config["model"])
         return ModelSource(str(model), None, Path(model), cfg, config["train"]["seq_len"])
     directory = qwen2.resolve(model)
@@ -87,13 +93,15 @@ class Extractor:
 
     Attributes:
         compile_seconds: Time spent on compiling so far.
+        part: The columns of activations that this process holds.
     """
 
     def __init__(self, source: ModelSource, cfg: ExtractionConfig, mesh: Mesh):
         self._cfg, self._mesh = cfg, mesh
+        self.part = _part(mesh, source.cfg.d_model)
         self._multiple = mesh.shape["data"] * mesh.shape["fsdp"]  # of the rows of a batch
         graphdef, self._params = _load(source, cfg, mesh)
-        self._forward = _make_forward(graphdef, cfg)
+        self._forward = _make_forward(graphdef, cfg, mesh)
         self._compiled: dict[tuple[int, ...], Any] = {}
         self.compile_seconds = 0.0
 
@@ -104,13 +112,13 @@ class Extractor:
         """
         place = NamedSharding(self._mesh, sharding.BATCH_BT)
         missing = -len(batch.tokens) % self._multiple
-        arrays = jax.device_put(
-            tuple(
-                np.pad(part, ((0, missing), (0, 0)))
-                for part in (batch.tokens, batch.segment_ids, batch.positions)
-            ),
-            place,
+        padded = (
+            np.pad(part, ((0, missing), (0, 0)))
+            for part in (batch.tokens, batch.segment_ids, batch.positions)
         )
+        arrays = [
+            jax.make_array_from_callback(rows.shape, place, rows.__getitem__) for rows in padded
+        ]
         shape = arrays[0].shape
         if shape not in self._compiled:
             started = time.monotonic()
@@ -121,7 +129,25 @@ class Extractor:
                 lowered = self._forward.lower(self._params, *arrays)
                 self._compiled[shape] = lowered.compile()
             self.compile_seconds += time.monotonic() - started
-        return self._compiled[shape](self._params, *arrays)
+        result = self._compiled[shape](self._params, *arrays)
+        if jax.default_backend() == "cpu":  # where two batches would share the cores
+            jax.block_until_ready(result)
+        return result
+
+    def to_host(self, result: Mapping[str, tuple[jax.Array, ...]]) -> dict[str, list[np.ndarray]]:
+        """Returns what a call returned, of D only this process's part."""
+        return {
+            site: [_own_columns(activations), *map(np.asarray, replicated)]
+            for site, (activations, *replicated) in result.items()
+        }
+
+    @property
+    def peak_device_bytes(self) -> int:
+        """The most memory used on one device so far; on a CPU, by the process."""
+        stats = [device.memory_stats() for device in jax.local_devices()]
+        if all(stats):
+            return max(stat["peak_bytes_in_use"] for stat in stats)
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 @contextlib.contextmanager
@@ -166,7 +192,43 @@ def _load(source: ModelSource, cfg: ExtractionConfig, mesh: Mesh) -> tuple[Any, 
     return graphdef, jax.device_put(params, nnx.get_named_sharding(params, mesh))
 
 
-def _make_forward(graphdef: Any, cfg: ExtractionConfig) -> jax.stages.Wrapped:
+def _columns(mesh: Mesh) -> NamedSharding:
+    """Returns how a group of processes shares activations [n, B, T, D]: by columns."""
+    return NamedSharding(mesh, P(None, None, None, sharding.MESH_AXES))
+
+
+def _part(mesh: Mesh, d_model: int) -> Part:
+    """Returns which columns this process holds.
+
+    Raises:
+        ConfigError: Columns cannot be dealt out equally, or not in one piece each.
+    """
+    processes, devices = jax.process_count(), mesh.size
+    if processes == 1:
+        return Part()
+    if d_model % devices:
+        raise ConfigError(
+            f"{d_model=} must be a multiple of the {devices} devices of the processes"
+        )
+    indices = _columns(mesh).addressable_devices_indices_map((1, 1, 1, d_model)).values()
+    spans = sorted(index[3].indices(d_model)[:2] for index in indices if index is not None)
+    start, stop, width = spans[0][0], spans[-1][1], d_model // processes
+    if stop - start != width or start % width:
+        raise ConfigError(
+            f"this mesh gives process {jax.process_index()} columns that are not one piece; order "
+            "its axes so that each process's devices stand together"
+        )
+    return Part(start // width, processes, leads=jax.process_index() == 0)
+
+
+def _own_columns(activations: jax.Array) -> np.ndarray:
+    if activations.is_fully_addressable:
+        return np.asarray(activations)
+    shards = sorted(activations.addressable_shards, key=lambda shard: shard.index[3].start or 0)
+    return np.concatenate([np.asarray(shard.data) for shard in shards], axis=3)
+
+
+def _make_forward(graphdef: Any, cfg: ExtractionConfig, mesh: Mesh) -> jax.stages.Wrapped:
     def forward(params, tokens, segment_ids, positions):
         model = nnx.merge(graphdef, params)
         kept = model.activations(
@@ -181,14 +243,8 @@ def _make_forward(graphdef: Any, cfg: ExtractionConfig) -> jax.stages.Wrapped:
 
         return {site: finish(x) for site, x in kept.items()}
 
-    return jax.jit(forward)
-
-
-def peak_device_bytes() -> int:
-    """Returns the most memory used on one device; on a CPU, by the process."""
-    stats = [device.memory_stats() for device in jax.local_devices()]
-    if all(stats):
-        return max(stat["peak_bytes_in_use"] for stat in stats)
-    import resource
-
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    if jax.process_count() == 1:
+        return jax.jit(forward)
+    everywhere = NamedSharding(mesh, P())
+    shared = dict.fromkeys(cfg.sites, (_columns(mesh), everywhere, everywhere))
+    return jax.jit(forward, out_shardings=shared)

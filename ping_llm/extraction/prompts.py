@@ -1,20 +1,23 @@
-"""Prompts: what the model is given, in token ids, of text, chats, ids or measurements."""
+"""Prompts: what the model is given, in token ids, of text, chats, ids, tasks or measurements."""
 
 import dataclasses
 import hashlib
+import itertools
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 
+from ping_llm import storage
 from ping_llm.data import windows
 from ping_llm.data.rows import SPLITS, ProbeRows, read_metadata
 from ping_llm.errors import ConfigError, DataError
+from ping_llm.extraction import arc
 from ping_llm.extraction.config import ExtractionConfig
-from ping_llm.extraction.records import Records, Unit
-from ping_llm.models.qwen2 import read_json
+from ping_llm.extraction.records import Records, Unit, describe_files
+from ping_llm.extraction.text import Tokenizer
 
 REAL, SPECIAL, BOS = range(3)  # roles of tokens
 COLUMNS = {"text": ("text",), "chat": ("messages",), "tokens": ("tokens", "input_ids")}
@@ -82,110 +85,13 @@ def open_source(
         raise ConfigError(
             f"format={cfg.format!r} needs a language model; a run takes measurements or tokens"
         )
+    if cfg.format == "arc":
+        assert model is not None  # as above
+        return ArcPrompts(path, cfg, model=model, vocab_size=vocab_size)
     return TextPrompts(path, cfg, model=model, vocab_size=vocab_size)
 
 
 # --- text, chats, ids -------------------------------------------------------------------------
-
-
-class Tokenizer:
-    """A checkpoint's own tokenizer.
-
-    Attributes:
-        identity: Hash of what decides the token ids.
-        special: Ids of special tokens.
-        bos: Id of the token that begins a sequence, or None.
-    """
-
-    def __init__(self, directory: Path, *, chat: bool):
-        import tokenizers
-
-        path = directory / "tokenizer.json"
-        if not path.is_file():
-            raise DataError(f"{path} does not exist; the checkpoint needs its fast tokenizer")
-        content = path.read_bytes()
-        try:
-            self._tokenizer = tokenizers.Tokenizer.from_buffer(content)
-        except Exception as error:  # the library raises nothing narrower
-            raise DataError(f"{path} is not a tokenizer: {error}") from None
-        # Some checkpoints are saved with either, which would cut or pad prompts unseen.
-        self._tokenizer.no_truncation()
-        self._tokenizer.no_padding()
-        path = directory / "tokenizer_config.json"
-        settings = read_json(path) if path.is_file() else {}
-        added = self._tokenizer.get_added_tokens_decoder()
-        self.special = np.array([i for i, token in added.items() if token.special], np.int64)
-        bos = _content(settings.get("bos_token"))
-        self.bos = None if bos is None else self._tokenizer.token_to_id(bos)
-        self.template = ChatTemplate(directory, settings) if chat else None
-        parts = content + (self.template.source.encode() if self.template else b"")
-        self.identity = hashlib.sha256(parts).hexdigest()[:32]
-
-    def encode(self, texts: list[str], *, add_special: bool) -> list[list[int]]:
-        """Returns the ids of each text."""
-        encoded = self._tokenizer.encode_batch_fast(texts, add_special_tokens=add_special)
-        return [one.ids for one in encoded]
-
-
-def _content(token: Any) -> str | None:
-    """Returns the text of a token in `tokenizer_config.json`, where it is a string or an object."""
-    return token.get("content") if isinstance(token, dict) else token
-
-
-class ChatTemplate:
-    """The model's own chat template, in a sandbox; like transformers' `apply_chat_template`."""
-
-    def __init__(self, directory: Path, settings: dict[str, Any]):
-        import jinja2
-        from jinja2.ext import loopcontrols
-        from jinja2.sandbox import ImmutableSandboxedEnvironment
-
-        path = directory / "chat_template.jinja"
-        found = (
-            path.read_text(encoding="utf-8") if path.is_file() else settings.get("chat_template")
-        )
-        if isinstance(found, list):  # several, by name
-            found = {entry["name"]: entry["template"] for entry in found}.get("default")
-        if not isinstance(found, str):
-            raise DataError(
-                f"{directory} has no chat template; use an instruct model or --format text"
-            )
-        self.source = found
-
-        def tojson(value: Any, indent: int | None = None) -> str:
-            return json.dumps(value, ensure_ascii=False, indent=indent)
-
-        def raise_exception(message: str) -> None:
-            raise jinja2.TemplateError(message)
-
-        environment = ImmutableSandboxedEnvironment(
-            trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols]
-        )
-        environment.filters["tojson"] = tojson
-        environment.globals["raise_exception"] = raise_exception
-        self._variables = {
-            key: _content(settings.get(key)) or ""
-            for key in ("bos_token", "eos_token", "pad_token", "unk_token")
-        }
-        self._error = jinja2.TemplateError
-        try:
-            self._template = environment.from_string(found)
-        except jinja2.TemplateError as error:
-            raise DataError(f"{directory}: its chat template cannot be used: {error}") from None
-
-    def render(self, record: dict[str, Any], sample: str) -> str:
-        """Returns the text of the chat in a record's `messages`, with its `tools` if it has any."""
-        try:
-            return self._template.render(
-                messages=record["messages"],
-                tools=record.get("tools"),
-                add_generation_prompt=False,
-                **self._variables,
-            )
-        except (self._error, TypeError, KeyError, AttributeError) as error:
-            raise DataError(
-                f"{sample}: the chat template refuses these messages: {error}"
-            ) from None
 
 
 class TextPrompts:
@@ -213,45 +119,16 @@ class TextPrompts:
         Raises:
             DataError: A record is not what the format says, or too long and that is an error.
         """
-        ids: list[str] = []
-        parts: list[np.ndarray] = []
-        overlong = 0
-        for sample, tokens in self._encoded(unit):
-            if len(tokens) > self._cfg.max_length:
-                overlong += 1
-                pieces = _cut(tokens, self._cfg, sample)
-            else:
-                pieces = [tokens]
-            parts += pieces
-            ids += [sample] if len(pieces) == 1 else [f"{sample}/{n}" for n in range(len(pieces))]
-        return _prompts(parts, ids, overlong, self._tokenizer)
-
-    def _encoded(self, unit: Unit) -> Iterator[tuple[str, np.ndarray]]:
+        records = self._records.read(unit)
         if self._cfg.format == "tokens":
-            for sample, record in self._records.read(unit):
-                yield sample, self._checked(record, sample)
-            return
-        batch: list[tuple[str, str]] = []
-        for sample, record in self._records.read(unit):
-            batch.append((sample, self._text(record, sample)))
-            if len(batch) == TEXTS_AT_ONCE:
-                yield from self._tokenized(batch)
-                batch = []
-        yield from self._tokenized(batch)
-
-    def _tokenized(self, batch: list[tuple[str, str]]) -> Iterator[tuple[str, np.ndarray]]:
-        assert self._tokenizer is not None
-        # A chat template writes the special tokens itself.
-        add_special = self._cfg.format == "text"
-        encoded = self._tokenizer.encode([text for _, text in batch], add_special=add_special)
-        for (sample, _), ids in zip(batch, encoded, strict=True):
-            tokens = np.array(ids, np.int32)
-            if len(tokens) and tokens.max() >= self._vocab_size:
-                raise DataError(
-                    f"{sample}: token id {tokens.max()} is not below the model's vocab_size="
-                    f"{self._vocab_size}; the tokenizer is not this model's"
-                )
-            yield sample, tokens
+            encoded = ((sample, self._checked(record, sample)) for sample, record in records)
+        else:
+            assert self._tokenizer is not None
+            texts = ((sample, self._text(record, sample)) for sample, record in records)
+            # A chat template writes the special tokens itself.
+            special = self._cfg.format == "text"
+            encoded = _tokenized(texts, self._tokenizer, self._vocab_size, add_special=special)
+        return _gather(encoded, self._cfg, self._tokenizer)
 
     def _text(self, record: dict[str, Any], sample: str) -> str:
         if self._cfg.format == "chat":
@@ -277,6 +154,49 @@ class TextPrompts:
         return np.array(ids, np.int32)
 
 
+def _tokenized(
+    texts: Iterable[tuple[str, str]], tokenizer: Tokenizer, vocab_size: int, *, add_special: bool
+) -> Iterator[tuple[str, np.ndarray]]:
+    """Yields (sample, token ids) of each (sample, text)."""
+    texts = iter(texts)
+    while batch := list(itertools.islice(texts, TEXTS_AT_ONCE)):
+        encoded = tokenizer.encode([text for _, text in batch], add_special=add_special)
+        for (sample, _), ids in zip(batch, encoded, strict=True):
+            tokens = np.array(ids, np.int32)
+            if len(tokens) and tokens.max() >= vocab_size:
+                raise DataError(
+                    f"{sample}: token id {tokens.max()} is not below the model's {vocab_size=}; "
+                    "the tokenizer is not this model's"
+                )
+            yield sample, tokens
+
+
+def _gather(
+    encoded: Iterable[tuple[str, np.ndarray]], cfg: ExtractionConfig, tokenizer: Tokenizer | None
+) -> Prompts:
+    """Returns the prompts of each (sample, token ids), those that are too long dealt with."""
+    ids: list[str] = []
+    parts: list[np.ndarray] = []
+    overlong = 0
+    for sample, tokens in encoded:
+        if len(tokens) > cfg.max_length:
+            overlong += 1
+            pieces = _cut(tokens, cfg, sample)
+        else:
+            pieces = [tokens]
+        parts += pieces
+        ids += [sample] if len(pieces) == 1 else [f"{sample}/{n}" for n in range(len(pieces))]
+    lengths = np.array([len(part) for part in parts], np.int64)
+    tokens = np.concatenate([np.zeros(0, np.int32), *parts])
+    roles = np.full(len(tokens), REAL, np.uint8)
+    if tokenizer is not None:
+        roles[np.isin(tokens, tokenizer.special)] = SPECIAL
+        if tokenizer.bos is not None:
+            roles[tokens == tokenizer.bos] = BOS
+    offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
+    return Prompts(tokens, offsets, roles, ids, overlong, int((lengths == 0).sum()))
+
+
 def _cut(tokens: np.ndarray, cfg: ExtractionConfig, sample: str) -> list[np.ndarray]:
     """Returns what becomes of a prompt that is too long."""
     most = cfg.max_length
@@ -292,18 +212,66 @@ def _cut(tokens: np.ndarray, cfg: ExtractionConfig, sample: str) -> list[np.ndar
     )
 
 
-def _prompts(
-    parts: Sequence[np.ndarray], ids: list[str], overlong: int, tokenizer: Tokenizer | None
-) -> Prompts:
-    lengths = np.array([len(part) for part in parts], np.int64)
-    tokens = np.concatenate([np.zeros(0, np.int32), *parts])
-    roles = np.full(len(tokens), REAL, np.uint8)
-    if tokenizer is not None:
-        roles[np.isin(tokens, tokenizer.special)] = SPECIAL
-        if tokenizer.bos is not None:
-            roles[tokens == tokenizer.bos] = BOS
-    offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
-    return Prompts(tokens, offsets, roles, ids, overlong, int((lengths == 0).sum()))
+# --- ARC tasks --------------------------------------------------------------------------------
+
+
+class ArcPrompts:
+    """Prompts that ask for the output of a test of an ARC task, each in several augmentations."""
+
+    def __init__(self, path: str, cfg: ExtractionConfig, *, model: Path, vocab_size: int):
+        found = [file for file in storage.find(path) if file.size]
+        self._tasks = arc.read_tasks(found)[: cfg.limit]
+        if not self._tasks:
+            raise DataError(f"{path} holds no tasks")
+        self._cfg, self._vocab_size = cfg, vocab_size
+        self._encoder = arc.parse_encoder(cfg.arc_encoder or "")
+        self._tokenizer = Tokenizer(model, chat=True)
+        self.identity = {
+            "files": describe_files(found),
+            "tokenizer": self._tokenizer.identity,
+        }
+        self.units = []
+        start, size = 0, 0.0
+        for index, task in enumerate(self._tasks):
+            if index > start and size >= cfg.unit_mb * 1e6:
+                self.units.append(Unit(0, start, index))
+                start, size = index, 0.0
+            size += sum(map(len, self._plain(task))) * (cfg.arc_augmentations or 1)
+        self.units.append(Unit(0, start, len(self._tasks)))
+
+    def _plain(self, task: arc.Task) -> list[str]:
+        """Returns the texts of a task's tests as they are, whose length is that of all others."""
+        (same,) = arc.augmentations(task, 1, colors="keep", seed=0)
+        return [arc.prompt(task, test, same, self._encoder) for test in range(len(task.tests))]
+
+    def _texts(self, task: arc.Task) -> Iterator[tuple[str, str]]:
+        assert self._cfg.arc_augmentations is not None
+        assert self._cfg.arc_colors is not None
+        assert self._cfg.arc_seed is not None
+        assert self._tokenizer.template is not None
+        changes = arc.augmentations(
+            task,
+            self._cfg.arc_augmentations,
+            colors=self._cfg.arc_colors,
+            seed=self._cfg.arc_seed,
+        )
+        for test in range(len(task.tests)):
+            for number, augmentation in enumerate(changes):
+                sample = arc.sample_id(task, test, number, augmentation)
+                text = arc.prompt(task, test, augmentation, self._encoder)
+                chat = {"messages": [{"role": "user", "content": text}]}
+                yield sample, self._tokenizer.template.render(chat, sample, generate=True)
+
+    def read(self, unit: Unit) -> Prompts:
+        """Returns the prompts of a unit: a task's tests, each in all its augmentations.
+
+        Raises:
+            DataError: A prompt is too long and that is an error.
+        """
+        tasks = self._tasks[unit.start : unit.stop]
+        texts = (pair for task in tasks for pair in self._texts(task))
+        encoded = _tokenized(texts, self._tokenizer, self._vocab_size, add_special=False)
+        return _gather(encoded, self._cfg, self._tokenizer)
 
 
 # --- measurements -----------------------------------------------------------------------------

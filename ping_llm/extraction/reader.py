@@ -1,8 +1,7 @@
-"""Reading a store: rows by number, shuffled streams, and a look at what it holds."""
+"""Reading a store: rows by number, and shuffled streams."""
 
 import dataclasses
 import itertools
-import zlib
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -14,7 +13,6 @@ from ping_llm.extraction import store
 from ping_llm.extraction.config import array_name
 from ping_llm.extraction.prompts import REAL
 from ping_llm.models.decoder import END_SITES
-from ping_llm.progress import progress
 from ping_llm.storage import KeyValueStore
 
 KINDS = ("numpy", "jax", "torch")
@@ -62,7 +60,7 @@ class ActivationReader:
             ConfigError: It does not hold that site and layer.
         """
         self._kv = KeyValueStore(url)
-        self.manifest = _manifest(self._kv)
+        self.manifest = open_manifest(self._kv)
         self._name = array_name(site, None if site in END_SITES else layer)
         held = [entry["name"] for entry in self.manifest["arrays"]]
         if self._name not in held:
@@ -121,7 +119,7 @@ class ActivationReader:
         return self._arrays[unit, name]
 
     def _read(self, array: ts.TensorStore) -> np.ndarray:
-        return _result(array.read(), self._kv.url)
+        return read_result(array.read(), self._kv.url)
 
     def _gather(self, name: str, numbers: np.ndarray) -> np.ndarray:
         which = np.searchsorted(self._starts, numbers, side="right") - 1
@@ -132,7 +130,7 @@ class ActivationReader:
         first = self._array(0, name)
         rows = np.empty((len(numbers), *first.shape[1:]), first.dtype.numpy_dtype)
         for unit, read in pending:
-            rows[which == unit] = _result(read, self._kv.url)
+            rows[which == unit] = read_result(read, self._kv.url)
         return rows
 
     def batches(
@@ -224,8 +222,8 @@ class ActivationReader:
 
 
 def _chosen(read: Any, roles: Any, where: str) -> np.ndarray:
-    rows = _result(read, where)
-    return rows if roles is None else rows[_result(roles, where) == REAL]
+    rows = read_result(read, where)
+    return rows if roles is None else rows[read_result(roles, where) == REAL]
 
 
 def _as(kind: str, batch: np.ndarray) -> Any:
@@ -240,7 +238,12 @@ def _as(kind: str, batch: np.ndarray) -> Any:
     return batch
 
 
-def _result(read: Any, where: str) -> Any:
+def read_result(read: Any, where: str) -> Any:
+    """Returns what a read of TensorStore gives.
+
+    Raises:
+        StorageError: It failed; the message names `where`.
+    """
     try:
         return read.result()
     except (ValueError, OSError, RuntimeError) as error:
@@ -248,7 +251,12 @@ def _result(read: Any, where: str) -> Any:
         raise StorageError(f"{where} cannot be read: {line[:400]}") from None
 
 
-def _manifest(kv: KeyValueStore) -> dict[str, Any]:
+def open_manifest(kv: KeyValueStore) -> dict[str, Any]:
+    """Returns what a store says of itself.
+
+    Raises:
+        StorageError: There is no store, or its manifest is damaged.
+    """
     manifest = store.read_manifest(kv)
     if manifest is None:
         raise StorageError(f"{kv.url} is no activation store: it has no {store.MANIFEST}")
@@ -259,134 +267,4 @@ def open_array(kv: KeyValueStore, done: Mapping[str, Any], name: str) -> ts.Tens
     """Returns an array of a published unit."""
     key = store.attempt_prefix(done["unit"], done["attempt"]) + name
     spec = {"driver": "zarr3", "kvstore": kv.spec(key), "fill_missing_data_reads": False}
-    return _result(ts.open(spec, read=True), f"{kv.url}/{key}")
-
-
-@dataclasses.dataclass(frozen=True)
-class InspectResult:
-    """What `inspect_activations` returns.
-
-    Attributes:
-        samples: Number of prompts in published units.
-        tokens: Number of tokens in them.
-        layers: Layers held.
-        sites: Sites held.
-        d_model: Width of an activation.
-        dtype: Of the stored activations.
-        units_done: Number of published units.
-        units: Number of all units.
-        bytes: Size of all arrays, before compression.
-        complete: Whether every unit is published.
-        statistics: {array: norms and attention sinks over all units}.
-        made_from: Names of model and input, and what computed the store.
-        errors: What is wrong, each naming the file; without `verify` only what shows by itself.
-    """
-
-    samples: int
-    tokens: int
-    layers: list[int]
-    sites: list[str]
-    d_model: int
-    dtype: str
-    units_done: int
-    units: int
-    bytes: int
-    complete: bool
-    statistics: dict[str, dict[str, float]]
-    made_from: dict[str, str]
-    errors: list[str]
-
-
-def inspect_activations(url: str, *, verify: bool = False) -> InspectResult:
-    """Returns what a store holds.
-
-    Args:
-        url: Where it is.
-        verify: Whether every byte is read and compared with its checksum.
-
-    Raises:
-        StorageError: There is no store, or its manifest is damaged.
-    """
-    kv = KeyValueStore(url)
-    manifest = _manifest(kv)
-    errors: list[str] = []
-    done = []
-    for unit in range(len(manifest["units"])):
-        try:
-            published = store.read_done(kv, unit)
-        except StorageError as error:
-            errors.append(str(error))
-            continue
-        if published is None:
-            continue
-        if published["identity"] != store.identity(manifest):
-            errors.append(f"{url}/{store.done_key(unit)} is of a store with other settings")
-        done.append(published)
-    if verify:
-        with progress("verify", total=sum(entry["bytes"] for entry in done), unit="bytes") as bar:
-            for entry in done:
-                for name in entry["arrays"]:
-                    errors += _verify(kv, entry, name)
-                bar.update(entry["bytes"])
-    sites = [entry["site"] for entry in manifest["arrays"]]
-    layers = {entry["layer"] for entry in manifest["arrays"]} - {None}
-    return InspectResult(
-        samples=sum(entry["samples"] for entry in done),
-        tokens=sum(entry["tokens"] for entry in done),
-        layers=sorted(layers),
-        sites=list(dict.fromkeys(sites)),
-        d_model=manifest["d_model"],
-        dtype=manifest["settings"]["dtype"],
-        units_done=len(done),
-        units=len(manifest["units"]),
-        bytes=sum(entry["bytes"] for entry in done),
-        complete=len(done) == len(manifest["units"]),
-        statistics={
-            entry["name"]: _overall([unit["statistics"][entry["name"]] for unit in done])
-            for entry in manifest["arrays"]
-        },
-        made_from=manifest["made_from"],
-        errors=errors,
-    )
-
-
-def _overall(units: list[dict[str, Any]]) -> dict[str, float]:
-    """Returns the statistics of units as those of their union."""
-    units = [unit for unit in units if unit["tokens"]]
-    if not units:
-        return {}
-
-    def mean(name: str, weight: str) -> float:
-        weights = sum(unit[weight] for unit in units)
-        return sum(unit[name] * unit[weight] for unit in units) / weights
-
-    return {
-        "norm_mean": mean("norm_mean", "tokens"),
-        "norm_max": max(unit["norm_max"] for unit in units),
-        "first_token_norm_mean": mean("first_token_norm_mean", "first_tokens"),
-        "sink_tokens": sum(unit["sink_tokens"] for unit in units),
-        "sink_tokens_at_first": sum(unit["sink_tokens_at_first"] for unit in units),
-    }
-
-
-def _verify(kv: KeyValueStore, done: Mapping[str, Any], name: str) -> list[str]:
-    """Returns what is wrong with an array of a unit."""
-    key = store.attempt_prefix(done["unit"], done["attempt"]) + name
-    entry = done["arrays"][name]
-    metadata, _ = kv.read(f"{key}/zarr.json")
-    if metadata is None or zlib.crc32(metadata) != entry["zarr_crc32"]:
-        return [f"{kv.url}/{key}/zarr.json is {'gone' if metadata is None else 'damaged'}"]
-    array = open_array(kv, done, name)
-    errors = []
-    for shard, expected in enumerate(entry["crc32"]):
-        file = "/".join(["c", str(shard), *["0"] * (len(entry["shape"]) - 1)])
-        start = shard * entry["shard_rows"]
-        stop = min(start + entry["shard_rows"], entry["shape"][0])
-        try:
-            content = np.ascontiguousarray(_result(array[start:stop].read(), f"{kv.url}/{key}"))
-        except StorageError as error:
-            errors.append(f"{kv.url}/{key}/{file} is damaged: {error}")
-            continue
-        if zlib.crc32(content.view(np.uint8).data) != expected:
-            errors.append(f"{kv.url}/{key}/{file} is damaged: its checksum does not fit")
-    return errors
+    return read_result(ts.open(spec, read=True, context=kv.context), f"{kv.url}/{key}")

@@ -46,6 +46,15 @@ def fingerprint(url: str, size: int) -> str:
     return found.hexdigest()[:32]
 
 
+def describe_files(files: list[storage.StoredFile]) -> list[dict[str, Any]]:
+    """Returns name, size and fingerprint of each file, by which an input is known again."""
+    names = _short_names([file.url for file in files])
+    return [
+        {"name": name, "size": file.size, "fingerprint": fingerprint(file.url, file.size)}
+        for name, file in zip(names, files, strict=True)
+    ]
+
+
 class Records:
     """The records of an input, by work unit.
 
@@ -73,11 +82,8 @@ class Records:
         self._urls = [file.url for file in found]
         self._kinds = [_kind(url) for url in self._urls]
         self._columns = columns
-        self._names = _short_names(self._urls)
-        self.files = [
-            {"name": name, "size": file.size, "fingerprint": fingerprint(file.url, file.size)}
-            for name, file in zip(self._names, found, strict=True)
-        ]
+        self.files = describe_files(found)
+        self._names = [file["name"] for file in self.files]
         self.units: list[Unit] = []
         left = limit
         for index, file in enumerate(found):

@@ -1,42 +1,27 @@
-"""Extraction from start to end: prompts in, activations out, and on again after any stop.
-
-Three threads share the work: one reads and packs prompts, the main one keeps the device busy, one
-takes results from the device and writes them. Each waits for the next, so memory stays bounded.
-"""
+"""Extraction from start to end: prompts in, activations out, and on again after any stop."""
 
 import dataclasses
-import queue
-import threading
-import time
-from collections import deque
-from collections.abc import Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 
 from ping_llm import __version__, sharding
+from ping_llm.errors import ConfigError
 from ping_llm.extraction import store
-from ping_llm.extraction.batches import PackedBatch, make_batches
+from ping_llm.extraction.batches import make_batches
+from ping_llm.extraction.claims import Claims
 from ping_llm.extraction.config import ExtractionConfig, parse_layers, parse_sites
-from ping_llm.extraction.model import (
-    Extractor,
-    ModelSource,
-    identity,
-    open_model,
-    peak_device_bytes,
-)
-from ping_llm.extraction.prompts import Prompts, PromptSource, open_source
+from ping_llm.extraction.group import Follower, Leader
+from ping_llm.extraction.model import Extractor, ModelSource, identity, open_model
+from ping_llm.extraction.prompts import PromptSource, open_source
+from ping_llm.extraction.work import Worker
 from ping_llm.progress import progress
 from ping_llm.storage import KeyValueStore
 
 DEFAULT_BATCH_TOKENS = 8192
-BATCHES_AHEAD = 4  # packed and waiting for the device
-RESULTS_BEHIND = 1  # computed and waiting to be taken from the device
-
-T = TypeVar("T")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,8 +31,8 @@ class ExtractResult:
     Attributes:
         samples: Number of prompts.
         tokens: Number of tokens, each one row of every array.
-        seconds: Time spent on units, loading and compiling aside.
-        tokens_per_second: Of these.
+        seconds: Time that workers spent on units, loading, compiling and waiting aside.
+        tokens_per_second: Of a worker in this time, on average.
         bytes_written: Size of all arrays, before compression.
         units_done: Number of published work units.
         units: Number of all work units.
@@ -113,19 +98,29 @@ def extract_activations(
     dtype: str | None = None,
     compression: str = "none",
     unit_mb: float = 1.0,
+    lease_seconds: float = 60.0,
+    worker_id: str | None = None,
+    arc_encoder: str | None = None,
+    arc_augmentations: int | None = None,
+    arc_colors: str | None = None,
+    arc_seed: int | None = None,
     mesh: str = "",
+    coordinator: str | None = None,
+    num_processes: int | None = None,
+    process_id: int | None = None,
     limit: int | None = None,
     dry_run: bool = False,
 ) -> ExtractResult | DryRunResult:
     """Writes the activations of `model` over `input` into the store `output`.
 
-    Units that are published already are left as they are.
+    Any number of workers may do so on one store: each claims units, and returns when all are
+    published. Units that are published already are left as they are.
 
     Args:
         model: Directory of a checkpoint, a hub id, or a run of this package.
         input: A file, directory or glob, local or remote.
         output: Where the store is or is to be, local or remote.
-        format: What a record of the input is: text, chat, tokens or measurements.
+        format: What a record of the input is: text, chat, tokens, arc or measurements.
         layers: `all`, or numbers with commas between; -1 is the last one.
         sites: Names with commas between: residual, attn, mlp, embed, final_norm.
         max_length: Tokens of the longest prompt; None: 2048, or what a run was trained on.
@@ -134,7 +129,20 @@ def extract_activations(
         dtype: Dtype of the store; None: the model's own.
         compression: none or zstd.
         unit_mb: Size of a work unit, in MB of input.
+        lease_seconds: For how long a unit stays with a worker that gives no sign of life; equal for
+            all workers of a store.
+        worker_id: Name of this worker in what `inspect_activations` shows; None: made up.
+        arc_encoder: How the grids of ARC tasks are written, such as `shape-header+separated`; None:
+            minimal.
+        arc_augmentations: Number of prompts made of each test of a task; None: 1, as it is.
+        arc_colors: What their permutations of colours move: keep (nothing), foreground (all but 0)
+            or all; None: foreground.
+        arc_seed: Decides the augmentations, with the task; None: 0.
         mesh: Sizes of the mesh axes, as for training.
+        coordinator: Address of process 0, `host:port`, where several processes hold the model and
+            are one worker.
+        num_processes: How many there are.
+        process_id: Which one this is.
         limit: Number of records to take, the first ones; None: all.
         dry_run: Whether to only say what would be done.
 
@@ -144,6 +152,9 @@ def extract_activations(
         CheckpointError: The model cannot be read.
         StorageError: The store cannot be written.
     """
+    if not lease_seconds > 0:
+        raise ConfigError(f"{lease_seconds=} must be above 0")
+    sharding.start_processes(coordinator, num_processes, process_id)
     source = open_model(model)
     cfg = make_config(
         source,
@@ -157,6 +168,10 @@ def extract_activations(
         compression=compression,
         unit_mb=unit_mb,
         limit=limit,
+        arc_encoder=arc_encoder,
+        arc_augmentations=arc_augmentations,
+        arc_colors=arc_colors,
+        arc_seed=arc_seed,
     )
     prompts = open_source(
         str(input), cfg, model=source.checkpoint, vocab_size=source.cfg.vocab_size
@@ -168,6 +183,7 @@ def extract_activations(
         "settings": dataclasses.asdict(cfg),
         "model": identity(source),
         "input": prompts.identity,
+        "lease_seconds": lease_seconds,
         "d_model": source.cfg.d_model,
         "arrays": [
             {"name": name, "site": site, "layer": cfg.layers[place] if "." in name else None}
@@ -184,15 +200,36 @@ def extract_activations(
     }
     kv = KeyValueStore(output)
     store_identity = store.identity(store.open_store(kv, manifest))
-    done = store.read_all_done(kv, len(prompts.units))
-    todo = [unit for unit in range(len(prompts.units)) if unit not in done]
-    if todo:
-        device_mesh = sharding.make_mesh(**sharding.parse_mesh(mesh))
-        extractor = Extractor(source, cfg, device_mesh)
-        work = _Work(kv, cfg, prompts, extractor, store_identity, source.cfg.d_model)
-        done |= work.run(todo)
-    store.remove_stale(kv, done, older_than_s=store.STALE_ATTEMPT_S)
-    return _result(list(done.values()), str(output))
+    units = len(prompts.units)
+    claims = _open_claims(kv, units, worker=worker_id, lease_s=lease_seconds)
+    if claims.left:
+        extractor = Extractor(source, cfg, sharding.make_mesh(**sharding.parse_mesh(mesh)))
+        d_model = source.cfg.d_model
+        Worker(
+            kv, cfg, prompts, extractor, claims, store_identity=store_identity, d_model=d_model
+        ).run()
+    if jax.process_index() == 0:
+        done = claims.done
+        store.remove_stale(kv, done, older_than_s=store.STALE_ATTEMPT_S)
+    else:
+        done = store.read_all_done(kv, units)
+    return _result([done[unit] for unit in sorted(done)], str(output))
+
+
+def _open_claims(
+    kv: KeyValueStore, units: int, *, worker: str | None, lease_s: float
+) -> Claims | Follower:
+    if jax.process_count() == 1:
+        return Claims(kv, units, worker=worker, lease_s=lease_s)
+    name = np.frombuffer(store.new_attempt().encode(), np.uint8)
+    group = multihost_utils.broadcast_one_to_all(name).tobytes().decode()  # that of process 0
+    if jax.process_index() == 0:
+        claims = Leader(kv, units, group, worker=worker, lease_s=lease_s)
+    else:
+        claims = Follower(kv, group)
+    if not multihost_utils.broadcast_one_to_all(np.array(bool(claims.left))):
+        claims.left.clear()  # process 0 has nothing to do, so nobody has
+    return claims
 
 
 def make_config(
@@ -208,10 +245,19 @@ def make_config(
     overlong: str = "error",
     compression: str = "none",
     limit: int | None = None,
+    arc_encoder: str | None = None,
+    arc_augmentations: int | None = None,
+    arc_colors: str | None = None,
+    arc_seed: int | None = None,
 ) -> ExtractionConfig:
     """Returns the settings of `extract_activations` with what was left open filled in."""
     max_length = max_length or source.max_length
     dtype = dtype or source.cfg.dtype
+    if format == "arc":
+        arc_encoder = "minimal" if arc_encoder is None else arc_encoder
+        arc_augmentations = 1 if arc_augmentations is None else arc_augmentations
+        arc_colors = "foreground" if arc_colors is None else arc_colors
+        arc_seed = 0 if arc_seed is None else arc_seed
     return ExtractionConfig(
         format=format,
         layers=parse_layers(layers, source.cfg.n_layers),
@@ -224,6 +270,10 @@ def make_config(
         compression=compression,
         unit_mb=unit_mb,
         limit=limit,
+        arc_encoder=arc_encoder,
+        arc_augmentations=arc_augmentations,
+        arc_colors=arc_colors,
+        arc_seed=arc_seed,
     )
 
 
@@ -273,171 +323,3 @@ def _dry_run(source: ModelSource, prompts: PromptSource, cfg: ExtractionConfig) 
         overlong=overlong,
         empty=empty,
     )
-
-
-@dataclasses.dataclass(frozen=True)
-class _Step:
-    """One step of a unit: a batch, or its end, where there is none."""
-
-    unit: int
-    prompts: Prompts
-    batch: PackedBatch | None
-
-
-class _Work:
-    """What the threads share."""
-
-    def __init__(
-        self,
-        kv: KeyValueStore,
-        cfg: ExtractionConfig,
-        source: PromptSource,
-        extractor: Extractor,
-        store_identity: str,
-        d_model: int,
-    ):
-        self._kv, self._cfg, self._source = kv, cfg, source
-        self._extractor, self._identity = extractor, store_identity
-        self._d_model = d_model
-        element = np.dtype(jax.numpy.dtype(cfg.dtype))
-        self._arrays = [store.ArraySpec(name, d_model, element) for name in cfg.arrays]
-        self._writer: store.UnitWriter | None = None  # of the unit that is being written
-        self._computed = 0
-        self._clock, self._compiling = time.monotonic(), 0.0
-
-    def run(self, todo: list[int]) -> dict[int, dict[str, Any]]:
-        """Returns {unit: its commit marker} once all of `todo` are published."""
-        done: dict[int, dict[str, Any]] = {}
-        behind: deque[Future[dict[str, Any] | None]] = deque()
-        tokens, started = 0, time.monotonic()
-        on_cpu = jax.default_backend() == "cpu"
-
-        def finish_oldest() -> None:
-            published = behind.popleft().result()
-            if published is not None:
-                done[published["unit"]] = published
-                bar.update(1)
-
-        with (
-            progress("extract", total=len(todo), unit="units") as bar,
-            Prefetch(self._steps(todo), BATCHES_AHEAD) as steps,
-            ThreadPoolExecutor(1) as writing,
-        ):
-            try:
-                for step in steps:
-                    if step.batch is None:
-                        behind.append(writing.submit(self._publish, step))
-                    else:
-                        result = self._extractor(step.batch)
-                        if on_cpu:  # where two batches would share the cores
-                            jax.block_until_ready(result)
-                        behind.append(writing.submit(self._store, step, result))
-                        tokens += int(step.batch.pieces[:, 2].sum())
-                        rate = tokens / (time.monotonic() - started)
-                        bar.update(note=f"{rate:,.0f} tokens/s")
-                    while len(behind) > RESULTS_BEHIND:
-                        finish_oldest()
-                while behind:
-                    finish_oldest()
-            except BaseException:
-                for future in behind:
-                    future.cancel()
-                writing.submit(self._discard).result()
-                raise
-        return done
-
-    def _steps(self, todo: list[int]) -> Iterator[_Step]:
-        for unit in todo:
-            prompts = self._source.read(self._source.units[unit])
-            for batch in make_batches(prompts, self._cfg, d_model=self._d_model):
-                yield _Step(unit, prompts, batch)
-            yield _Step(unit, prompts, None)
-
-    # What follows runs in the writing thread.
-
-    def _begun(self, step: _Step) -> store.UnitWriter:
-        if self._writer is None:
-            self._writer = store.UnitWriter(
-                self._kv,
-                step.unit,
-                self._arrays,
-                step.prompts,
-                zstd=self._cfg.compression == "zstd",
-                store_identity=self._identity,
-            )
-        return self._writer
-
-    def _store(self, step: _Step, result: dict[str, tuple[jax.Array, ...]]) -> None:
-        assert step.batch is not None
-        writer = self._begun(step)
-        self._computed += step.batch.tokens.size
-        for site, arrays in result.items():
-            activations, norms, sums = (np.asarray(array) for array in arrays)
-            for name, (array_site, place) in self._cfg.arrays.items():
-                if array_site != site:
-                    continue
-                writer.add_sum(name, sums[place])
-                for row, column, length, start in step.batch.pieces.tolist():
-                    at = place, row, slice(column, column + length)
-                    writer.put(name, start, activations[at], norms[at])
-
-    def _publish(self, step: _Step) -> dict[str, Any]:
-        now = time.monotonic()
-        compiling = self._extractor.compile_seconds - self._compiling
-        self._compiling += compiling
-        notes = {
-            "seconds": now - self._clock - compiling,
-            "computed_tokens": self._computed,
-            "peak_device_bytes": peak_device_bytes(),
-        }
-        writer = self._begun(step)
-        published, ours = writer.publish(notes)
-        if not ours:
-            writer.discard()
-        self._clock, self._computed, self._writer = now, 0, None
-        return published
-
-    def _discard(self) -> None:
-        if self._writer is not None:
-            self._writer.discard()
-
-
-class Prefetch(Iterator[T]):
-    """Runs an iterable in a thread of its own, a few elements ahead; a context manager."""
-
-    def __init__(self, source: Iterable[T], depth: int):
-        self._queue: queue.Queue[tuple[bool, Any]] = queue.Queue(depth)
-        self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._fill, args=(source,), daemon=True)
-
-    def _fill(self, source: Iterable[T]) -> None:
-        try:
-            for element in source:
-                self._put(True, element)
-                if self._stop.is_set():
-                    return
-            self._put(False, StopIteration())
-        except Exception as error:  # raised again by __next__
-            self._put(False, error)
-
-    def _put(self, more: bool, element: Any) -> None:
-        while not self._stop.is_set():
-            try:
-                self._queue.put((more, element), timeout=0.1)
-                return
-            except queue.Full:
-                continue
-
-    def __next__(self) -> T:
-        more, element = self._queue.get()
-        if not more:
-            raise element
-        return element
-
-    def __enter__(self) -> "Prefetch[T]":
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._stop.set()
-        self._thread.join()

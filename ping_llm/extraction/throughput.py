@@ -10,11 +10,11 @@ import jax
 import numpy as np
 
 from ping_llm import sharding
-from ping_llm.extraction import store
 from ping_llm.extraction.batches import make_batches
 from ping_llm.extraction.model import Extractor, open_model
 from ping_llm.extraction.prompts import Prompts, open_source
 from ping_llm.extraction.run import make_config
+from ping_llm.extraction.writer import ArraySpec, UnitWriter
 from ping_llm.storage import KeyValueStore
 
 WRITTEN_BYTES = 512 << 20
@@ -53,13 +53,15 @@ def write_speeds(place: Path, *, seed: int) -> tuple[float, float]:
         overlong=0,
         empty=0,
     )
-    spec = store.ArraySpec("residual.00000", WIDTH, values.dtype)
+    spec = ArraySpec("residual.00000", WIDTH, values.dtype)
     kv, norms = KeyValueStore(place / "written"), np.ones(rows, np.float32)
     started = time.perf_counter()
-    writer = store.UnitWriter(kv, 0, [spec], prompts, zstd=False, store_identity="")
+    writer = UnitWriter(kv, 0, "attempt", [spec], prompts, zstd=False, store_identity="")
     for at in range(0, rows, 2048):
         part = slice(at, at + 2048)
         writer.put(spec.name, at, values[part], norms[part])
-    writer.publish({})
+    done = writer.finish({})
+    assert done is not None
+    writer.commit(done)
     written = time.perf_counter() - started
     return values.nbytes / written, values.nbytes / npy

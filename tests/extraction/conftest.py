@@ -31,6 +31,7 @@ SMALL = {
     "max_length": 128,
     "batch_tokens": 256,
     "unit_mb": 0.001,
+    "lease_seconds": 2.0,
 }
 
 

@@ -1,5 +1,4 @@
 import contextlib
-import dataclasses
 import itertools
 import json
 import os
@@ -16,37 +15,17 @@ import pytest
 import torch
 import zarr
 from hf_checkpoints import make_checkpoint
+from stores import assert_equal_stores, everything
 
 from ping_llm import storage
 from ping_llm.data.prepare import prepare_data
 from ping_llm.data.simulate import simulate
 from ping_llm.errors import ConfigError, DataError, StorageError
-from ping_llm.extraction import parity, store
-from ping_llm.extraction.reader import ActivationReader, inspect_activations
+from ping_llm.extraction import parity, store, writer
+from ping_llm.extraction.inspection import inspect_activations
+from ping_llm.extraction.reader import ActivationReader
 from ping_llm.extraction.run import extract_activations
 from ping_llm.storage import KeyValueStore
-
-
-def everything(url):
-    """Returns all rows of a store: activations by array, and what stands beside them."""
-    manifest = store.read_manifest(KeyValueStore(url))
-    readers = {
-        entry["name"]: ActivationReader(str(url), site=entry["site"], layer=entry["layer"])
-        for entry in manifest["arrays"]
-    }
-    rows = next(iter(readers.values())).rows(slice(None))
-    return {name: reader[:] for name, reader in readers.items()}, rows
-
-
-def assert_equal_stores(left, right):
-    (ours, our_rows), (theirs, their_rows) = everything(left), everything(right)
-    assert ours.keys() == theirs.keys()
-    for name in ours:
-        np.testing.assert_array_equal(ours[name], theirs[name])
-    for field in dataclasses.fields(our_rows):
-        np.testing.assert_array_equal(
-            getattr(our_rows, field.name), getattr(their_rows, field.name)
-        )
 
 
 def test_every_row_is_what_transformers_gives_for_its_prompt_alone(finished, checkpoint, documents):
@@ -162,7 +141,7 @@ def test_statistics_are_those_of_the_rows(finished):
 
 def test_sinks_are_counted_by_position():
     norms = np.array([1, 1, 50, 1, 40, 1, 1, 1], np.float32)
-    found = store.statistics(norms, np.array([0, 1, 2, 3, 0, 1, 2, 3]), np.zeros(4))
+    found = writer.statistics(norms, np.array([0, 1, 2, 3, 0, 1, 2, 3]), np.zeros(4))
     assert (found["sink_tokens"], found["sink_tokens_at_first"]) == (2, 1)
 
 
@@ -315,7 +294,7 @@ def test_a_file_that_is_gone_is_named_and_never_read_as_zeros(finished, tmp_path
 
 def test_chunks_of_zeros_are_stored(tmp_path):
     kv = KeyValueStore(tmp_path)
-    array, _ = store._create_array(
+    array, _ = writer._create_array(
         kv, "zeros", (300, 4), np.dtype(np.float32), zstd=False, shard=1 << 20
     )
     array.write(np.zeros((300, 4), np.float32)).result()
