@@ -130,15 +130,18 @@ class Worker:
         ):
             try:
                 for step in steps:
+                    future = None
                     if step.batch is None:
-                        behind.append(writing.submit(self._publish, step))
+                        future = writing.submit(self._publish, step)
                     # A group runs all batches of a unit, as its processes cannot tell each other.
                     elif self._forward.part.count > 1 or self._claims.holds(step.claim):
-                        behind.append(writing.submit(self._store, step, self._forward(step.batch)))
+                        future = writing.submit(self._store, step, self._forward(step.batch))
                         self._tokens += int(step.batch.pieces[:, 2].sum())
                         rate = self._tokens / (time.monotonic() - started)
                         bar.update(done=len(self._claims.done), note=f"{rate:,.0f} tokens/s")
-                    behind[-1].add_done_callback(steps.wake_on_error)
+                    if future is not None:
+                        behind.append(future)
+                        future.add_done_callback(steps.wake_on_error)
                     while len(behind) > RESULTS_BEHIND:
                         behind.popleft().result()
                 while behind:
