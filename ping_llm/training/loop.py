@@ -231,11 +231,11 @@ class _Run:
                 last = self.step == cfg.steps
                 log_now = last or self.step % cfg.log_every == 0
                 stop = None if last else signals.agreed(at_log_point=log_now)
-                objective = None
+                objective = inf  # where it is not measured
                 if log_now or self.step % cfg.eval_every == 0:
                     objective = self._write_row(evaluate=last or self.step % cfg.eval_every == 0)
                 bar.update(done=self.step, note=self.meter.note)
-                is_best = objective is not None and objective < self.best
+                is_best = objective < self.best
                 if last or stop or is_best or self.step % cfg.checkpoint_every == 0:
                     self._save(objective)
                 if is_best:
@@ -245,8 +245,8 @@ class _Run:
                 if stop:
                     raise Stopped(stop)
 
-    def _write_row(self, *, evaluate: bool) -> float | None:
-        """Writes a line about the newest steps; returns the valid objective where measured."""
+    def _write_row(self, *, evaluate: bool) -> float:
+        """Writes a line about the newest steps; returns the valid objective, or infinity."""
         self.meter.fetch()
         row = self.meter.row(self.step, float(self.schedule(self.step - 1)))
         if evaluate and self.valid:
@@ -259,13 +259,14 @@ class _Run:
             self.meter.start_clock()
         self.log.append(row)
         self.tracker.log(row)
-        return row.get("valid_objective")
+        return row.get("valid_objective", inf)
 
-    def _save(self, objective: float | None) -> None:
+    def _save(self, objective: float) -> None:
         self.meter.fetch()
         trees = {"params": self.state.params, "opt_state": self.state.opt_state}
         notes = {"loader": _all_lanes(self.loader), "meter": self.meter.state()}
-        self.checkpoints.save(self.step, trees, notes, objective=objective)
+        known = None if objective == inf else objective
+        self.checkpoints.save(self.step, trees, notes, objective=known)
 
     def _batch_shapes(self) -> dict[str, jax.ShapeDtypeStruct]:
         shape = (self.cfg.batch_size, self.cfg.seq_len)

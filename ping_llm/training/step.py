@@ -17,6 +17,7 @@ from ping_llm.models.config import DecoderConfig
 from ping_llm.models.decoder import Decoder
 from ping_llm.training import flops
 from ping_llm.training.config import TrainConfig
+from ping_llm.training.optimizer import GuardState
 
 Arrays = Mapping[str, Array]
 
@@ -167,6 +168,7 @@ def make_train_step(
         grads, (nll, count) = gradients(state.params, batch)
         updates, opt_state = tx.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
+        assert isinstance(opt_state, GuardState)
         segment_ids, positions = batch["segment_ids"], batch["positions"]
         metrics = {
             "loss": jnp.sum(nll) / jnp.maximum(jnp.sum(count), 1.0),

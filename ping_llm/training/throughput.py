@@ -68,7 +68,7 @@ def measure(
     rng = np.random.default_rng(seed)
     tokens = rng.integers(0, cfg.vocab_size, (batch_size, seq_len + 1), np.int32)
     inputs, targets = tokens[:, :-1], tokens[:, 1:]
-    runs: dict[str, Callable[[], None]] = {"ping_llm": _own(settings, inputs, targets, seed)}
+    runs: dict[str, Callable[[], object]] = {"ping_llm": _own(settings, inputs, targets, seed)}
     if compare:
         steppers = {
             "bare_jax": yardsticks.bare_jax(cfg),
