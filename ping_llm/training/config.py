@@ -177,8 +177,8 @@ CHANGEABLE = (
     "wandb",
 )
 
-# Training settings that differ from the defaults above, by preset. Those of `small` were measured on
-# real data (docs/results.md); those of `base` and `large` are what models of their size usually take.
+# Training settings that differ from the defaults above, by preset. Those of `small` were measured
+# on real data (docs/results.md); those of `base` and `large` are usual for models of their size.
 PRESET_SETTINGS: dict[str, dict[str, Any]] = {
     "tiny": {"learning_rate": 3e-3, "warmup_steps": 20},
     "small": {"optimizer": "muon", "learning_rate": 5e-3, "warmup_steps": 20},
