@@ -288,8 +288,10 @@ def bench_train(
     peak = flops.peak_of_devices()
 
     def beside(name: str) -> float | None:
-        theirs = measured.seconds.get(name)
-        return theirs and float(np.median(np.divide(theirs, measured.seconds["ping_llm"])))
+        if name not in measured.seconds:
+            return None
+        ratios = np.divide(measured.seconds[name], measured.seconds["ping_llm"])
+        return float(np.median(ratios))
 
     return TrainBenchResult(
         tokens_per_second=rate,

@@ -5,6 +5,7 @@ taken in blocks. Neither holds a T x T mask.
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -58,7 +59,7 @@ def _by_cudnn(q, k, v, segment_ids):
     from jax._src.cudnn import fused_attention_stablehlo as cudnn
 
     lengths, starts = segment_bounds(segment_ids)
-    out = cudnn.dot_product_attention(
+    out: Any = cudnn.dot_product_attention(
         q,
         k,
         v,
