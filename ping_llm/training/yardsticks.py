@@ -171,6 +171,6 @@ def pytorch(cfg: DecoderConfig, *, compiled: bool) -> Steps:
             torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP_NORM)
             optimizer.step()
             optimizer.zero_grad()
-        return float(loss)
+        return float(loss.detach())
 
     return run

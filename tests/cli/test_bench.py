@@ -91,3 +91,33 @@ def test_bench_prepare_of_nothing_is_a_clear_error(tmp_path):
     result = CliRunner().invoke(cli, ["bench", "prepare", str(tmp_path / "none.parquet")])
     assert result.exit_code == 1
     assert "none.parquet" in result.stderr
+
+
+# --- train --------------------------------------------------------------------------------------
+
+SHAPE = ["--n-layers", 1, "--d-model", 16, "--n-heads", 2, "--d-ff", 24, "--seq-len", 32]
+SHAPE += ["--batch-size", 4, "--steps", 2]
+
+
+def bench_train(*arguments):
+    return CliRunner().invoke(cli, ["bench", "train", *map(str, [*SHAPE, *arguments])])
+
+
+def test_a_step_is_timed_and_its_figures_agree():
+    result = bench_train("--json")
+    assert result.exit_code == 0, result.output
+    found = json.loads(result.stdout)
+    assert found["tokens_per_second"] == pytest.approx(4 * 32 / found["step_seconds"])
+    assert found["fastest_step_seconds"] <= found["step_seconds"]
+    assert found["parameters"] == 267 * 16 + 4 * 16 * 16 + 3 * 16 * 24 + 3 * 16
+    # 6 FLOPs a weight and token, 12 a pair of tokens and unit of width.
+    weights, pairs = found["parameters"] - 3 * 16, 4 * 32 * 33 / 2
+    flops = 6 * weights * 4 * 32 + 12 * 16 * pairs
+    assert found["flops_per_second"] == pytest.approx(flops / found["step_seconds"])
+    assert found["bare_jax"] is found["pytorch"] is found["pytorch_compiled"] is None
+
+
+def test_a_shape_that_cannot_be_is_refused():
+    result = bench_train("--n-heads", 3)
+    assert result.exit_code == 1
+    assert "n_heads=3 must divide d_model=16" in result.stderr
