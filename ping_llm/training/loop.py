@@ -115,6 +115,11 @@ def train(
         TrainingError: Too many steps in a row had to be skipped.
         Stopped: SIGINT or SIGTERM came; the run is saved.
     """
+    if storage.is_remote(output):
+        raise ConfigError(
+            f"output={str(output)!r}: a run directory is a local one, or a mounted one; train there, "
+            "then copy it"
+        )
     cfg = load_config(
         preset=preset,
         config_file=None if config_file is None else Path(config_file),

@@ -162,6 +162,13 @@ def test_settings_that_do_not_fit_leave_no_output(probe_rows, tmp_path, override
     assert not (tmp_path / "run").exists()
 
 
+def test_a_remote_output_is_refused_not_taken_for_a_local_name(probe_rows, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ConfigError, match=r"output='s3://bucket/run': .* mounted one"):
+        run(probe_rows, "s3://bucket/run")
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_damaged_checkpoint_says_what_to_do(copy_of_finished, probe_rows):
     shutil.rmtree(copy_of_finished / "checkpoints" / "6" / "params")
     with pytest.raises(CheckpointError, match=r"checkpoints/6.*remove that directory"):
