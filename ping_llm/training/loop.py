@@ -117,8 +117,8 @@ def train(
     """
     if storage.is_remote(output):
         raise ConfigError(
-            f"output={str(output)!r}: a run directory is a local one, or a mounted one; train there, "
-            "then copy it"
+            f"output={str(output)!r}: a run directory is a local one, or a mounted one; train "
+            "there, then copy it"
         )
     cfg = load_config(
         preset=preset,
