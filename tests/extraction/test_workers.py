@@ -248,7 +248,7 @@ extract_activations(*sys.argv[1:4], **json.loads(sys.argv[4]))
 def test_processes_with_a_real_model_killed_with_9_leave_the_same(
     seed, checkpoint, small, tmp_path
 ):
-    rng, killed = random.Random(seed), 0
+    rng, killed, logs = random.Random(seed), 0, []
     documents, url, expected = (tmp_path / name for name in ("in.jsonl", "store", "alone"))
     texts = [" ".join(rng.choices(["the", "cat", "then", "über"], k=20)) for _ in range(400)]
     documents.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
@@ -259,7 +259,9 @@ def test_processes_with_a_real_model_killed_with_9_leave_the_same(
     environment = os.environ | {"XLA_FLAGS": ""}
 
     def start():
-        return subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL)
+        logs.append(tmp_path / f"log.{len(logs)}")
+        with logs[-1].open("w") as log:
+            return subprocess.Popen(command, env=environment, stdout=log, stderr=log)
 
     def units_done():
         return len(list(url.glob("units/*/done.json")))
@@ -274,7 +276,8 @@ def test_processes_with_a_real_model_killed_with_9_leave_the_same(
         running[0].wait()
         killed += 1
         running = [*running[1:], start()]
-    assert [process.wait(240) for process in running] == [0] * WORKERS
+    codes = [process.wait(240) for process in running]
+    assert codes == [0] * WORKERS, [log.read_text()[-3000:] for log in logs[-WORKERS:]]
     assert_equal_stores(url, expected)
     found = inspect_activations(str(url), verify=True)
     assert found.errors == []
