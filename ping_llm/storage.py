@@ -6,6 +6,7 @@ is none, and swap one for another.
 """
 
 import dataclasses
+import fcntl
 import fnmatch
 import hashlib
 import os
@@ -13,6 +14,7 @@ import shutil
 import tempfile
 from pathlib import Path
 from typing import Any, BinaryIO
+from urllib.parse import urlsplit
 
 from pyarrow import fs
 
@@ -58,11 +60,38 @@ def _filesystem(url: str) -> tuple[fs.FileSystem, str, str]:
     if not authority:
         raise StorageError(f"{url}: it names no bucket; expected {scheme}://bucket/path")
     try:
-        filesystem, bucket = fs.FileSystem.from_uri(f"{scheme}://{authority}")
+        if scheme == "s3":
+            filesystem, bucket = _s3(authority)
+        else:
+            filesystem, bucket = fs.FileSystem.from_uri(f"{scheme}://{authority}")
     except (OSError, ValueError) as error:
         raise StorageError(f"{url}: {error}") from None
     prefix = f"{scheme}://{authority.removesuffix(bucket)}"
     return filesystem, f"{bucket}/{key}", prefix
+
+
+def _s3(authority: str) -> tuple[fs.FileSystem, str]:
+    """Returns (Arrow's S3, bucket); unlike `from_uri` it goes on for as long as our own writes."""
+    user, _, bucket = authority.rpartition("@")
+    endpoint, region = _s3_place()
+    if region is None and endpoint is None:
+        region = fs.resolve_s3_region(bucket)
+    where = urlsplit(endpoint or "https://")
+    s3 = fs.S3FileSystem(
+        anonymous=user == "anonymous",
+        region=region,
+        endpoint_override=where.netloc or None,
+        scheme=where.scheme,
+        retry_strategy=fs.AwsStandardS3RetryStrategy(max_attempts=RETRIES["max_retries"] + 1),
+    )
+    return s3, bucket
+
+
+def _s3_place() -> tuple[str | None, str | None]:
+    """Returns (URL of the endpoint, region), as the environment has them."""
+    env = os.environ.get
+    endpoint = env("AWS_ENDPOINT_URL_S3") or env("AWS_ENDPOINT_URL")
+    return endpoint, env("AWS_REGION") or env("AWS_DEFAULT_REGION")
 
 
 def find(pattern: str | Path) -> list[StoredFile]:
@@ -227,6 +256,7 @@ class KeyValueStore:
 
     def write(self, key: str, value: bytes) -> None:
         """Writes a value, whatever is there."""
+        self._empty_stale_lock(key)
         self._wait("written", key, self._kv.write(key, value))
 
     def create(self, key: str, value: bytes) -> bool:
@@ -250,6 +280,7 @@ class KeyValueStore:
             StorageError: The value cannot be written.
         """
         for _ in range(REFUSALS):
+            self._empty_stale_lock(key)
             pending = self._kv.write(key, value, if_equal=generation)
             written = self._wait("written", key, pending, LOCK_S).generation
             if written:
@@ -282,6 +313,29 @@ class KeyValueStore:
         if prefix.endswith("/") and not is_remote(self.url):
             shutil.rmtree(join(self.url, prefix), ignore_errors=True)  # directories, empty now
 
+    def _empty_stale_lock(self, key: str) -> None:
+        """Empties the lock file of a writer that was killed.
+
+        On local disks TensorStore writes a value into the lock file, then renames it. What a killed
+        writer left there it does not cut off: the end of it would stand behind a shorter value.
+        """
+        if is_remote(self.url):
+            return
+        path = join(self.url, key) + _LOCK
+        try:
+            lock = os.open(path, os.O_RDWR)
+        except OSError:  # there is none
+            return
+        try:
+            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            # Renamed meanwhile it would be the value itself; locked, it cannot be renamed any more.
+            if os.path.samestat(os.fstat(lock), os.stat(path)):
+                os.ftruncate(lock, 0)
+        except (BlockingIOError, PermissionError, FileNotFoundError):  # its writer lives
+            pass
+        finally:
+            os.close(lock)
+
     def _wait(self, what: str, key: str, pending: Any, lock_s: float | None = None) -> Any:
         try:
             return pending.result(None if is_remote(self.url) else lock_s)
@@ -312,10 +366,7 @@ def _kvstore_spec(url: str) -> dict[str, Any]:
         credentials = {"type": "anonymous"}
     elif env("AWS_ACCESS_KEY_ID") and env("AWS_SECRET_ACCESS_KEY"):
         credentials = {"type": "environment"}  # the first place, without asking the others
-    optional = {
-        "endpoint": env("AWS_ENDPOINT_URL_S3") or env("AWS_ENDPOINT_URL"),
-        "aws_region": env("AWS_REGION") or env("AWS_DEFAULT_REGION"),
-        "aws_credentials": credentials,
-    }
+    endpoint, region = _s3_place()
+    optional = {"endpoint": endpoint, "aws_region": region, "aws_credentials": credentials}
     spec["s3_request_retries"] = RETRIES
     return {"driver": "s3", **spec, **{key: value for key, value in optional.items() if value}}

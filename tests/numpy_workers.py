@@ -2,6 +2,7 @@
 
 import dataclasses
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -63,7 +64,7 @@ class NumpyForward:
         return {"embed": finish(embed), "residual": finish(residual)}
 
 
-def work(kv, prompts, *, lease_s=60.0, worker=None, forward=None):
+def work(kv, prompts, *, lease_s=60.0, worker=None, forward=None, clock=time.monotonic):
     """Runs one worker until every unit is published; returns its `Claims`."""
     manifest = {
         "schema_version": store.SCHEMA_VERSION,
@@ -80,7 +81,7 @@ def work(kv, prompts, *, lease_s=60.0, worker=None, forward=None):
         "made_from": {"model": "numpy", "input": "made up"},
     }
     identity = store.identity(store.open_store(kv, manifest))
-    claims = Claims(kv, len(prompts.units), worker=worker, lease_s=lease_s)
+    claims = Claims(kv, len(prompts.units), worker=worker, lease_s=lease_s, clock=clock)
     forward = forward or NumpyForward()
     Worker(kv, CONFIG, prompts, forward, claims, store_identity=identity, d_model=WIDTH).run()
     return claims

@@ -169,3 +169,31 @@ def test_a_place_that_cannot_be_written_is_named(tmp_path):
     pairs = storage.KeyValueStore(tmp_path / "file" / "below")
     with pytest.raises(StorageError, match="file/below/key cannot be written"):
         pairs.write("key", b"")
+
+
+@pytest.mark.parametrize("there", [None, b"before"])
+def test_what_a_killed_writer_left_is_not_part_of_the_next_value(there, tmp_path):
+    pairs = storage.KeyValueStore(tmp_path)
+    if there is not None:
+        pairs.write("done.json", there)
+    (tmp_path / "done.json.__lock").write_bytes(b"a longer value, half writ")
+    _, generation = pairs.read("done.json")
+    assert pairs.swap("done.json", b"short", generation)
+    assert pairs.read("done.json")[0] == b"short"
+    (tmp_path / "other.__lock").write_bytes(b"a longer value, half writ")
+    pairs.write("other", b"short")
+    assert pairs.read("other")[0] == b"short"
+
+
+def test_many_writers_of_one_value_never_spoil_it(tmp_path):
+    pairs = storage.KeyValueStore(tmp_path)
+    pairs.write("claim", b"0" * 50)
+
+    def write(seed):
+        for step in range(60):
+            value, generation = pairs.read("claim")
+            assert value in {bytes([48 + i]) * 50 for i in range(9)}
+            pairs.swap("claim", bytes([48 + (seed + step) % 9]) * 50, generation)
+
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(write, range(8)))

@@ -26,7 +26,7 @@ from ping_llm.extraction import store
 from ping_llm.extraction.config import canonical_json
 from ping_llm.storage import KeyValueStore
 
-LONGEST_POLL_S = 5.0
+SHORTEST_POLL_S, LONGEST_POLL_S = 0.05, 5.0
 
 
 def claim_key(unit: int) -> str:
@@ -111,7 +111,7 @@ class Claims:
         self._held: dict[int, Claim] = {}
         self._seen: dict[int, tuple[bytes, float]] = {}  # others' claims, and since when unchanged
         self._locked: dict[int, bytes] = {}  # claims whose files are locked
-        self._said = 0
+        self._left_before, self._pause = 0, SHORTEST_POLL_S
         self._lock = threading.Lock()
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._keep_renewing, daemon=True)
@@ -184,17 +184,23 @@ class Claims:
         return before - since >= self._lease_s
 
     def wait(self) -> None:
-        """Waits a moment, as others hold all that is left; says so when that is news."""
+        """Waits a moment, as others hold all that is left; says so when that is news.
+
+        The moments grow while nothing changes, up to a twelfth of the lease.
+        """
         left = self.left
-        if len(left) != self._said:
-            self._said = len(left)
+        if len(left) != self._left_before:
+            self._left_before, self._pause = len(left), SHORTEST_POLL_S
             print(
                 f"waiting for other workers; units left: {len(left)}", file=sys.stderr, flush=True
             )
         now = self._clock()
-        stale_at = [self._seen[unit][1] + self._lease_s for unit in left if unit in self._seen]
-        longest = min(self._lease_s / 12, LONGEST_POLL_S)
-        time.sleep(max(min([longest, *(at - now for at in stale_at)]), 0.001))
+        seen = [
+            self._seen[unit] for unit in left if unit in self._seen and unit not in self._locked
+        ]
+        stale_at = [since + self._lease_s for _, since in seen]
+        time.sleep(max(min([self._pause, *(at - now for at in stale_at)]), 0.001))
+        self._pause = min(self._pause * 1.5, self._lease_s / 12, LONGEST_POLL_S)
 
     def renew(self, claim: Claim) -> bool:
         """Renews a claim; returns whether the worker holds the unit.

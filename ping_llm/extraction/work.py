@@ -11,7 +11,7 @@ import queue
 import threading
 import time
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, Protocol, TypeVar
 
@@ -99,6 +99,7 @@ class Worker:
         element = np.dtype(ts.dtype(cfg.dtype).numpy_dtype)
         self._arrays = [ArraySpec(name, d_model, element) for name in cfg.arrays]
         self._writer: UnitWriter | None = None  # of the unit that is being written
+        self._failed = False
         self._computed = self._tokens = 0
         self._clock, self._compiling = time.monotonic(), 0.0
 
@@ -128,20 +129,21 @@ class Worker:
             Prefetch(self._steps(), BATCHES_AHEAD) as steps,
             ThreadPoolExecutor(1) as writing,
         ):
+
+            def write(work: Callable[..., None], *arguments: Any) -> None:
+                behind.append(writing.submit(self._unless_failed, work, *arguments))
+                behind[-1].add_done_callback(steps.wake_on_error)
+
             try:
                 for step in steps:
-                    future = None
                     if step.batch is None:
-                        future = writing.submit(self._publish, step)
+                        write(self._publish, step)
                     # A group runs all batches of a unit, as its processes cannot tell each other.
                     elif self._forward.part.count > 1 or self._claims.holds(step.claim):
-                        future = writing.submit(self._store, step, self._forward(step.batch))
+                        write(self._store, step, self._forward(step.batch))
                         self._tokens += int(step.batch.pieces[:, 2].sum())
                         rate = self._tokens / (time.monotonic() - started)
                         bar.update(done=len(self._claims.done), note=f"{rate:,.0f} tokens/s")
-                    if future is not None:
-                        behind.append(future)
-                        future.add_done_callback(steps.wake_on_error)
                     while len(behind) > RESULTS_BEHIND:
                         behind.popleft().result()
                 while behind:
@@ -162,6 +164,16 @@ class Worker:
             yield _Step(claim, prompts, None)
 
     # What follows runs in the writing thread.
+
+    def _unless_failed(self, work: Callable[..., None], *arguments: Any) -> None:
+        """Does a step's work, but none after one that failed: nothing is published without it."""
+        if self._failed:
+            return
+        try:
+            work(*arguments)
+        except BaseException:
+            self._failed = True
+            raise
 
     def _begun(self, step: _Step) -> UnitWriter:
         if self._writer is None:

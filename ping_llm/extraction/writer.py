@@ -95,10 +95,12 @@ class _Column:
         self._array, self.shard_rows, self.dtype = array, shard_rows, dtype
         self._open: dict[int, tuple[np.ndarray, int]] = {}  # by shard: (rows, how many are there)
         self.checksums = [0] * -(-array.shape[0] // shard_rows)
+        self._missing = array.shape[0]
 
     def put(self, start: int, rows: np.ndarray) -> list[tuple[ts.WriteFutures, int]]:
         """Takes rows that begin at `start`; returns (write, bytes) of each shard that is full."""
         writes = []
+        self._missing -= len(rows)
         while len(rows):
             shard, within = divmod(start, self.shard_rows)
             first = shard * self.shard_rows
@@ -124,7 +126,7 @@ class _Column:
 
     @property
     def complete(self) -> bool:
-        return not self._open
+        return not self._missing
 
     @property
     def width(self) -> list[int]:

@@ -14,10 +14,17 @@ from pathlib import Path
 import emulators
 import pytest
 from faulty_proxy import faulty
-from numpy_workers import MadeUpPrompts, assert_whole_and_equal, round_of_killing, work
+from numpy_workers import (
+    MadeUpPrompts,
+    NumpyForward,
+    assert_whole_and_equal,
+    round_of_killing,
+    work,
+)
 from stores import assert_equal_stores
 
 from ping_llm import storage
+from ping_llm.errors import StorageError
 from ping_llm.extraction import store
 from ping_llm.extraction.inspection import inspect_activations
 from ping_llm.extraction.run import extract_activations
@@ -102,6 +109,46 @@ def test_faults_on_the_way_lose_and_double_nothing(kind, prompts, alone, emulato
     print(proxy.counts)
     assert sorted(created) == [store.done_key(unit) for unit in range(UNITS)], "once each"
     assert_whole_and_equal(url, alone)
+
+
+class ClockThatJumps:
+    """A clock that has gone on by ten minutes whenever it is asked after the first batch began."""
+
+    def __init__(self):
+        self.jumped = 0.0
+
+    def __call__(self):
+        return time.monotonic() + self.jumped
+
+
+def test_a_worker_that_slept_drops_its_unit_and_takes_it_again(prompts, alone, tmp_path):
+    clock, slept = ClockThatJumps(), []
+
+    class Sleepy(NumpyForward):
+        def __call__(self, batch):
+            if not slept:
+                slept.append(clock.jumped)
+                clock.jumped += 600.0
+            return super().__call__(batch)
+
+    work(KeyValueStore(tmp_path / "store"), prompts, forward=Sleepy(), clock=clock)
+    assert slept
+    assert_whole_and_equal(tmp_path / "store", alone)
+    attempts = [path for path in (tmp_path / "store").glob("units/*/*") if path.is_dir()]
+    assert len(attempts) == UNITS, "what was dropped is gone"
+
+
+def test_an_error_in_writing_ends_the_worker_and_lets_go_of_its_units(prompts, tmp_path):
+    class Broken(NumpyForward):
+        def to_host(self, result):
+            raise StorageError("no room")
+
+    kv = KeyValueStore(tmp_path / "store")
+    with pytest.raises(StorageError, match="no room"):
+        work(kv, prompts, forward=Broken())
+    assert inspect_activations(str(tmp_path / "store")).workers == {}
+    assert not list((tmp_path / "store").glob("units/*/*/*")), "no half-written attempt"
+    work(kv, prompts)  # nobody waits for a lease
 
 
 # --- processes --------------------------------------------------------------------------------
@@ -201,7 +248,7 @@ extract_activations(*sys.argv[1:4], **json.loads(sys.argv[4]))
 def test_processes_with_a_real_model_killed_with_9_leave_the_same(
     seed, checkpoint, small, tmp_path
 ):
-    rng, killed = random.Random(seed), 0
+    rng, killed, logs = random.Random(seed), 0, []
     documents, url, expected = (tmp_path / name for name in ("in.jsonl", "store", "alone"))
     texts = [" ".join(rng.choices(["the", "cat", "then", "über"], k=20)) for _ in range(400)]
     documents.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
@@ -212,7 +259,9 @@ def test_processes_with_a_real_model_killed_with_9_leave_the_same(
     environment = os.environ | {"XLA_FLAGS": ""}
 
     def start():
-        return subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL)
+        logs.append(tmp_path / f"log.{len(logs)}")
+        with logs[-1].open("w") as log:
+            return subprocess.Popen(command, env=environment, stdout=log, stderr=log)
 
     def units_done():
         return len(list(url.glob("units/*/done.json")))
@@ -227,7 +276,8 @@ def test_processes_with_a_real_model_killed_with_9_leave_the_same(
         running[0].wait()
         killed += 1
         running = [*running[1:], start()]
-    assert [process.wait(240) for process in running] == [0] * WORKERS
+    codes = [process.wait(240) for process in running]
+    assert codes == [0] * WORKERS, [log.read_text()[-3000:] for log in logs[-WORKERS:]]
     assert_equal_stores(url, expected)
     found = inspect_activations(str(url), verify=True)
     assert found.errors == []
