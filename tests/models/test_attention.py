@@ -51,10 +51,11 @@ def test_attention_gradients_are_finite_where_everything_is_padding():
     assert jnp.isfinite(grads).all()
 
 
-@settings(max_examples=50, deadline=None)
-@given(st.lists(st.integers(SHORTEST_SEGMENT, 40), min_size=1, max_size=5), st.integers(0, 30))
-def test_segment_bounds_are_the_lengths_and_starts_of_the_segments_and_of_padding(sizes, padding):
-    T = sum(sizes) + padding
+@settings(deadline=None)
+@given(st.lists(st.integers(SHORTEST_SEGMENT, 40), min_size=1, max_size=4))
+def test_segment_bounds_are_the_lengths_and_starts_of_the_segments_and_of_padding(sizes):
+    T = 160
+    padding = T - sum(sizes)
     ids = np.repeat([*range(1, len(sizes) + 1), 0], [*sizes, padding]).astype(np.int32)
     lengths, starts = (np.asarray(a)[0] for a in attention.segment_bounds(jnp.asarray(ids[None])))
     wanted = [*sizes, padding] if padding else sizes

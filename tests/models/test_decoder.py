@@ -8,7 +8,7 @@ from flax import nnx
 
 from ping_llm.models.config import DecoderConfig
 from ping_llm.models.decoder import SITES, Decoder
-from tests.models.test_layers import reference_attention
+from tests.models.test_attention import reference_attention
 
 SHAPE = dict(vocab_size=31, d_model=16, n_layers=2, n_heads=4, n_kv_heads=2, head_dim=8, d_ff=24)
 CONFIGS = {
