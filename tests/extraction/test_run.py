@@ -116,7 +116,14 @@ def test_a_value_that_does_not_fit_float16_is_an_error_that_names_it(
     settings = small | {"dtype": "float16"}
     with pytest.raises(DataError, match=r"residual\.00000 of sample doc.*float16"):
         extract_activations(big, documents, tmp_path / "s", **settings)
-    assert not [p for p in (tmp_path / "s" / "units").rglob("*") if p.is_file()]
+    # Units come in a random order; one whose values fit may have been published before.
+    kv = KeyValueStore(tmp_path / "s")
+    units = len(store.read_manifest(kv)["units"])
+    done = store.read_all_done(kv, units)
+    assert len(done) < units
+    found = {tuple(key.split("/")[1:3]) for key in kv.keys("units/")}
+    attempts = {(f"{unit:05d}", entry["attempt"]) for unit, entry in done.items()}
+    assert {pair for pair in found if pair[1] != "done.json"} == attempts
 
 
 def test_what_a_dry_run_says_is_what_happens(finished, checkpoint, documents, small, tmp_path):
@@ -380,11 +387,16 @@ def test_attempts_that_were_not_published_go_once_they_are_old(finished, tmp_pat
 def test_an_error_in_the_input_leaves_what_was_finished(checkpoint, documents, small, tmp_path):
     path = tmp_path / "documents.jsonl"
     path.write_bytes(documents.read_bytes() + b'{"nothing": 1}\n')
-    with pytest.raises(DataError, match="no string `text`"):
-        extract_activations(checkpoint, path, tmp_path / "s", **small)
-    found = inspect_activations(str(tmp_path / "s"), verify=True)
-    assert found.errors == []
-    assert 0 < found.units_done < found.units
+    for _ in range(20):  # units come in a random order: the bad one may be the first
+        with pytest.raises(DataError, match="no string `text`"):
+            extract_activations(checkpoint, path, tmp_path / "s", **small)
+        found = inspect_activations(str(tmp_path / "s"), verify=True)
+        assert found.errors == []
+        assert found.units_done < found.units
+        if found.units_done:
+            break
+    else:
+        pytest.fail("no unit was ever finished before the bad one")
 
 
 # --- other places and models ------------------------------------------------------------------
