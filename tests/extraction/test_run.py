@@ -351,7 +351,10 @@ def test_a_signal_ends_it_with_its_code_and_leaves_whole_units_only(
     stop, code, finished, checkpoint, documents, small, tmp_path
 ):
     output = tmp_path / "s"
-    command = [sys.executable, "-c", "from ping_llm.cli import main; main()", "extract-activations"]
+    # A shell's background job begins with SIGINT ignored, and so would what it starts.
+    script = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)"
+    script += "; from ping_llm.cli import main; main()"
+    command = [sys.executable, "-c", script, "extract-activations"]
     command += ["--model", checkpoint, "--input", documents, "--output", output]
     for name, value in small.items():
         command += [f"--{name.replace('_', '-')}", value]
