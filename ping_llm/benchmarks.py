@@ -266,8 +266,8 @@ def bench_train(
     Raises:
         ConfigError: The shape cannot be, or PyTorch is missing.
     """
+    from ping_llm import sharding
     from ping_llm.training import flops, throughput
-    from ping_llm.training.metrics import peak_device_bytes
 
     if steps < 1:
         raise ConfigError(f"{steps=} must be at least 1")
@@ -306,7 +306,7 @@ def bench_train(
         bare_jax=beside("bare_jax"),
         pytorch=beside("pytorch"),
         pytorch_compiled=beside("pytorch_compiled"),
-        peak_device_bytes=peak_device_bytes(),
+        peak_device_bytes=sharding.peak_device_bytes(),
     )
 
 

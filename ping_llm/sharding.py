@@ -1,6 +1,8 @@
-"""The device mesh, where each kind of array lives on it, and how several processes join."""
+"""Devices: the mesh, where each kind of array lives, how several processes join, peak memory."""
 
 import os
+import resource
+import sys
 from collections.abc import Mapping
 from typing import Any
 
@@ -136,3 +138,13 @@ def start_processes(
 def _in_cluster() -> bool:
     values = (os.environ.get(name, "") for name in _CLUSTER_VARIABLES)
     return any(value not in ("", "1", "localhost") for value in values)
+
+
+def peak_device_bytes() -> int:
+    """Returns the most memory used on one device so far; on a CPU, by this process."""
+    stats = [device.memory_stats() for device in jax.local_devices()]
+    peaks = [stat["peak_bytes_in_use"] for stat in stats if stat]
+    if peaks:
+        return max(peaks)
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

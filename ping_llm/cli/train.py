@@ -42,8 +42,7 @@ from ping_llm.cli.options import common_options, print_result
 @click.option("--seed", type=int, help="Seed of the parameters and of the order of the data.")
 @click.option(
     "--wandb",
-    type=click.Choice(["disabled", "offline", "online"]),
-    help="Whether Weights & Biases follows the run.  [default: disabled]",
+    help="Weights & Biases: disabled (default), offline or online.",
 )
 @click.option(
     "--profile",

@@ -168,9 +168,8 @@ def train(
                 count=cfg.eval_batches,
             )
             valid = [_rows_of(batch, index, count) for batch in batches]
-            config = to_json(cfg) if jax.process_index() == 0 else {}
             mode = cfg.wandb if jax.process_index() == 0 else "disabled"
-            with Tracker(output, mode=mode, config=config) as tracker:
+            with Tracker(output, mode=mode, config=to_json(cfg)) as tracker:
                 run = _Run(cfg, loader, valid, checkpoints, log, tracker, device_mesh)
                 run.train(None if profile is None else Path(profile))
             if jax.process_index() == 0:

@@ -3,7 +3,6 @@
 import json
 import math
 import os
-import resource
 import sys
 import time
 from collections import deque
@@ -14,7 +13,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from ping_llm import tokenizer
+from ping_llm import sharding, tokenizer
 from ping_llm.errors import StorageError, TrainingError
 from ping_llm.training import flops
 from ping_llm.training.config import TrainConfig
@@ -126,7 +125,7 @@ class Meter:
             "padding_fraction": 1 - totals["tokens"] / places,
             "flops": totals["flops"],
             "mfu": self._mfu(),
-            "peak_device_bytes": peak_device_bytes(),
+            "peak_device_bytes": sharding.peak_device_bytes(),
             "seconds": totals["seconds"],
         }
 
@@ -147,16 +146,6 @@ def by_field(prefix: str, nll: np.ndarray, count: np.ndarray) -> dict[str, float
         f"{prefix}{name}": float(nll[i] / count[i]) if count[i] else None
         for i, name in enumerate(tokenizer.FIELDS)
     }
-
-
-def peak_device_bytes() -> int:
-    """Returns the most memory used on one device so far; on a CPU, by this process."""
-    stats = [device.memory_stats() for device in jax.local_devices()]
-    peaks = [stat["peak_bytes_in_use"] for stat in stats if stat]
-    if peaks:
-        return max(peaks)
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 class RunLog:

@@ -137,30 +137,31 @@ def make_train_step(
     """
     weights = jnp.asarray(cfg.loss_weights, jnp.float32)  # by field
 
-    def loss_fn(params, batch, total):
+    def loss_fn(params, batch):
         logits = _logits(graphdef, params, batch)
         nll = _negative_log_likelihood(logits, batch["targets"])
-        fields = target_fields(batch["inputs"], batch["targets"])
-        weight = batch["mask"] * weights[fields]
-        objective = jnp.sum(nll * weight)
+        objective = jnp.sum(nll * batch["weight"])
         if cfg.z_loss:
             log_z = jax.nn.logsumexp(logits, axis=-1)
-            objective += cfg.z_loss * jnp.sum(log_z**2 * weight)
-        return objective / total, field_losses(nll, fields, batch["mask"])
+            objective += cfg.z_loss * jnp.sum(log_z**2 * batch["weight"])
+        return objective, field_losses(nll, batch["fields"], batch["mask"])
 
     def gradients(params, batch):
         fields = target_fields(batch["inputs"], batch["targets"])
-        total = jnp.maximum(jnp.sum(batch["mask"] * weights[fields]), 1.0)
+        weight = batch["mask"] * weights[fields]
+        # Shares of the whole batch, so that the gradients of its parts add up.
+        weight /= jnp.maximum(jnp.sum(weight), 1.0)
+        batch = {**batch, "fields": fields, "weight": weight}
         grad = jax.grad(loss_fn, has_aux=True)
         if cfg.accumulate_steps == 1:
-            return grad(params, batch, total)
+            return grad(params, batch)
 
         def add_part(so_far, part):
-            return jax.tree.map(jnp.add, so_far, grad(params, part, total)), None
+            return jax.tree.map(jnp.add, so_far, grad(params, part)), None
 
         parts = jax.tree.map(lambda rows: _cut(rows, cfg.accumulate_steps), batch)
         first = jax.tree.map(lambda rows: rows[0], parts)
-        shapes = jax.eval_shape(grad, params, first, total)
+        shapes = jax.eval_shape(grad, params, first)
         zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
         return jax.lax.scan(add_part, zeros, parts)[0]
 

@@ -88,9 +88,8 @@ def measure(
             run()
             seconds[name].append(time.perf_counter() - started)
             cpu += time.process_time() - used if name == "ping_llm" else 0.0
-    layers, N = cfg.n_layers, seq_len
-    pairs = batch_size * layers * N * (N + 1) / 2
-    return Measured(seconds, cpu, flops.training_flops(cfg, batch_size * N, pairs))
+    pairs = batch_size * cfg.n_layers * seq_len * (seq_len + 1) / 2
+    return Measured(seconds, cpu, flops.training_flops(cfg, batch_size * seq_len, pairs))
 
 
 def _once(stepper: yardsticks.Steps, inputs: np.ndarray, targets: np.ndarray):
@@ -101,7 +100,7 @@ def _own(
     cfg: TrainConfig, inputs: np.ndarray, targets: np.ndarray, seed: int
 ) -> Callable[[], None]:
     mesh, tx = sharding.make_mesh(), make_optimizer(cfg)
-    sharding.batch_share(mesh, cfg.batch_size)
+    sharding.batch_share(mesh, cfg.batch_size)  # for its error, where the batch cannot be shared
     graphdef, state = init_state(cfg.model, tx, seed=seed, mesh=mesh)
     places = np.broadcast_to(np.arange(cfg.seq_len, dtype=np.int32), inputs.shape)
     arrays = {
