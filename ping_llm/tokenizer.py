@@ -81,6 +81,19 @@ MAX_MEASUREMENT_TOKENS = SOURCE_TOKENS[6] + BARE_TOKENS[6] + FIRST_TIME_TOKENS
 IPV4_PREFIX = bytes(10) + b"\xff\xff"
 
 
+def unspecified(ip_version: np.ndarray) -> np.ndarray:
+    """Returns 0.0.0.0 or ::, which say that there is no address [n, 16], uint8.
+
+    So RFC 1122 (section 3.2.1.3) and RFC 4291 (section 2.5.2).
+
+    Args:
+        ip_version: 4 or 6 [n].
+    """
+    addresses = np.zeros((len(ip_version), 16), np.uint8)
+    addresses[ip_version == 4] = np.frombuffer(IPV4_PREFIX + bytes(4), np.uint8)
+    return addresses
+
+
 @dataclasses.dataclass(frozen=True)
 class Measurements:
     """Some measurements, one array a field.

@@ -6,6 +6,8 @@ not depend on what else is drawn, in which order, or by which process.
 """
 
 import dataclasses
+from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 
@@ -22,7 +24,7 @@ FULL_TO_PARTIAL = 4 / 7  # of the windows that show times, the part that shows a
 UNTIMED_FRACTION = (0.1, 0.9)
 
 # What a random number is for: the scalars of a visit, then one stream per purpose.
-_SIZE, _OFFSET, _MODE, _FRACTION, _COIN, _RESULT_LAST = range(6)
+_SIZE, _OFFSET, _MODE, _FRACTION, _COIN, _RESULT_LAST, _HIDE = range(7)
 _SELECT, _PLACE, _FIELDS = range(101, 104)
 
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
@@ -93,15 +95,23 @@ class WindowLaw:
             source, destination, time, result; in the others, in an order of their own each.
         untimed_fraction: Part of the windows that show no time. Of the others, four in seven show
             all times, the rest some.
+        hidden_source_fraction: Part of the windows that do not tell their source: the unspecified
+            address stands in its place, so that only what was measured says where it is.
     """
 
     result_last_fraction: float = 0.0
     untimed_fraction: float = 0.3
+    hidden_source_fraction: float = 0.0
 
     def __post_init__(self) -> None:
         for name, value in dataclasses.asdict(self).items():
             if not 0 <= value <= 1:
                 raise ConfigError(f"{name}={value} must be between 0 and 1")
+
+    @classmethod
+    def of(cls, settings: Mapping[str, Any]) -> "WindowLaw":
+        """Returns the law that the settings of a run state, among others."""
+        return cls(**{field.name: settings[field.name] for field in dataclasses.fields(cls)})
 
 
 USUAL = WindowLaw()
@@ -155,12 +165,14 @@ class Selection:
 
     Attributes:
         segment_offsets: Visit i shows measurements `[i]:[i + 1]` of the rest [v + 1], int64.
+        hidden_source: Whether the visit does not tell its source [v], bool.
         index: Which measurement of the visit's row [n], int64.
         has_time: Whether its time is shown [n], bool.
         field_order: The order of its fields, for `tokenizer.encode` [n, 4], uint8.
     """
 
     segment_offsets: np.ndarray
+    hidden_source: np.ndarray
     index: np.ndarray
     has_time: np.ndarray
     field_order: np.ndarray
@@ -313,7 +325,8 @@ def select(
     order = _PERMUTATIONS[(bits >> np.uint64(32)) * np.uint64(24) >> np.uint64(32)]
     result_last = _uniform(keys, _RESULT_LAST) < law.result_last_fraction
     order[result_last[visit]] = np.arange(4, dtype=np.uint8)
-    return Selection(segment_offsets, index, has_time, order)
+    hidden = _uniform(keys, _HIDE) < law.hidden_source_fraction
+    return Selection(segment_offsets, hidden, index, has_time, order)
 
 
 def gather(rows: ProbeRows, row: np.ndarray, selection: Selection) -> Measurements:
@@ -331,6 +344,8 @@ def gather(rows: ProbeRows, row: np.ndarray, selection: Selection) -> Measuremen
     for i, (b, r) in enumerate(zip(batch_index, row_in_batch, strict=True)):
         starts[i] = rows.batches[b].offsets[r]
         src_items[i] = columns[b][0][r]
+    hidden = selection.hidden_source
+    src_addr[hidden] = tokenizer.unspecified(rows.ip_version[row[hidden]])
     index = np.repeat(starts, counts) + selection.index
     bounds = offsets.tolist()
     for b, start, stop in zip(batch_index, bounds, bounds[1:], strict=False):

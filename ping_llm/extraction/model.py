@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import resource
 import signal
 import threading
 import time
@@ -20,6 +19,7 @@ from jax.sharding import PartitionSpec as P
 
 from ping_llm import sharding
 from ping_llm.checkpoints import load_run
+from ping_llm.data.windows import WindowLaw
 from ping_llm.errors import ConfigError
 from ping_llm.extraction.batches import PackedBatch
 from ping_llm.extraction.config import ExtractionConfig, digest
@@ -43,6 +43,7 @@ class ModelSource:
         run: Directory of a run of this package, or None.
         cfg: Its shape; `dtype` is its own.
         max_length: What prompts are limited to unless asked.
+        law: What the windows of the run are like; None for a checkpoint.
     """
 
     name: str
@@ -50,6 +51,7 @@ class ModelSource:
     run: Path | None
     cfg: DecoderConfig
     max_length: int
+    law: WindowLaw | None = None
 
     def compute_dtype(self, store_dtype: str) -> str:
         """Returns the dtype of the forward pass: float32 where it is the model's or the store's."""
@@ -69,7 +71,9 @@ def open_model(model: str | Path) -> ModelSource:
         if jax.process_count() > 1:
             raise ConfigError(f"{model} is a run; runs are small, and read by one process each")
         cfg = DecoderConfig.from_json(config["model"])
-        return ModelSource(str(model), None, Path(model), cfg, config["train"]["seq_len"])
+        train = config["train"]
+        law = WindowLaw.of(train)
+        return ModelSource(str(model), None, Path(model), cfg, train["seq_len"], law)
     directory = qwen2.resolve(model)
     cfg = qwen2.read_config(directory)
     return ModelSource(str(model), directory, None, cfg, DEFAULT_MAX_LENGTH)
@@ -144,10 +148,7 @@ class Extractor:
     @property
     def peak_device_bytes(self) -> int:
         """The most memory used on one device so far; on a CPU, by the process."""
-        stats = [device.memory_stats() for device in jax.local_devices()]
-        if all(stats):
-            return max(stat["peak_bytes_in_use"] for stat in stats)
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        return sharding.peak_device_bytes()
 
 
 @contextlib.contextmanager

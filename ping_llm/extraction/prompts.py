@@ -18,6 +18,7 @@ from ping_llm.extraction import arc
 from ping_llm.extraction.config import ExtractionConfig
 from ping_llm.extraction.records import Records, Unit, describe_files
 from ping_llm.extraction.text import Tokenizer
+from ping_llm.tokenizer import LANGUAGE_VERSION
 
 REAL, SPECIAL, BOS = range(3)  # roles of tokens
 COLUMNS = {"text": ("text",), "chat": ("messages",), "tokens": ("tokens", "input_ids")}
@@ -62,7 +63,12 @@ class PromptSource(Protocol):
 
 
 def open_source(
-    path: str, cfg: ExtractionConfig, *, model: Path | None, vocab_size: int
+    path: str,
+    cfg: ExtractionConfig,
+    *,
+    model: Path | None,
+    vocab_size: int,
+    law: windows.WindowLaw | None = None,
 ) -> PromptSource:
     """Returns the prompts in `path`.
 
@@ -71,6 +77,7 @@ def open_source(
         cfg: The settings.
         model: Directory of the checkpoint, for its tokenizer; None: a run of our own.
         vocab_size: Number of ids the model knows.
+        law: What the windows of a run of our own are like; None: as by default.
 
     Raises:
         ConfigError: The format does not go with the model.
@@ -80,7 +87,7 @@ def open_source(
     if cfg.format == "measurements":
         if model is not None:
             raise ConfigError(f"format='measurements' needs a run of this package; {model} is none")
-        return MeasurementPrompts(Path(path), cfg)
+        return MeasurementPrompts(Path(path), cfg, law or windows.USUAL)
     if model is None and cfg.format != "tokens":
         raise ConfigError(
             f"format={cfg.format!r} needs a language model; a run takes measurements or tokens"
@@ -280,7 +287,8 @@ class ArcPrompts:
 class MeasurementPrompts:
     """The contexts that one epoch of training on a directory of probe rows would draw."""
 
-    def __init__(self, directory: Path, cfg: ExtractionConfig):
+    def __init__(self, directory: Path, cfg: ExtractionConfig, law: windows.WindowLaw):
+        self._law = law
         windows.check_length(cfg.max_length)
         self._length = cfg.max_length
         self._splits = [(split, ProbeRows(directory, split)) for split in SPLITS]
@@ -300,7 +308,11 @@ class MeasurementPrompts:
         if not self.units:
             raise DataError(f"{directory} holds no measurements")
         metadata = read_metadata(directory)
-        self.identity = {"data": hashlib.sha256(json.dumps(metadata).encode()).hexdigest()[:32]}
+        self.identity = {
+            "data": hashlib.sha256(json.dumps(metadata).encode()).hexdigest()[:32],
+            "language_version": LANGUAGE_VERSION,
+            "windows": dataclasses.asdict(law),
+        }
 
     def read(self, unit: Unit) -> Prompts:
         """Returns the contexts of a unit, in the order of rows."""
@@ -309,7 +321,9 @@ class MeasurementPrompts:
         row = np.searchsorted(self._ends[unit.file], visit, side="right")
         first = np.concatenate([[0], self._ends[unit.file]])[row]
         visits = windows.Visits(np.zeros_like(visit), row, visit - first)
-        tokens, offsets = windows.encode_visits(rows, visits, seed=0, length=self._length)
+        tokens, offsets = windows.encode_visits(
+            rows, visits, seed=0, length=self._length, law=self._law
+        )
         ids = [f"{split}/{r}/{k}" for r, k in zip(visits.row, visits.k, strict=True)]
         return Prompts(
             tokens=tokens.astype(np.int32),

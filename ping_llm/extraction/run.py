@@ -174,7 +174,11 @@ def extract_activations(
         arc_seed=arc_seed,
     )
     prompts = open_source(
-        str(input), cfg, model=source.checkpoint, vocab_size=source.cfg.vocab_size
+        str(input),
+        cfg,
+        model=source.checkpoint,
+        vocab_size=source.cfg.vocab_size,
+        law=source.law,
     )
     if dry_run:
         return _dry_run(source, prompts, cfg)

@@ -25,7 +25,13 @@ def forward_seconds(model: Path, path: Path, settings: Mapping[str, Any]) -> flo
     """Returns the time of the forward passes of an extraction that stores nothing."""
     source = open_model(model)
     cfg = make_config(source, **settings)
-    prompts = open_source(str(path), cfg, model=source.checkpoint, vocab_size=source.cfg.vocab_size)
+    prompts = open_source(
+        str(path),
+        cfg,
+        model=source.checkpoint,
+        vocab_size=source.cfg.vocab_size,
+        law=source.law,
+    )
     extractor = Extractor(source, cfg, sharding.make_mesh())
     started = time.perf_counter()
     for unit in prompts.units:

@@ -143,6 +143,30 @@ def trim(contexts: Contexts, *, max_tokens: int) -> Contexts:
     return from_groups(take(m, kept), group[kept], contexts.of_query)
 
 
+def hide_sources(
+    contexts: Contexts, queries: Measurements, hidden: np.ndarray
+) -> tuple[Contexts, Measurements]:
+    """Returns contexts and questions of which some do not tell their source.
+
+    Args:
+        contexts: One of each question, of its source.
+        queries: The questions.
+        hidden: Whether to hide the source of each question; the same for all of a context [n].
+    """
+    of_hidden = np.zeros(len(contexts.offsets), bool)
+    of_hidden[contexts.of_query[hidden]] = True
+    of_measurement = np.repeat(of_hidden[:-1], np.diff(contexts.offsets))
+    measurements = _without_source(contexts.measurements, of_measurement)
+    hidden_contexts = dataclasses.replace(contexts, measurements=measurements)
+    return hidden_contexts, _without_source(queries, hidden)
+
+
+def _without_source(measurements: Measurements, hidden: np.ndarray) -> Measurements:
+    src_addr = measurements.src_addr.copy()
+    src_addr[hidden] = tokenizer.unspecified(measurements.ip_version[hidden])
+    return dataclasses.replace(measurements, src_addr=src_addr)
+
+
 @dataclasses.dataclass(frozen=True)
 class Prompts:
     """Contexts and questions as tokens, ragged.

@@ -19,6 +19,7 @@ from ping_llm import tokenizer
 from ping_llm.checkpoints import load_run
 from ping_llm.data.pipeline import data_fingerprint
 from ping_llm.data.rows import is_dataset
+from ping_llm.data.windows import WindowLaw
 from ping_llm.errors import DataError, PingLLMError
 from ping_llm.prediction import decode
 from ping_llm.prediction.contexts import (
@@ -26,6 +27,7 @@ from ping_llm.prediction.contexts import (
     Prompts,
     dense,
     encode_prompts,
+    hide_sources,
     no_contexts,
     same_source,
 )
@@ -124,7 +126,15 @@ class Predictor:
     An answer depends on the question and its context, not on what else is asked with it.
     """
 
-    def __init__(self, graphdef: Any, params: Any, *, max_tokens: int, known: Nodes | None = None):
+    def __init__(
+        self,
+        graphdef: Any,
+        params: Any,
+        *,
+        max_tokens: int,
+        known: Nodes | None = None,
+        hide_unseen: bool = False,
+    ):
         """Wraps a decoder.
 
         Args:
@@ -132,8 +142,11 @@ class Predictor:
             params: Its parameters.
             max_tokens: The longest sequence that it was trained on.
             known: The addresses it was trained on, where they are known.
+            hide_unseen: Whether to ask as from a hidden source for each source not among them,
+                which is for a decoder that was trained on hidden ones.
         """
         self.params, self.max_tokens, self.known = params, max_tokens, known
+        self._hide_unseen = hide_unseen
         self.graphdef = graphdef
 
         def read(params, tokens, positions, seen=()):
@@ -163,14 +176,22 @@ class Predictor:
     def load(cls, run: str | Path) -> "Predictor":
         """Returns the newest decoder of a run directory.
 
-        The addresses it was trained on are known where its data set is still in its place.
+        The addresses it was trained on are known where its data set is still in its place. A
+        source that is not among them is hidden if training has hidden some.
 
         Raises:
             CheckpointError: `run` is no run, or has no checkpoint.
         """
         config, graphdef, params = load_run(run)
         known = _trained_addresses(config["data"])
-        return cls(graphdef, params, max_tokens=config["train"]["seq_len"], known=known)
+        train = config["train"]
+        return cls(
+            graphdef,
+            params,
+            max_tokens=train["seq_len"],
+            known=known,
+            hide_unseen=WindowLaw.of(train).hidden_source_fraction > 0,
+        )
 
     def contexts(self, history: Measurements, queries: Measurements) -> Contexts:
         """Returns for each question the newest measurements of its source that fit."""
@@ -254,6 +275,9 @@ class Predictor:
         self, queries: Measurements, contexts: Contexts | None
     ) -> "Iterator[tuple[np.ndarray, _Chunk]]":
         contexts = no_contexts(len(queries)) if contexts is None else contexts
+        unseen, _ = self.unseen(queries)
+        if self._hide_unseen and unseen is not None:
+            contexts, queries = hide_sources(contexts, queries, unseen)
         prompts = encode_prompts(contexts, queries)
         for plan in _plan(prompts):
             real = plan.rows >= 0

@@ -33,6 +33,8 @@ class TrainConfig:
         result_last_fraction: Part of the windows in which the result of a measurement stands last,
             as in a question; in the others the fields stand in a random order.
         untimed_fraction: Part of the windows that show no time.
+        hidden_source_fraction: Part of the windows that show 0.0.0.0 or :: for their source, to
+            learn to place a source by its measurements alone.
         mesh: Sizes of the mesh axes, such as `data=-1,fsdp=1,tensor=1`; -1 is what is left.
         loss_weights: Weight of a target in the objective, by its field: structure, source,
             destination, time, RTT. What is reported as loss has no weights.
@@ -72,6 +74,7 @@ class TrainConfig:
     seed: int = 0
     result_last_fraction: float = 0.0
     untimed_fraction: float = 0.3
+    hidden_source_fraction: float = 0.0
     mesh: str = "data=-1,fsdp=1,tensor=1"
     loss_weights: tuple[float, ...] = (1.0, 1.0, 1.0, 1.0, 1.0)
     z_loss: float = 0.0
@@ -108,8 +111,7 @@ class TrainConfig:
         for name in ("seed", "warmup_steps", "weight_decay", "z_loss"):
             if getattr(self, name) < 0:
                 raise ConfigError(f"{name}={getattr(self, name)} must not be negative")
-        fractions = ("beta1", "beta2", "muon_beta", "final_learning_rate_fraction")
-        for name in fractions:
+        for name in ("beta1", "beta2", "muon_beta", "final_learning_rate_fraction"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ConfigError(f"{name}={getattr(self, name)} must be between 0 and 1")
         if not 0 < self.decay_fraction <= 1:
@@ -134,9 +136,7 @@ class TrainConfig:
     @property
     def law(self) -> WindowLaw:
         """What the windows of the train split are like."""
-        return WindowLaw(
-            result_last_fraction=self.result_last_fraction, untimed_fraction=self.untimed_fraction
-        )
+        return WindowLaw.of(vars(self))
 
 
 _POSITIVE = (

@@ -6,8 +6,10 @@ import transformers
 from extraction_settings import settings
 from hf_checkpoints import CHAT_TEMPLATE, add_tokenizer
 
+from ping_llm import tokenizer
 from ping_llm.data.prepare import prepare_data
 from ping_llm.data.simulate import simulate
+from ping_llm.data.windows import WindowLaw
 from ping_llm.errors import ConfigError, DataError
 from ping_llm.extraction.prompts import BOS, REAL, SPECIAL, open_source
 
@@ -172,5 +174,12 @@ def test_measurements_are_the_contexts_of_training_whatever_the_units_are(rows):
     ids = [sample for part in parts for sample in part.ids]
     assert [sample for part in many for sample in part.ids] == ids
     assert max(np.diff(part.offsets).max() for part in parts) <= 200
+    law = WindowLaw(result_last_fraction=1.0, hidden_source_fraction=1.0)
+    cfg = settings(format="measurements", max_length=200)
+    own = open_source(str(rows), cfg, model=None, vocab_size=267, law=law)
+    assert own.identity != whole.identity
+    part = own.read(own.units[0])
+    shown, _ = tokenizer.decode(part.tokens[: part.offsets[1]])
+    assert np.all(shown.src_addr == tokenizer.unspecified(shown.ip_version))
     _, limited = read(limit=5)
     assert [sample for part in limited for sample in part.ids] == ids[:5]

@@ -153,6 +153,28 @@ def test_addresses_outside_training_are_flagged():
     assert Predictor(*decoder(), max_tokens=SEQ_LEN).unseen(known) == (None, None)
 
 
+def test_unseen_sources_are_asked_as_hidden_and_only_by_what_they_measured():
+    def answers(asker, *, hide):
+        query = questions([asker] * 2, ["10.0.0.100", "10.0.0.101"])
+        history = dataclasses.replace(
+            take(query, np.array([0])), rtt=np.array([7.0]), has_time=np.array([False])
+        )
+        known = questions(["10.0.0.1"], ["10.0.0.100"])
+        nodes = Nodes(known.src_addr, known.dst_addr)
+        predictor = Predictor(*decoder(), max_tokens=SEQ_LEN, known=nodes, hide_unseen=hide)
+        predictions = predictor.predict(query, predictor.contexts(history, query))
+        assert predictions.history.tolist() == [1, 1]
+        assert predictions.unseen_src is not None
+        assert predictions.unseen_src.tolist() == [asker != "10.0.0.1"] * 2
+        return predictions.mean_ms
+
+    first = answers("10.0.0.7", hide=True)
+    np.testing.assert_array_equal(first, answers("10.0.0.8", hide=True))
+    np.testing.assert_array_equal(first, answers("0.0.0.0", hide=False))
+    assert np.all(first != answers("10.0.0.7", hide=False))
+    np.testing.assert_array_equal(answers("10.0.0.1", hide=True), answers("10.0.0.1", hide=False))
+
+
 def test_ranking_is_by_expected_rtt(predictor):
     order, predictions = predictor.rank(asked(10), no_contexts(10))
     assert np.all(np.diff(predictions.mean_ms[order]) >= 0)
