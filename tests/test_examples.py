@@ -1,4 +1,5 @@
 import importlib.util
+import json
 import re
 import subprocess
 from pathlib import Path
@@ -46,6 +47,29 @@ def test_every_measurement_gets_a_score(made):
     scores = load("anomaly_scores").main(str(made / "run"), str(made / "pings.parquet"))
     assert scores.shape == (20,)
     assert np.all(scores > 0)
+
+
+def test_ripe_atlas_results_become_a_report(tmp_path, capsys):
+    lines = []
+    for minute in range(600):
+        for probe in range(3):
+            lost = minute % 7 == probe
+            rtt = {"x": "*"} if lost else {"rtt": 20.0 + 5 * probe + minute % 3}
+            line = {"type": "ping", "fw": 5020, "af": 4, "timestamp": 1_600_000_000 + 60 * minute}
+            line |= {"prb_id": probe, "from": f"192.0.2.{probe + 1}", "dst_addr": "198.51.100.1"}
+            line |= {"sent": 1, "rcvd": int(not lost), "min": rtt.get("rtt", -1), "result": [rtt]}
+            lines.append(json.dumps(line))
+    (tmp_path / "results.ndjson").write_text("\n".join(lines))
+    example = load("ripe_atlas")
+    small = ("seq_len=128", "model.n_layers=1", "model.d_model=32", "model.n_heads=2")
+    small += ("model.n_kv_heads=2", "model.head_dim=16", "model.d_ff=32")
+    given = str(tmp_path / "out"), str(tmp_path / "results.ndjson")
+    result = example.main(*given, steps=2, settings=(*example.SETTINGS, *small))
+    assert result["protocol"] == "time"
+    assert {"model", "model_online", "last_value", "median9"} <= set(result["methods"])
+    assert result["n"] + result["n_failed"] == 180
+    assert (tmp_path / "out" / "evaluation.html").exists()
+    assert "median9" in capsys.readouterr().out
 
 
 LAUNCHERS = sorted((EXAMPLES / "launch").iterdir())

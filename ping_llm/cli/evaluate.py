@@ -33,6 +33,13 @@ from ping_llm.cli.options import common_options, print_result
     help="Measurements to score at most, drawn at random.",
 )
 @click.option(
+    "--contexts",
+    type=click.IntRange(min=1),
+    default=1,
+    show_default=True,
+    help="Contexts drawn for each question, whose answers are averaged (split pair).",
+)
+@click.option(
     "--report", type=click.Path(dir_okay=False, path_type=Path), help="Write one HTML page."
 )
 @common_options

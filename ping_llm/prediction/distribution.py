@@ -4,6 +4,7 @@ Several codes may decode to one value: what a distribution is over is the values
 """
 
 import dataclasses
+from collections.abc import Iterable
 
 import numpy as np
 
@@ -51,6 +52,26 @@ class Distribution:
         sums = np.bincount(row * width + (value - first), probability, n * width).reshape(n, width)
         sums /= sums.sum(axis=1, keepdims=True)
         return cls(VALUES_MS[first : first + width], sums, p_failed)
+
+    @classmethod
+    def mixture(cls, n: int, parts: Iterable[tuple[np.ndarray, "Distribution"]]) -> "Distribution":
+        """Returns the mean of the distributions that `parts` give to each of `n` measurements.
+
+        Args:
+            n: Number of measurements.
+            parts: (which of them, their distributions); each of them as often as the others.
+        """
+        parts = list(parts)
+        firsts = [int(np.searchsorted(VALUES_MS, part.values_ms[0])) for _, part in parts]
+        ends = [first + len(part.values_ms) for first, (_, part) in zip(firsts, parts, strict=True)]
+        low = min(firsts)
+        sums, answered, count = np.zeros((n, max(ends) - low)), np.zeros(n), np.zeros(n)
+        for first, end, (rows, part) in zip(firsts, ends, parts, strict=True):
+            weight = 1 - part.p_failed
+            sums[rows, first - low : end - low] += weight[:, None] * part.probabilities
+            answered[rows] += weight
+            count[rows] += 1
+        return cls(VALUES_MS[low : max(ends)], sums / answered[:, None], 1 - answered / count)
 
     def mean(self) -> np.ndarray:
         """Returns the mean RTTs in ms, those above the `TAIL` quantile counted as that [n].

@@ -3,7 +3,7 @@
 import dataclasses
 import itertools
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -62,6 +62,7 @@ def evaluate(
     *,
     baselines: str = "all",
     max_rows: int | None = MAX_ROWS,
+    contexts: int = 1,
     report: str | Path | None = None,
 ) -> dict[str, Any]:
     """Returns how well a model and classical methods predict the same measurements, fit for JSON.
@@ -72,10 +73,13 @@ def evaluate(
             a file of measurements, all of which are scored.
         baselines: "all", "none", or names divided by commas.
         max_rows: Measurements to score at most, drawn at random; None: all.
+        contexts: Contexts drawn for each question, whose answers are averaged; for pairs only.
+            Every second is of the destination, the pair turned round, if the data were prepared
+            with both ends.
         report: Where to write one HTML page about it; None: nowhere.
 
     Raises:
-        ConfigError: A baseline is not known, or is not for this protocol.
+        ConfigError: A baseline is not known, or it or several contexts are not for this protocol.
         DataError: The data cannot be read, or nothing in them can be scored.
         CheckpointError: `run` is no run.
     """
@@ -89,6 +93,7 @@ def evaluate(
         trained_on=Path(config["data"]["path"]),
         max_rows=max_rows,
         max_tokens=predictor.max_tokens - QUESTION_TOKENS,
+        n_contexts=contexts,
     )
     names = _for_protocol(names, task.protocol, explicit=baselines != "all")
     if not np.any(task.rows.rtt >= 0):
@@ -149,12 +154,10 @@ def _answers(
     predictor: Predictor, task: Task, trial: Trial, names: list[str], note: str
 ) -> tuple[dict[str, Answers], dict[str, np.ndarray]]:
     """Returns (what the models say by name, the RTT that every method predicts by name)."""
-    contexts = {"model": trial.contexts}
+    ways = {"model": ((task.rows, trial.contexts), *trial.also)}
     if trial.online is not None:
-        contexts["model_online"] = trial.online
-    answers = {
-        name: _ask(predictor, task.rows, given, f"{name}{note}") for name, given in contexts.items()
-    }
+        ways["model_online"] = ((task.rows, trial.online),)
+    answers = {name: _ask(predictor, asked, f"{name}{note}") for name, asked in ways.items()}
     predicted = {name: answer.median for name, answer in answers.items()}
     static = [name for name in names if name in classical.STATIC]
     if static:
@@ -171,12 +174,17 @@ def _answers(
     return answers, predicted
 
 
-def _ask(predictor: Predictor, rows: Measurements, contexts: Contexts, title: str) -> Answers:
+def _ask(
+    predictor: Predictor, ways: Sequence[tuple[Measurements, Contexts]], title: str
+) -> Answers:
+    rows, contexts = ways[0]
     n, levels = len(rows), np.array(metrics.PINBALL_LEVELS)
     found = Answers(np.zeros((n, len(levels))), np.zeros(n), np.zeros(n), np.zeros(n))
     actual = _actual(rows)
     with progress(title, total=n, unit="measurements") as bar:
-        for at, distribution in predictor.distributions(rows, contexts):
+        several = len(ways) > 1
+        asked = predictor.pooled(ways) if several else predictor.distributions(rows, contexts)
+        for at, distribution in asked:
             found.quantiles[at] = distribution.quantiles(levels)
             found.below[at] = distribution.below(actual[at])
             found.crps[at] = distribution.crps(actual[at])

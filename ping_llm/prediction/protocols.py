@@ -22,7 +22,7 @@ import numpy as np
 from ping_llm.data.hashing import mix
 from ping_llm.data.rows import is_dataset, read_metadata
 from ping_llm.data.statistics import hash_addresses
-from ping_llm.errors import DataError
+from ping_llm.errors import ConfigError, DataError
 from ping_llm.prediction.contexts import (
     Contexts,
     from_groups,
@@ -46,12 +46,14 @@ class Trial:
     Attributes:
         train: What static methods are fitted on.
         contexts: What the model reads before each row.
+        also: More ways to ask about the rows, (questions, contexts), to average the answers.
         online: For *time*: what it reads where it may see all that came before; else None.
         everything: For *time*: all measurements, for online methods; else None.
     """
 
     train: Measurements
     contexts: Contexts
+    also: tuple[tuple[Measurements, Contexts], ...] = ()
     online: Contexts | None = None
     everything: Measurements | None = None
 
@@ -78,7 +80,9 @@ class Task:
     trials: dict[int | None, Callable[[], Trial]]
 
 
-def load_task(data: Path, *, trained_on: Path, max_rows: int | None, max_tokens: int) -> Task:
+def load_task(
+    data: Path, *, trained_on: Path, max_rows: int | None, max_tokens: int, n_contexts: int = 1
+) -> Task:
     """Returns what is evaluated on `data`.
 
     Args:
@@ -86,8 +90,10 @@ def load_task(data: Path, *, trained_on: Path, max_rows: int | None, max_tokens:
         trained_on: The data set of the run.
         max_rows: Rows to score at most, drawn at random; None: all.
         max_tokens: The longest context.
+        n_contexts: How many contexts of each row the model's answer is the mean over.
 
     Raises:
+        ConfigError: Several contexts are asked for where contexts are not drawn.
         DataError: The data have no rows to score, or training rows are needed and gone.
     """
     if not is_dataset(data):
@@ -97,8 +103,15 @@ def load_task(data: Path, *, trained_on: Path, max_rows: int | None, max_tokens:
                 f"{data}, which is no prepared data set"
             )
         rows, train = read_files([str(data)]), read_split(trained_on, "train")
-        return _known_sources("raw", rows, train, max_rows, max_tokens)
-    protocol = read_metadata(data)["settings"]["split"]
+        both_ends = read_metadata(trained_on)["settings"]["both_ends"]
+        return _known_sources("raw", rows, train, max_rows, max_tokens, n_contexts, both_ends)
+    settings = read_metadata(data)["settings"]
+    protocol = settings["split"]
+    if protocol != "pair" and n_contexts > 1:
+        raise ConfigError(
+            f"contexts={n_contexts}: {data} was prepared with --split {protocol}, where a question "
+            "has one context; take 1"
+        )
     rows, train = read_split(data, "test"), read_split(data, "train")
     if not len(rows):
         raise DataError(f"{data} has no test rows; prepare the data with a larger --test-fraction")
@@ -107,7 +120,8 @@ def load_task(data: Path, *, trained_on: Path, max_rows: int | None, max_tokens:
     if protocol == "time":
         everything = concatenate([train, read_split(data, "valid"), rows])
         return _later_times(rows, train, everything, max_rows, max_tokens)
-    return _known_sources(protocol, rows, train, max_rows, max_tokens)
+    both_ends = settings["both_ends"]
+    return _known_sources(protocol, rows, train, max_rows, max_tokens, n_contexts, both_ends)
 
 
 def pair_keys(measurements: Measurements) -> np.ndarray:
@@ -132,17 +146,34 @@ def _untimed(rows: Measurements) -> Measurements:
     return dataclasses.replace(rows, has_time=np.zeros(len(rows), bool))
 
 
+def _reversed(rows: Measurements) -> Measurements:
+    return dataclasses.replace(rows, src_addr=rows.dst_addr, dst_addr=rows.src_addr)
+
+
 def _known_sources(
-    protocol: str, rows: Measurements, train: Measurements, max_rows: int | None, max_tokens: int
+    protocol: str,
+    rows: Measurements,
+    train: Measurements,
+    max_rows: int | None,
+    max_tokens: int,
+    n_contexts: int,
+    both_ends: bool,
 ) -> Task:
     chosen, others = _some(rows, max_rows)
     chosen = _untimed(chosen)
 
     def trial() -> Trial:
-        contexts = random_of_source(train, chosen, max_tokens=max_tokens, seed=SEED)
-        return Trial(train, contexts)
+        ways = []
+        for i in range(n_contexts):
+            queries = _reversed(chosen) if both_ends and i % 2 else chosen
+            drawn = random_of_source(train, queries, max_tokens=max_tokens, seed=SEED + i)
+            ways.append((queries, drawn))
+        return Trial(train, ways[0][1], also=tuple(ways[1:]))
 
     described = "training measurements of the source, drawn at random, without times"
+    if n_contexts > 1:
+        described += f"; mean over {n_contexts} draws"
+        described += ", every second for the pair turned round" if both_ends else ""
     return Task(protocol, chosen, len(rows), others, described, {None: trial})
 
 

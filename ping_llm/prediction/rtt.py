@@ -32,7 +32,7 @@ from ping_llm.prediction.contexts import (
     same_source,
 )
 from ping_llm.prediction.distribution import Distribution
-from ping_llm.prediction.table import Nodes, split_nodes
+from ping_llm.prediction.table import Nodes, split_nodes, take
 from ping_llm.tokenizer import Measurements
 
 LEVELS = (0.05, 0.25, 0.5, 0.75, 0.95)
@@ -47,6 +47,7 @@ _SHORTEST_CONTEXT = 64
 _CONTEXT_TOKENS = 32_768  # of all contexts together, for the memory of their caches
 _SHARES = (1, 8, 64, 256)  # questions of one context
 _LEAVES = 16  # first bytes of one question
+_POOLED = 512  # questions whose distributions are held at once
 
 
 @dataclasses.dataclass(frozen=True)
@@ -244,6 +245,28 @@ class Predictor:
             row = np.repeat(np.concatenate([part[0] for part in parts]), 256)
             code, probability = (np.concatenate([p[i].ravel() for p in parts]) for i in (1, 2))
             yield rows, Distribution.of_codes(row, code, probability, chunk.p_failed)
+
+    def pooled(
+        self, ways: Sequence[tuple[Measurements, Contexts]]
+    ) -> Iterator[tuple[np.ndarray, Distribution]]:
+        """Yields (rows, their distributions), each the mean over several ways to ask about it.
+
+        Args:
+            ways: (questions, their contexts); question i of all ways is about the same thing.
+        """
+        of_query = ways[0][1].of_query
+        order = np.argsort(of_query, kind="stable")  # what shares a context is asked together
+        for start in range(0, len(order), _POOLED):
+            rows = order[start : start + _POOLED]
+            parts = [
+                part
+                for queries, contexts in ways
+                for part in self.distributions(
+                    take(queries, rows),
+                    dataclasses.replace(contexts, of_query=contexts.of_query[rows]),
+                )
+            ]
+            yield rows, Distribution.mixture(len(rows), parts)
 
     def log_likelihood(
         self, measurements: Measurements, contexts: Contexts | None = None

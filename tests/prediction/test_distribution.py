@@ -35,6 +35,23 @@ def test_codes_of_one_value_add_up():
     np.testing.assert_allclose(found.probabilities[0, found.values_ms == 2.0], 0.75)
 
 
+def test_a_mixture_is_the_mean_of_what_is_said_of_each_and_failures_weigh_less():
+    def said(rtts, failed):
+        n = len(rtts)
+        codes = encode_rtt(np.array(rtts, float)).astype(int)
+        return Distribution.of_codes(np.arange(n), codes, np.ones(n), np.array(failed))
+
+    first, second = said([10, 20, 30], [0.0, 0.5, 0.2]), said([400, 20], [0.5, 0.1])
+    third = said([8], [0.4])
+    parts = [(np.arange(3), first), (np.array([1, 0]), second), (np.array([2]), third)]
+    found = Distribution.mixture(3, parts)
+    np.testing.assert_allclose(found.probabilities.sum(axis=1), 1)
+    np.testing.assert_allclose(found.p_failed, [0.05, 0.5, 0.3])
+    mean = found.probabilities @ found.values_ms
+    expected = [(10 + 0.9 * 20) / 1.9, (0.5 * 20 + 0.5 * 400) / 1.0, (0.8 * 30 + 0.6 * 8) / 1.4]
+    np.testing.assert_allclose(mean, expected, rtol=1e-3)
+
+
 @given(st.lists(st.integers(1, 60_000), min_size=1, max_size=20))
 def test_quantiles_and_mean_are_those_of_a_sample(microseconds):
     rtts = decode_rtt(encode_rtt(np.array(microseconds) / 1000))

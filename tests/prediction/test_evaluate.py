@@ -7,6 +7,7 @@ from tiny_runs import SEQ_LEN, write_run
 
 from ping_llm.data.prepare import prepare_data
 from ping_llm.data.simulate import simulate
+from ping_llm.errors import ConfigError
 from ping_llm.prediction import protocols
 from ping_llm.prediction.contexts import newest_before, random_of_source
 from ping_llm.prediction.evaluate import evaluate
@@ -41,8 +42,8 @@ def run(raw, prepared):
     return write_run(raw.parent / "run", prepared["pair"])
 
 
-def task_of(data, trained_on=None):
-    return protocols.load_task(data, trained_on=trained_on or data, max_rows=None, max_tokens=200)
+def task_of(data, **given):
+    return protocols.load_task(data, trained_on=data, max_rows=None, max_tokens=200, **given)
 
 
 def test_contexts_of_a_pair_split_are_training_rows_of_the_source_without_the_pair(prepared):
@@ -57,6 +58,41 @@ def test_contexts_of_a_pair_split_are_training_rows_of_the_source_without_the_pa
         assert asked[i] not in given[part]
     assert not contexts.measurements.has_time.any()
     assert not task.rows.has_time.any()
+
+
+def test_of_several_contexts_every_second_is_of_the_destination_where_both_ends_are_known(
+    raw, prepared, tmp_path
+):
+    prepare_data([str(raw)], output=tmp_path / "both", both_ends=True, workers=1)
+    for data, both_ends in ((prepared["pair"], False), (tmp_path / "both", True)):
+        task = task_of(data, n_contexts=3)
+        trial = task.trials[None]()
+        first = task_of(data).trials[None]().contexts
+        np.testing.assert_array_equal(
+            trial.contexts.measurements.dst_addr, first.measurements.dst_addr
+        )
+        assert len(trial.also) == 2
+        for i, (queries, contexts) in enumerate(trial.also):
+            turned = both_ends and i == 0
+            source = task.rows.dst_addr if turned else task.rows.src_addr
+            np.testing.assert_array_equal(queries.src_addr, source)
+            asked, given = protocols.pair_keys(queries), protocols.pair_keys(contexts.measurements)
+            np.testing.assert_array_equal(asked, protocols.pair_keys(task.rows))
+            assert (contexts.of_query >= 0).any()
+            for q in np.flatnonzero(contexts.of_query >= 0)[::20]:
+                c = contexts.of_query[q]
+                part = slice(contexts.offsets[c], contexts.offsets[c + 1])
+                assert (contexts.measurements.src_addr[part] == queries.src_addr[q]).all()
+                assert asked[q] not in given[part]
+        drawn = trial.also[1][1].measurements.dst_addr
+        assert drawn.shape != first.measurements.dst_addr.shape or np.any(
+            drawn != first.measurements.dst_addr
+        )
+
+
+def test_several_contexts_are_for_pairs_only(run, prepared):
+    with pytest.raises(ConfigError, match=r"contexts=2: .*probe was prepared with --split probe"):
+        evaluate(run, prepared["probe"], contexts=2)
 
 
 def test_sources_of_a_probe_split_are_new_and_their_context_pairs_are_not_scored(prepared):
@@ -109,7 +145,7 @@ def test_a_context_before_the_first_measurement_is_none(prepared):
 
 def test_the_result_has_every_method_on_the_same_rows(run, prepared, tmp_path):
     page = tmp_path / "report.html"
-    result = evaluate(run, prepared["pair"], max_rows=60, report=page)
+    result = evaluate(run, prepared["pair"], max_rows=60, contexts=2, report=page)
     assert list(result["methods"]) == ["model", *STATIC]
     assert result["protocol"] == "pair"
     assert result["n"] + result["n_failed"] == 60

@@ -11,6 +11,7 @@ from ping_llm import tokenizer
 from ping_llm.errors import DataError
 from ping_llm.prediction import rtt as rtt_module
 from ping_llm.prediction.contexts import from_groups, no_contexts
+from ping_llm.prediction.distribution import VALUES_MS
 from ping_llm.prediction.rtt import Predictor, questions
 from ping_llm.prediction.table import Nodes, take
 from ping_llm.tokenizer import BYTE_0, FAILED, RTT_START
@@ -108,6 +109,25 @@ def test_answers_do_not_depend_on_what_else_is_asked_nor_on_the_order(predictor)
         alone = predictor.predict(single, predictor.contexts(history, single))
         np.testing.assert_allclose(alone.quantiles_ms[0], together.quantiles_ms[i], rtol=1e-5)
         np.testing.assert_allclose(alone.p_failed[0], together.p_failed[i], rtol=1e-5)
+
+
+def test_pooled_answers_are_means_of_the_answers_whatever_is_asked_together(predictor, monkeypatch):
+    query, history = asked(7), measured(9)
+    turned = dataclasses.replace(query, src_addr=query.dst_addr, dst_addr=query.src_addr)
+    ways = [(query, predictor.contexts(history, query)), (turned, no_contexts(7))]
+
+    def probability(answers):
+        # P(answered, RTT = value) [n, values]
+        whole = np.zeros((7, len(VALUES_MS)))
+        for rows, part in answers:
+            at = np.searchsorted(VALUES_MS, part.values_ms)
+            whole[rows[:, None], at] = part.probabilities * (1 - part.p_failed)[:, None]
+        return whole
+
+    expected = sum(probability(predictor.distributions(*way)) for way in ways) / 2
+    np.testing.assert_allclose(probability(predictor.pooled(ways)), expected, atol=1e-6)
+    monkeypatch.setattr(rtt_module, "_POOLED", 3)
+    np.testing.assert_allclose(probability(predictor.pooled(ways)), expected, atol=1e-6)
 
 
 def test_the_likelihood_of_a_measurement_is_its_probability(predictor, monkeypatch):
