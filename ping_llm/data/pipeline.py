@@ -22,6 +22,7 @@ from absl import flags
 
 from ping_llm.data import windows
 from ping_llm.data.rows import ProbeRows, read_metadata
+from ping_llm.data.statistics import hash_addresses
 from ping_llm.data.windows import WindowLaw
 from ping_llm.errors import ConfigError, DataError
 from ping_llm.packing import Batch, best_fit, next_token_batch, pack
@@ -344,17 +345,39 @@ def merge_states(states: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 
 def eval_batches(
-    data: str | Path, split: str, *, batch_size: int, seq_len: int, count: int
+    data: str | Path,
+    split: str,
+    *,
+    batch_size: int,
+    seq_len: int,
+    count: int,
+    hide_unseen: bool = False,
 ) -> list[Batch]:
     """Returns `count` fixed batches of a split, the same for every run on that data.
 
     Every row is visited once before any is visited again, so as many probes as can be are covered.
-    The result of a measurement stands last, as in a question, however a run was trained. A split
-    without rows gives no batches.
+    The result of a measurement stands last, as in a question, however a run was trained. Of data
+    split by probe only sources that training has not seen are shown; the others measured to
+    destinations of which nothing can be known. A split without rows gives no batches.
+
+    Args:
+        data: A directory of probe rows.
+        split: Which part of it.
+        batch_size: Sequences in a batch.
+        seq_len: Tokens in a sequence.
+        count: Number of batches.
+        hide_unseen: Whether those sources are hidden, as `predict` does for runs that were trained
+            on hidden ones.
     """
     windows.check_length(seq_len + 1)
     rows, length = ProbeRows(data, split), seq_len + 1
-    with_any = np.flatnonzero(rows.n_measurements)
+    shown = rows.n_measurements > 0
+    by_probe = rows.metadata.get("split") == "probe"
+    if by_probe:
+        shown &= ~np.isin(_sources(rows), _sources(ProbeRows(data, "train")))
+    hidden = float(by_probe and hide_unseen)
+    law = WindowLaw(result_last_fraction=1.0, hidden_source_fraction=hidden)
+    with_any = np.flatnonzero(shown)
     if len(with_any) == 0:
         return []
     needed = visits = batch_size * count
@@ -369,7 +392,7 @@ def eval_batches(
             seed=EVAL_SEED,
             length=length,
             order_key=order_key,
-            law=WindowLaw(result_last_fraction=1.0),
+            law=law,
         )
         made = len(chunk.sequences)
         if made >= needed:
@@ -378,3 +401,9 @@ def eval_batches(
     sequences = [chunk.segments(i) for i in range(needed)]
     starts = range(0, needed, batch_size)
     return [next_token_batch(*pack(sequences[i : i + batch_size], length)) for i in starts]
+
+
+def _sources(rows: ProbeRows) -> np.ndarray:
+    """Returns a hash of the source of each row [R], uint64."""
+    hashes = [hash_addresses(batch.src_addr) for batch in rows.batches]
+    return np.concatenate([np.zeros(0, np.uint64), *hashes])

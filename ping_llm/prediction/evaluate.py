@@ -348,6 +348,7 @@ def _loss_per_field(predictor: Predictor, data: Path) -> dict[str, float]:
         batch_size=FIELD_BATCH_SIZE,
         seq_len=predictor.max_tokens,
         count=FIELD_BATCHES,
+        hide_unseen=predictor.hide_unseen,
     )
     for batch in batches:
         nll = losses(

@@ -147,7 +147,7 @@ class Predictor:
                 which is for a decoder that was trained on hidden ones.
         """
         self.params, self.max_tokens, self.known = params, max_tokens, known
-        self._hide_unseen = hide_unseen
+        self.hide_unseen = hide_unseen
         self.graphdef = graphdef
 
         def read(params, tokens, positions, seen=()):
@@ -299,7 +299,7 @@ class Predictor:
     ) -> "Iterator[tuple[np.ndarray, _Chunk]]":
         contexts = no_contexts(len(queries)) if contexts is None else contexts
         unseen, _ = self.unseen(queries)
-        if self._hide_unseen and unseen is not None:
+        if self.hide_unseen and unseen is not None:
             contexts, queries = hide_sources(contexts, queries, unseen)
         prompts = encode_prompts(contexts, queries)
         for plan in _plan(prompts):

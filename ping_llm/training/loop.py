@@ -166,6 +166,7 @@ def train(
                 batch_size=cfg.batch_size,
                 seq_len=cfg.seq_len,
                 count=cfg.eval_batches,
+                hide_unseen=cfg.law.hidden_source_fraction > 0,
             )
             valid = [_rows_of(batch, index, count) for batch in batches]
             mode = cfg.wandb if jax.process_index() == 0 else "disabled"

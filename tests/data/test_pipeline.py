@@ -12,7 +12,9 @@ import pytest
 from ping_llm import tokenizer
 from ping_llm.data import pipeline, windows
 from ping_llm.data.pipeline import TrainLoader, eval_batches, merge_states
+from ping_llm.data.prepare import prepare_data
 from ping_llm.data.rows import FlatRows, ProbeRows, RowWriter
+from ping_llm.data.simulate import simulate
 from ping_llm.data.windows import WindowLaw
 from ping_llm.errors import ConfigError, DataError
 
@@ -360,6 +362,33 @@ def test_evaluation_batches_are_fixed_and_cover_every_probe(mixed):
             assert not problems
             sources.add(bytes(decoded.src_addr[0]))
     assert len(sources) >= 38  # of 40; the last windows may miss the cut
+
+
+def test_of_data_split_by_probe_evaluation_shows_new_sources_and_hides_them_if_asked(tmp_path):
+    simulate(tmp_path / "p.parquet", probes=30, days=1.0, measurements=3000, seed=0)
+    prepare_data([str(tmp_path / "p.parquet")], output=tmp_path / "rows", split="probe", workers=1)
+
+    def sources(part, **given):
+        settings = {"batch_size": 4, "seq_len": 256, "count": 12}
+        batches = eval_batches(tmp_path / "rows", part, **settings, **given)
+        assert len(batches) == 12
+        decoded = [
+            tokenizer.decode(np.frombuffer(segment, np.uint16))[0].src_addr
+            for lane in range(4)
+            for segment in segments_of(batches, lane)
+        ]
+        return {bytes(address) for part in decoded for address in part}
+
+    trained = {
+        bytes(row) for b in ProbeRows(tmp_path / "rows", "train").batches for row in b.src_addr
+    }
+    held_out = {
+        bytes(row) for b in ProbeRows(tmp_path / "rows", "test").batches for row in b.src_addr
+    }
+    assert held_out & trained  # they measured to destinations that were held out
+    assert sources("test") == held_out - trained
+    hidden = sources("test", hide_unseen=True)
+    assert hidden <= {bytes(row) for row in tokenizer.unspecified(np.array([4, 6]))}
 
 
 def ends_with_the_result(segment):
