@@ -12,6 +12,8 @@ from tiny_runs import write_run
 
 from ping_llm.cli import cli
 from ping_llm.data.simulate import simulate
+from ping_llm.data.windows import WindowLaw
+from ping_llm.training.config import load_config
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 
@@ -70,6 +72,12 @@ def test_ripe_atlas_results_become_a_report(tmp_path, capsys):
     assert result["n"] + result["n_failed"] == 180
     assert (tmp_path / "out" / "evaluation.html").exists()
     assert "median9" in capsys.readouterr().out
+
+
+def test_the_settings_for_rtt_prediction_are_settings():
+    cfg = load_config(config_file=EXAMPLES / "rtt_prediction.toml")
+    assert cfg.law == WindowLaw(result_last_fraction=1.0, untimed_fraction=0.9)
+    assert (cfg.optimizer, cfg.model.d_model) == ("muon", 256)
 
 
 LAUNCHERS = sorted((EXAMPLES / "launch").iterdir())
