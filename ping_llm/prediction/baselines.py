@@ -13,6 +13,7 @@ from ping_llm.data.hashing import mix
 from ping_llm.data.statistics import hash_addresses
 from ping_llm.prediction.coordinates import fit_vivaldi
 from ping_llm.prediction.factorisation import PredictPairs, fit_biased_mf, fit_dmfsgd
+from ping_llm.prediction.neighbours import fit_neighbours
 from ping_llm.prediction.table import Training, grouped_median
 from ping_llm.tokenizer import Measurements
 
@@ -121,6 +122,7 @@ STATIC: dict[str, Callable[[Training], Predict]] = {
     "vivaldi": lambda train: _by_nodes(train, fit_vivaldi(train)),
     "dmfsgd": lambda train: _by_nodes(train, fit_dmfsgd(train)),
     "biased_mf": lambda train: _by_nodes(train, fit_biased_mf(train)),
+    "neighbours": lambda train: _by_nodes(train, fit_neighbours(train)),
 }
 
 

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ping_llm.errors import DataError
-from ping_llm.prediction import baselines
+from ping_llm.prediction import baselines, neighbours
 from ping_llm.prediction.table import Nodes, concatenate, grouped_median, take, training_table
 from ping_llm.tokenizer import IPV4_PREFIX, Measurements
 
@@ -54,7 +54,9 @@ def relative_error(name, matrix):
     return np.median(np.abs(predicted - test.rtt) / test.rtt)
 
 
-@pytest.mark.parametrize("name", ["prefix", "additive", "src_median", "biased_mf", "dmfsgd"])
+@pytest.mark.parametrize(
+    "name", ["prefix", "additive", "src_median", "biased_mf", "dmfsgd", "neighbours"]
+)
 def test_static_methods_do_not_change_when_each_measurement_is_seen_from_both_ends(name):
     rng = np.random.default_rng(0)
     src, dst = rng.integers(0, 12, (2, 300))
@@ -97,6 +99,29 @@ def test_vivaldi_recovers_distances_with_heights(plane):
 def test_matrix_factorisations_recover_a_low_rank(low_rank):
     assert relative_error("dmfsgd", low_rank) < 0.05
     assert relative_error("biased_mf", low_rank) < 0.02
+
+
+def test_neighbours_find_the_hosts_of_one_site(plane):
+    site = np.repeat(np.arange(N // 2), 2)  # two hosts each, which measure alike
+    matrix = plane[np.ix_(site, site)]
+    noise = np.exp(np.random.default_rng(2).normal(0, 0.005, matrix.shape))
+    assert relative_error("neighbours", matrix * np.sqrt(noise * noise.T)) < 0.01
+    # Alone, a host's neighbours are those around it.
+    assert relative_error("neighbours", plane) < 0.15
+
+
+def test_neighbours_have_no_answer_where_none_of_those_near_was_measured(monkeypatch):
+    monkeypatch.setattr(neighbours, "NEIGHBOURS", 1)
+    # 0 and 1 measure 2 to 5 alike, 6 and 7 measure 8 and 9 alike; nothing joins the two groups.
+    one, other = [0] * 4 + [1] * 4 + [6] * 2 + [7] * 2, [2, 3, 4, 5] * 2 + [8, 9] * 2
+    rtt = [10, 30, 50, 70] * 2 + [200, 400] * 2
+    predict = neighbours.fit_neighbours(training_table(measurements(one, other, rtt)))
+    joined = training_table(measurements(one, other, rtt)).nodes
+    zero, one_, six = (joined.lookup(measurements([i], [i], [1]).src_addr) for i in (0, 1, 6))
+    two = joined.lookup(measurements([2], [2], [1]).src_addr)
+    np.testing.assert_allclose(predict(zero, two), 10)
+    np.testing.assert_allclose(predict(one_, two), 10)
+    assert np.isnan(predict(zero, six))
 
 
 def test_biased_mf_recovers_a_low_rank_of_the_logarithm():

@@ -14,7 +14,7 @@ from ping_llm.prediction.evaluate import evaluate
 from ping_llm.prediction.table import read_split, take
 
 STATIC = ["global_median", "src_median", "dst_median", "additive", "prefix"]
-STATIC += ["vivaldi", "dmfsgd", "biased_mf"]
+STATIC += ["vivaldi", "dmfsgd", "biased_mf", "neighbours"]
 
 
 @pytest.fixture(scope="module")
