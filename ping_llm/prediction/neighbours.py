@@ -9,6 +9,7 @@ LANDMARKS = 256  # nodes of most pairs, by which the others are compared
 NEIGHBOURS = 64  # of each node
 PRIOR = 2.0  # landmarks that every two nodes differ at as random ones do
 SAMPLED = 1000  # pairs of nodes, to know how random ones differ
+NEAREST = 1e-6  # a distance that is not 0
 SHARPNESS = 6.0  # how much more a nearer neighbour counts
 
 
@@ -17,7 +18,8 @@ def fit_neighbours(train: Training) -> PredictPairs:
 
     Two nodes are near each other if their log RTTs to the landmarks that both have measured differ
     little, in the mean. A pair (a, b) has the mean log RTT of the measured pairs (a, b') with b'
-    near b and (a', b) with a' near a, weighted by nearness; NaN where there are none.
+    near b and (a', b) with a' near a, weighted by nearness; NaN where there are none. A node is
+    its own nearest neighbour, so a pair that was measured has its own median.
     """
     one, other, rtt = train.directed
     n = len(train.nodes)
@@ -43,7 +45,7 @@ def fit_neighbours(train: Training) -> PredictPairs:
 def _neighbours(
     one: np.ndarray, other: np.ndarray, log_rtt: np.ndarray, n: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Returns (the nodes nearest each node, itself left out; their distances), both [n, k]."""
+    """Returns (the nodes nearest each node, itself among them; their distances), both [n, k]."""
     counts = np.bincount(one, minlength=n)
     landmarks = np.argsort(-counts, kind="stable")[:LANDMARKS]
     place = np.full(n, -1)
@@ -61,12 +63,12 @@ def _neighbours(
     i, j = np.random.default_rng(0).integers(0, n, (2, SAMPLED))
     total, common = differences(i, j)
     typical = total.sum() / max(common.sum(), 1.0)
-    kept = min(NEIGHBOURS, n - 1)
+    kept = min(NEIGHBOURS, n)
     near, distance = np.zeros((n, kept), np.int64), np.zeros((n, kept))
     for node in range(n):
         total, common = differences(node, slice(None))
         apart = (total + PRIOR * typical) / (common + PRIOR)
-        apart[node] = np.inf
-        near[node] = np.argpartition(apart, kept - 1)[:kept] if kept else []
-        distance[node] = np.maximum(apart[near[node]], 1e-6)
+        apart[node] = 0
+        near[node] = np.argpartition(apart, kept - 1)[:kept]
+        distance[node] = np.maximum(apart[near[node]], NEAREST)
     return near, distance

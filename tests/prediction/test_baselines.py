@@ -111,7 +111,7 @@ def test_neighbours_find_the_hosts_of_one_site(plane):
 
 
 def test_neighbours_have_no_answer_where_none_of_those_near_was_measured(monkeypatch):
-    monkeypatch.setattr(neighbours, "NEIGHBOURS", 1)
+    monkeypatch.setattr(neighbours, "NEIGHBOURS", 2)  # itself and one more
     # 0 and 1 measure 2 to 5 alike, 6 and 7 measure 8 and 9 alike; nothing joins the two groups.
     one, other = [0] * 4 + [1] * 4 + [6] * 2 + [7] * 2, [2, 3, 4, 5] * 2 + [8, 9] * 2
     rtt = [10, 30, 50, 70] * 2 + [200, 400] * 2
@@ -119,8 +119,11 @@ def test_neighbours_have_no_answer_where_none_of_those_near_was_measured(monkeyp
     joined = training_table(measurements(one, other, rtt)).nodes
     zero, one_, six = (joined.lookup(measurements([i], [i], [1]).src_addr) for i in (0, 1, 6))
     two = joined.lookup(measurements([2], [2], [1]).src_addr)
-    np.testing.assert_allclose(predict(zero, two), 10)
-    np.testing.assert_allclose(predict(one_, two), 10)
+    np.testing.assert_allclose(predict(zero, two), 10)  # measured
+    three = joined.lookup(measurements([3], [3], [1]).src_addr)
+    held = training_table(measurements(one[1:], other[1:], rtt[1:]))
+    np.testing.assert_allclose(neighbours.fit_neighbours(held)(zero, two), 10)  # as 1 did
+    np.testing.assert_allclose(predict(one_, three), 30)
     assert np.isnan(predict(zero, six))
 
 
