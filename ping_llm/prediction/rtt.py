@@ -45,7 +45,7 @@ _QUESTIONS = (16, 256)
 _QUESTION_LENGTHS = (8, 12, 24, 48)  # IPv4 after its source, with it, with a time, and IPv6
 _SHORTEST_CONTEXT = 64
 _CONTEXT_TOKENS = 32_768  # of all contexts together, for the memory of their caches
-_SHARES = (1, 8, 64, 256)  # questions of one context
+_SHARES = (1, 8, 16, 32, 64, 128, 256)  # questions of one context
 _LEAVES = 16  # first bytes of one question
 _POOLED = 512  # questions whose distributions are held at once
 
@@ -162,8 +162,9 @@ class Predictor:
             results = logits[:, 0, jnp.array([tokenizer.FAILED, tokenizer.RTT_START])]
             return jax.nn.softmax(results)[:, 0], _byte_probabilities(logits[:, 1]), here
 
-        def leaves(params, first_bytes, seen):
+        def leaves(params, first_bytes, rows, seen):
             model = nnx.merge(graphdef, params)
+            seen = (*seen[:-1], seen[-1].of_rows(rows))
             at = jnp.max(seen[-1].positions, axis=1) + 1  # [B]
             tokens = first_bytes.reshape(-1, 1) + tokenizer.BYTE_0
             positions = jnp.repeat(at, first_bytes.shape[1])[:, None]
@@ -233,15 +234,15 @@ class Predictor:
             ranked = np.take_along_axis(p1, order, axis=1)
             before = np.cumsum(ranked, axis=1) - ranked
             matters = before < 1 - TAIL  # [r, 256], true and then false
-            rounds = -(-int(matters.sum(axis=1).max()) // _LEAVES)
             parts = []
-            for i in range(rounds):
-                chosen = order[:, i * _LEAVES : (i + 1) * _LEAVES]
-                second = chunk.second_bytes(chosen)  # [r, _LEAVES, 256]
-                row, rank = np.nonzero(matters[:, i * _LEAVES : (i + 1) * _LEAVES])
-                byte = chosen[row, rank]
+            for i in range(0, int(matters.sum(axis=1).max()), _LEAVES):
+                some = np.flatnonzero(matters[:, i])  # those that have any left
+                chosen = order[some, i : i + _LEAVES]
+                second = chunk.second_bytes(some, chosen)  # [some, _LEAVES, 256]
+                at, rank = np.nonzero(matters[some, i : i + _LEAVES])
+                row, byte = some[at], chosen[at, rank]
                 code = byte[:, None] * 256 + np.arange(256)
-                parts.append((row, code, p1[row, byte, None] * second[row, rank]))
+                parts.append((row, code, p1[row, byte, None] * second[at, rank]))
             row = np.repeat(np.concatenate([part[0] for part in parts]), 256)
             code, probability = (np.concatenate([p[i].ravel() for p in parts]) for i in (1, 2))
             yield rows, Distribution.of_codes(row, code, probability, chunk.p_failed)
@@ -281,7 +282,7 @@ class Predictor:
         for rows, chunk in self._chunks(measurements, contexts):
             first, second = np.divmod(codes[rows], 256)
             at = np.arange(len(rows))
-            p2 = chunk.second_bytes(first[:, None])[at, 0, second]
+            p2 = chunk.second_bytes(at, first[:, None])[at, 0, second]
             answered = (1 - chunk.p_failed) * chunk.first_bytes[at, first] * p2
             probability = np.where(failed[rows], chunk.p_failed, answered)
             result[rows] = np.log(np.maximum(probability, 1e-300))
@@ -376,7 +377,8 @@ class _Chunk:
     """
 
     def __init__(self, predictor: Predictor, prompts: Prompts, plan: _Plan, real: np.ndarray):
-        self._predictor, self._real = predictor, real
+        self._predictor, self._places = predictor, np.flatnonzero(real)
+        self._share = len(real) // max(len(plan.contexts), 1)  # questions of one context
         params = predictor.params
         self._seen: tuple[decode.Cache, ...] = ()
         if len(plan.contexts):
@@ -398,12 +400,25 @@ class _Chunk:
         self.p_failed = np.asarray(p_failed, np.float64)[real]
         self.first_bytes = np.asarray(first, np.float64)[real]
 
-    def second_bytes(self, first: np.ndarray) -> np.ndarray:
-        """Returns the probability of each second byte after first bytes [r, m] [r, m, 256]."""
-        given = np.zeros((len(self._real), first.shape[1]), np.int32)
-        given[self._real] = first
-        answer = self._predictor._leaves(self._predictor.params, given, self._seen)
-        return np.asarray(answer, np.float64)[self._real]
+    def second_bytes(self, rows: np.ndarray, first: np.ndarray) -> np.ndarray:
+        """Returns the probability of each second byte after first bytes [s, m] [s, m, 256].
+
+        Args:
+            rows: Which of the r questions, ascending [s].
+            first: The first bytes after each.
+        """
+        # Of each context the same number of questions, as few as hold all that are asked for.
+        places = self._places[rows]
+        context = places // self._share
+        within = np.arange(len(rows)) - np.searchsorted(context, context)
+        share = min(int(_round_up(within.max(keepdims=True) + 1, _SHARES)[0]), self._share)
+        at = context * share + within
+        groups = len(self._seen[-1].positions) // self._share
+        kept = np.repeat(np.arange(groups) * self._share, share)
+        given = np.zeros((len(kept), first.shape[1]), np.int32)
+        kept[at], given[at] = places, first
+        answer = self._predictor._leaves(self._predictor.params, given, kept, self._seen)
+        return np.asarray(answer, np.float64)[at]
 
 
 def _trained_addresses(data: dict[str, Any]) -> Nodes | None:

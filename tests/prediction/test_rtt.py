@@ -111,6 +111,24 @@ def test_answers_do_not_depend_on_what_else_is_asked_nor_on_the_order(predictor)
         np.testing.assert_allclose(alone.p_failed[0], together.p_failed[i], rtol=1e-5)
 
 
+def test_second_bytes_of_some_questions_are_those_of_all(predictor):
+    rng, seen = np.random.default_rng(0), 0
+    query, history = asked(70), measured(9)
+    contexts = predictor.contexts(history, query)
+    some_without = dataclasses.replace(
+        contexts, of_query=np.where(np.arange(70) % 5 == 0, -1, contexts.of_query)
+    )
+    for rows, chunk in predictor._chunks(query, some_without):
+        first = rng.integers(0, 256, (len(rows), 3))
+        whole = chunk.second_bytes(np.arange(len(rows)), first)
+        for part in (np.array([len(rows) - 1]), np.flatnonzero(rng.random(len(rows)) < 0.3)):
+            if len(part):
+                found = chunk.second_bytes(part, first[part])
+                np.testing.assert_allclose(found, whole[part], atol=1e-6)
+                seen += len(part)
+    assert seen > 10
+
+
 def test_pooled_answers_are_means_of_the_answers_whatever_is_asked_together(predictor, monkeypatch):
     query, history = asked(7), measured(9)
     turned = dataclasses.replace(query, src_addr=query.dst_addr, dst_addr=query.src_addr)
