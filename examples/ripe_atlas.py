@@ -42,7 +42,7 @@ def main(
         error, worst = scores["median_rel"], scores["p90_rel"]
         print(f"{name:14s} relative error: median {error:8.4f}, 90th percentile {worst:8.4f}")
     failures = result["failures"]
-    print(f"{failures['n_failed']} of {failures['n']} failed: {failures['model']['auc']=}")
+    print(f"{failures['n_failed']} of {failures['n']} failed; AUC {failures['model']['auc']}")
     print(f"see {place / 'data.html'} and {place / 'evaluation.html'}")
     return result
 

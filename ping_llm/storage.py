@@ -351,14 +351,16 @@ class KeyValueStore:
 
 
 def _lock_at_once(file: int) -> None:
-    """Locks an open file as TensorStore does, against its other openings in this process too.
+    """Locks an open file, on Linux as TensorStore does, against its other openings here too.
 
     `fcntl.lockf` would not: to it, the threads of a process are one.
 
     Raises:
         BlockingIOError: It is locked.
     """
-    if hasattr(fcntl, "F_OFD_SETLK"):  # Linux: locks of the open file, fcntl(2)
+    if hasattr(
+        fcntl, "F_OFD_SETLK"
+    ):  # Linux: a lock of the open file, fcntl(2); 64-bit `struct flock`
         all_of_it = struct.pack("hhqqi4x", fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0)
         fcntl.fcntl(file, fcntl.F_OFD_SETLK, all_of_it)
     else:

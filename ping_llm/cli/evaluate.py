@@ -37,7 +37,7 @@ from ping_llm.cli.options import common_options, print_result
     type=click.IntRange(min=1),
     default=1,
     show_default=True,
-    help="Contexts drawn for each question, whose answers are averaged (split pair).",
+    help="Contexts drawn for each question, whose answers are averaged (split pair, or files).",
 )
 @click.option(
     "--report", type=click.Path(dir_okay=False, path_type=Path), help="Write one HTML page."

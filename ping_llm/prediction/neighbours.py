@@ -8,6 +8,7 @@ from ping_llm.prediction.table import Training
 LANDMARKS = 256  # nodes of most pairs, by which the others are compared
 NEIGHBOURS = 64  # of each node
 PRIOR = 2.0  # landmarks that every two nodes differ at as random ones do
+COMPARISONS = 20_000_000  # of two nodes, at most about
 SAMPLED = 1000  # pairs of nodes, to know how random ones differ
 NEAREST = 1e-6  # a distance that is not 0
 SHARPNESS = 6.0  # how much more a nearer neighbour counts
@@ -56,19 +57,22 @@ def _neighbours(
     profile[one[chosen], place[other[chosen]]] = log_rtt[chosen]
     known[one[chosen], place[other[chosen]]] = 1
 
-    def differences(i: np.ndarray | int, j: np.ndarray | slice) -> tuple[np.ndarray, np.ndarray]:
+    def differences(i: np.ndarray, j: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         both = known[i] * known[j]
         return (np.abs(profile[i] - profile[j]) * both).sum(axis=1), both.sum(axis=1)
 
-    i, j = np.random.default_rng(0).integers(0, n, (2, SAMPLED))
-    total, common = differences(i, j)
+    total, common = differences(*np.random.default_rng(0).integers(0, n, (2, SAMPLED)))
     typical = total.sum() / max(common.sum(), 1.0)
-    kept = min(NEIGHBOURS, n)
-    near, distance = np.zeros((n, kept), np.int64), np.zeros((n, kept))
+    # Of many nodes only those of most pairs are compared with each, or it would take n^2.
+    compared = np.argsort(-counts, kind="stable")[: max(COMPARISONS // n, NEIGHBOURS)]
+    kept = min(NEIGHBOURS, len(compared))
+    near = np.repeat(np.arange(n)[:, None], kept, axis=1)
+    distance = np.full((n, kept), NEAREST)
     for node in range(n):
-        total, common = differences(node, slice(None))
+        total, common = differences(np.array([node]), compared)
         apart = (total + PRIOR * typical) / (common + PRIOR)
-        apart[node] = 0
-        near[node] = np.argpartition(apart, kept - 1)[:kept]
-        distance[node] = np.maximum(apart[near[node]], NEAREST)
+        apart[compared == node] = np.inf
+        nearest = np.argsort(apart)[: kept - 1]
+        near[node, 1:] = compared[nearest]
+        distance[node, 1:] = np.maximum(apart[nearest], NEAREST)
     return near, distance

@@ -115,16 +115,29 @@ def test_neighbours_have_no_answer_where_none_of_those_near_was_measured(monkeyp
     # 0 and 1 measure 2 to 5 alike, 6 and 7 measure 8 and 9 alike; nothing joins the two groups.
     one, other = [0] * 4 + [1] * 4 + [6] * 2 + [7] * 2, [2, 3, 4, 5] * 2 + [8, 9] * 2
     rtt = [10, 30, 50, 70] * 2 + [200, 400] * 2
-    predict = neighbours.fit_neighbours(training_table(measurements(one, other, rtt)))
-    joined = training_table(measurements(one, other, rtt)).nodes
-    zero, one_, six = (joined.lookup(measurements([i], [i], [1]).src_addr) for i in (0, 1, 6))
-    two = joined.lookup(measurements([2], [2], [1]).src_addr)
-    np.testing.assert_allclose(predict(zero, two), 10)  # measured
-    three = joined.lookup(measurements([3], [3], [1]).src_addr)
-    held = training_table(measurements(one[1:], other[1:], rtt[1:]))
-    np.testing.assert_allclose(neighbours.fit_neighbours(held)(zero, two), 10)  # as 1 did
-    np.testing.assert_allclose(predict(one_, three), 30)
-    assert np.isnan(predict(zero, six))
+    train = training_table(measurements(one, other, rtt))
+    node = [train.nodes.lookup(measurements([i], [i], [1]).src_addr) for i in range(10)]
+    predict = neighbours.fit_neighbours(train)
+    np.testing.assert_allclose(predict(node[0], node[2]), 10)  # measured
+    assert np.isnan(predict(node[0], node[6]))
+    held_out = training_table(measurements(one[1:], other[1:], rtt[1:]))
+    predict = neighbours.fit_neighbours(held_out)
+    np.testing.assert_allclose(predict(node[0], node[2]), 10)  # as 1 did
+
+
+def test_neighbours_of_many_nodes_are_of_those_that_measured_most(monkeypatch, plane):
+    monkeypatch.setattr(neighbours, "COMPARISONS", 1)
+    monkeypatch.setattr(neighbours, "NEIGHBOURS", N // 2)
+    assert relative_error("neighbours", plane) < 0.3
+    train, _ = split_of(plane)
+    table = training_table(train)
+    one, other, rtt = table.directed
+    near, distance = neighbours._neighbours(one, other, np.log(rtt), N)
+    most = np.argsort(-np.bincount(one), kind="stable")[: N // 2]
+    assert near[:, 0].tolist() == list(range(N))
+    assert set(near[:, 1:].ravel()) <= set(most)
+    assert all(len(set(row)) == len(row) for row in near)
+    assert np.all(np.diff(distance, axis=1) >= 0)
 
 
 def test_biased_mf_recovers_a_low_rank_of_the_logarithm():
