@@ -12,8 +12,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ping_llm.data.inspect import inspect_data
-from ping_llm.data.prepare import prepare_data
+from ping_llm.ingest.prepare import prepare_data
+from ping_llm.inspection.dataset import inspect_data
 from ping_llm.prediction.evaluate import evaluate
 from ping_llm.training.loop import train
 

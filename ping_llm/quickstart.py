@@ -4,11 +4,11 @@ import dataclasses
 import json
 from pathlib import Path
 
-from ping_llm.data.inspect import inspect_data
-from ping_llm.data.prepare import prepare_data
-from ping_llm.data.simulate import simulate
 from ping_llm.extraction.run import extract_activations
+from ping_llm.ingest.prepare import prepare_data
+from ping_llm.inspection.dataset import inspect_data
 from ping_llm.prediction.evaluate import evaluate
+from ping_llm.simulation.simulate import simulate
 from ping_llm.training.loop import train
 from ping_llm.training.metrics import write_text
 

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from sized_rows import write_sized_rows
 
 from ping_llm.data.rows import SCHEMA_VERSION, SPLITS, FlatRows, RowWriter
 
@@ -44,3 +45,13 @@ def _rows(*, seed: int, probes: int, measurements: int) -> FlatRows:
         dst_addr=mapped[destination],
         rtt=(1.0 + 10 * distance).astype(np.float32),
     )
+
+
+@pytest.fixture(scope="session")
+def write_rows(tmp_path_factory):
+    """Returns a function that writes rows of the sizes given to a new data set."""
+
+    def write(train, valid=(), *, seed=0):
+        return write_sized_rows(tmp_path_factory.mktemp("rows"), train, valid, seed=seed)
+
+    return write

@@ -9,14 +9,14 @@ import numpy as np
 from extraction_settings import settings
 from stores import assert_equal_stores
 
+from ping_llm.activations import store
+from ping_llm.activations.claims import Claims
+from ping_llm.activations.inspection import inspect_activations
+from ping_llm.activations.writer import Part
 from ping_llm.errors import StorageError
-from ping_llm.extraction import store
-from ping_llm.extraction.claims import Claims
-from ping_llm.extraction.inspection import inspect_activations
 from ping_llm.extraction.prompts import Prompts
 from ping_llm.extraction.records import Unit
-from ping_llm.extraction.work import Worker
-from ping_llm.extraction.writer import Part
+from ping_llm.extraction.worker import Worker
 from ping_llm.storage import KeyValueStore
 
 WIDTH = 8

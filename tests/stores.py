@@ -4,8 +4,8 @@ import dataclasses
 
 import numpy as np
 
-from ping_llm.extraction import store
-from ping_llm.extraction.reader import ActivationReader
+from ping_llm.activations import store
+from ping_llm.activations.reader import ActivationReader
 from ping_llm.storage import KeyValueStore
 
 

@@ -10,7 +10,7 @@ import pytest
 from click.testing import CliRunner
 
 from ping_llm.cli import COMMANDS, cli
-from ping_llm.data.simulate import simulate
+from ping_llm.simulation.simulate import simulate
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]

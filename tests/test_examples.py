@@ -11,8 +11,8 @@ import pytest
 from tiny_runs import write_run
 
 from ping_llm.cli import cli
-from ping_llm.data.simulate import simulate
 from ping_llm.data.windows import WindowLaw
+from ping_llm.simulation.simulate import simulate
 from ping_llm.training.config import load_config
 
 EXAMPLES = Path(__file__).parent.parent / "examples"

@@ -31,7 +31,7 @@ def loader(data: str, as_json: bool, **settings: Any) -> None:
 
     Real tokens are all but padding. The clock runs from opening the rows to the last batch.
     """
-    from ping_llm.benchmarks import bench_loader
+    from ping_llm.bench.measure import bench_loader
 
     result = bench_loader(data, **settings)
     text = (
@@ -54,7 +54,7 @@ def prepare(inputs: tuple[str, ...], memory_limit: str, workers: int | None, as_
 
     The rows are written to the temporary directory ($TMPDIR) for a while.
     """
-    from ping_llm.benchmarks import bench_prepare
+    from ping_llm.bench.measure import bench_prepare
 
     result = bench_prepare(inputs, memory_limit=memory_limit, workers=workers)
     text = (
@@ -85,7 +85,7 @@ def train(as_json: bool, **settings: Any) -> None:
 
     On random tokens; compiling and loading data are not counted.
     """
-    from ping_llm.benchmarks import bench_train
+    from ping_llm.bench.measure import bench_train
 
     result = bench_train(**settings)
     mfu = "" if result.mfu is None else f", MFU {result.mfu:.1%}"
@@ -124,7 +124,7 @@ def extract(as_json: bool, **settings: Any) -> None:
 
     On prompts of random token ids; loading and compiling are not counted.
     """
-    from ping_llm.benchmarks import bench_extract
+    from ping_llm.bench.measure import bench_extract
 
     result = bench_extract(**settings)
     text = (
@@ -152,7 +152,7 @@ def extract(as_json: bool, **settings: Any) -> None:
 @common_options
 def predict(run: Path, pairs: int, seed: int, as_json: bool) -> None:
     """Measure how fast RTT distributions are predicted, with and without history."""
-    from ping_llm.benchmarks import bench_predict
+    from ping_llm.bench.measure import bench_predict
 
     result = bench_predict(run, pairs=pairs, seed=seed)
     text = (

@@ -19,7 +19,7 @@ def command(url: str, verify: bool, watch: bool, as_json: bool) -> None:
 
     With --verify the exit code is 1 if anything is damaged.
     """
-    from ping_llm.extraction.inspection import inspect_activations
+    from ping_llm.activations.inspection import inspect_activations
 
     result = inspect_activations(url, verify=verify, watch=watch)
     lines = [

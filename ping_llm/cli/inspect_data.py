@@ -22,8 +22,8 @@ def command(path: str, samples: int, report: Path | None, as_json: bool) -> None
     import shutil
     import sys
 
-    from ping_llm.data.inspect import inspect_data
-    from ping_llm.data.inspect_view import terminal_text
+    from ping_llm.inspection.dataset import inspect_data
+    from ping_llm.inspection.view import terminal_text
 
     result = inspect_data(path, samples=samples, report=report)
     width = min(shutil.get_terminal_size().columns, 120)

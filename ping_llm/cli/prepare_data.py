@@ -53,7 +53,7 @@ def command(inputs: tuple[str, ...], output: str, as_json: bool, **settings) -> 
     ping results (NDJSON; also .gz, .bz2, .xz, .zst). Each INPUT is one input to `--split time`.
     Records that cannot be used are counted by reason and kept in OUTPUT/rejected.parquet.
     """
-    from ping_llm.data.prepare import prepare_data
+    from ping_llm.ingest.prepare import prepare_data
 
     result = prepare_data(inputs, output=output, **settings)
     rows = ", ".join(f"{n:,} {split}" for split, n in result.rows.items())

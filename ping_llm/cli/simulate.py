@@ -25,7 +25,7 @@ def command(
     """
     import dataclasses
 
-    from ping_llm.data.simulate import simulate
+    from ping_llm.simulation.simulate import simulate
 
     result = simulate(output, probes=probes, days=days, measurements=measurements, seed=seed)
     text = f"{result.measurements:,} measurements, {result.bytes / 1e6:.1f} MB  {result.output}"

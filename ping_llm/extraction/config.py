@@ -1,14 +1,11 @@
 """The settings of an extraction, and what of them decides the content of a store."""
 
 import dataclasses
-import hashlib
-import json
-from typing import Any
 
+from ping_llm.activations.store import array_name
 from ping_llm.errors import ConfigError
 from ping_llm.extraction import arc
-from ping_llm.models.config import DTYPES
-from ping_llm.models.decoder import END_SITES, SITES
+from ping_llm.models.config import DTYPES, END_SITES, SITES
 
 FORMATS = ("text", "chat", "tokens", "arc", "measurements")
 OVERLONG = ("error", "truncate-left", "truncate-right", "split")
@@ -109,11 +106,6 @@ class ExtractionConfig:
         return names
 
 
-def array_name(site: str, layer: int | None) -> str:
-    """Returns the name of a site's array, `residual.00007`, or `embed` where there is no layer."""
-    return site if layer is None else f"{site}.{layer:05d}"
-
-
 def parse_sites(text: str) -> tuple[str, ...]:
     """Returns the sites in `text`, such as `residual,mlp`, in the order of the decoder.
 
@@ -146,28 +138,3 @@ def parse_layers(text: str, n_layers: int) -> tuple[int, ...]:
             f"layers: the model has {n_layers}, 0..{n_layers - 1}; {wrong[0]} is none"
         )
     return tuple(sorted({layer % n_layers for layer in given}))
-
-
-def canonical_json(content: Any) -> bytes:
-    """Returns `content` as JSON in the one form that equal contents share."""
-    return json.dumps(content, sort_keys=True, separators=(",", ":"), allow_nan=False).encode()
-
-
-def digest(content: Any) -> str:
-    """Returns a hash of what JSON can hold, in hexadecimal."""
-    return hashlib.sha256(canonical_json(content)).hexdigest()[:32]
-
-
-def seal(content: dict[str, Any]) -> bytes:
-    """Returns `content` as JSON that carries its own checksum."""
-    return canonical_json(content | {"checksum": digest(content)}) + b"\n"
-
-
-def unseal(data: bytes) -> dict[str, Any] | None:
-    """Returns what `seal` was given, or None if any byte of `data` differs from what it made."""
-    try:
-        content = json.loads(data)
-        content.pop("checksum")
-    except (ValueError, KeyError, AttributeError, TypeError):
-        return None
-    return content if seal(content) == data else None

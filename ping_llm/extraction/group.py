@@ -10,9 +10,9 @@ import threading
 from collections.abc import Iterator
 from typing import Any
 
+from ping_llm.activations.claims import Claim, Claims
 from ping_llm.errors import StorageError
-from ping_llm.extraction.claims import Claim, Claims
-from ping_llm.extraction.config import canonical_json
+from ping_llm.hashing import canonical_json
 from ping_llm.storage import KeyValueStore
 
 POLL_S = 0.05

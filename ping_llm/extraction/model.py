@@ -18,16 +18,17 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from ping_llm import sharding
+from ping_llm.activations.writer import Part
 from ping_llm.checkpoints import load_run
 from ping_llm.data.windows import WindowLaw
 from ping_llm.errors import ConfigError
 from ping_llm.extraction.batches import PackedBatch
-from ping_llm.extraction.config import ExtractionConfig, digest
+from ping_llm.extraction.config import ExtractionConfig
 from ping_llm.extraction.records import fingerprint
-from ping_llm.extraction.writer import Part
+from ping_llm.hashing import digest
 from ping_llm.models import qwen2
-from ping_llm.models.config import DecoderConfig
-from ping_llm.models.decoder import SITES, Decoder
+from ping_llm.models.config import SITES, DecoderConfig
+from ping_llm.models.decoder import Decoder
 from ping_llm.progress import progress
 
 DEFAULT_MAX_LENGTH = 2048

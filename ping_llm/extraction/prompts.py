@@ -11,16 +11,16 @@ from typing import Any, Protocol
 import numpy as np
 
 from ping_llm import storage
+from ping_llm.activations.roles import BOS, REAL, SPECIAL
 from ping_llm.data import windows
 from ping_llm.data.rows import SPLITS, ProbeRows, read_metadata
 from ping_llm.errors import ConfigError, DataError
 from ping_llm.extraction import arc
 from ping_llm.extraction.config import ExtractionConfig
 from ping_llm.extraction.records import Records, Unit, describe_files
-from ping_llm.extraction.text import Tokenizer
+from ping_llm.extraction.templates import Tokenizer
 from ping_llm.tokenizer import LANGUAGE_VERSION
 
-REAL, SPECIAL, BOS = range(3)  # roles of tokens
 COLUMNS = {"text": ("text",), "chat": ("messages",), "tokens": ("tokens", "input_ids")}
 TEXTS_AT_ONCE = 256
 

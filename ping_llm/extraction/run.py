@@ -9,15 +9,15 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from ping_llm import __version__, sharding
+from ping_llm.activations import store
+from ping_llm.activations.claims import Claims
 from ping_llm.errors import ConfigError
-from ping_llm.extraction import store
 from ping_llm.extraction.batches import make_batches
-from ping_llm.extraction.claims import Claims
 from ping_llm.extraction.config import ExtractionConfig, parse_layers, parse_sites
 from ping_llm.extraction.group import Follower, Leader
 from ping_llm.extraction.model import Extractor, ModelSource, identity, open_model
 from ping_llm.extraction.prompts import PromptSource, open_source
-from ping_llm.extraction.work import Worker
+from ping_llm.extraction.worker import Worker
 from ping_llm.progress import progress
 from ping_llm.storage import KeyValueStore
 

@@ -7,6 +7,8 @@ from typing import Any
 from ping_llm.errors import ConfigError
 
 DTYPES = ("float32", "bfloat16", "float16")
+SITES = ("attn", "mlp", "residual")  # of each block
+END_SITES = ("embed", "final_norm")  # once in the model
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -9,10 +9,7 @@ from jaxtyping import Array, Float, Int
 from ping_llm import sharding
 from ping_llm.models import layers
 from ping_llm.models.attention import Attend, attention
-from ping_llm.models.config import DecoderConfig
-
-SITES = ("attn", "mlp", "residual")  # of each block
-END_SITES = ("embed", "final_norm")  # once in the model
+from ping_llm.models.config import SITES, DecoderConfig
 
 UNROLLED_LAYERS = 8  # up to so many; a loop over more keeps compilation short
 

@@ -9,12 +9,12 @@ from collections.abc import Callable
 
 import numpy as np
 
-from ping_llm.data.hashing import mix
-from ping_llm.data.statistics import hash_addresses
-from ping_llm.prediction.coordinates import fit_vivaldi
-from ping_llm.prediction.factorisation import PredictPairs, fit_biased_mf, fit_dmfsgd
-from ping_llm.prediction.neighbours import fit_neighbours
-from ping_llm.prediction.table import Training, grouped_median
+from ping_llm.estimators.coordinates import fit_vivaldi
+from ping_llm.estimators.factorisation import PredictPairs, fit_biased_mf, fit_dmfsgd
+from ping_llm.estimators.neighbours import fit_neighbours
+from ping_llm.estimators.pairs import Training, grouped_median
+from ping_llm.hashing import mix
+from ping_llm.inspection.statistics import hash_addresses
 from ping_llm.tokenizer import Measurements
 
 ADDITIVE_SWEEPS = 30

@@ -9,7 +9,7 @@ import dataclasses
 import numpy as np
 
 from ping_llm import tokenizer
-from ping_llm.data.statistics import hash_addresses
+from ping_llm.inspection.statistics import hash_addresses
 from ping_llm.prediction.table import no_measurements, take
 from ping_llm.tokenizer import Measurements
 

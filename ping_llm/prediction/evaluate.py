@@ -16,14 +16,14 @@ from ping_llm import tokenizer
 from ping_llm.checkpoints import load_run
 from ping_llm.data.pipeline import data_fingerprint, eval_batches
 from ping_llm.data.rows import is_dataset
-from ping_llm.data.statistics import hash_addresses
 from ping_llm.errors import ConfigError, DataError
+from ping_llm.estimators.pairs import MIN_RTT_MS, training_table
+from ping_llm.inspection.statistics import hash_addresses
 from ping_llm.prediction import baselines as classical
 from ping_llm.prediction import metrics
 from ping_llm.prediction.contexts import Contexts
 from ping_llm.prediction.protocols import Task, Trial, describe, load_task, pair_keys
 from ping_llm.prediction.rtt import QUESTION_TOKENS, Predictor
-from ping_llm.prediction.table import MIN_RTT_MS, training_table
 from ping_llm.progress import progress
 from ping_llm.tokenizer import Measurements
 

@@ -12,8 +12,8 @@ import numpy as np
 from flax import nnx
 
 from ping_llm import tokenizer
-from ping_llm.data.statistics import hash_addresses
 from ping_llm.errors import ConfigError
+from ping_llm.inspection.statistics import hash_addresses
 from ping_llm.prediction import decode
 from ping_llm.prediction.contexts import dense, encode_prompts, same_source
 from ping_llm.prediction.rtt import Predictor

@@ -16,7 +16,7 @@ import pyarrow.compute as pc
 import pyarrow.csv as pa_csv
 import pyarrow.parquet as pq
 
-from ping_llm.data.values import INVALID, OK, parse_addresses, parse_times
+from ping_llm.columns import INVALID, OK, parse_addresses, parse_times
 from ping_llm.errors import ConfigError, DataError, StorageError
 from ping_llm.prediction.rtt import LEVELS, Predictions, Predictor, questions
 from ping_llm.prediction.table import read_files

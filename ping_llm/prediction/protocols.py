@@ -19,10 +19,10 @@ from typing import Any
 
 import numpy as np
 
-from ping_llm.data.hashing import mix
 from ping_llm.data.rows import is_dataset, read_metadata
-from ping_llm.data.statistics import hash_addresses
 from ping_llm.errors import ConfigError, DataError
+from ping_llm.hashing import mix
+from ping_llm.inspection.statistics import hash_addresses
 from ping_llm.prediction.contexts import (
     Contexts,
     from_groups,

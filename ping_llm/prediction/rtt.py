@@ -21,6 +21,7 @@ from ping_llm.data.pipeline import data_fingerprint
 from ping_llm.data.rows import is_dataset
 from ping_llm.data.windows import WindowLaw
 from ping_llm.errors import DataError, PingLLMError
+from ping_llm.estimators.pairs import Nodes
 from ping_llm.prediction import decode
 from ping_llm.prediction.contexts import (
     Contexts,
@@ -32,7 +33,7 @@ from ping_llm.prediction.contexts import (
     same_source,
 )
 from ping_llm.prediction.distribution import Distribution
-from ping_llm.prediction.table import Nodes, split_nodes, take
+from ping_llm.prediction.table import split_nodes, take
 from ping_llm.tokenizer import Measurements
 
 LEVELS = (0.05, 0.25, 0.5, 0.75, 0.95)

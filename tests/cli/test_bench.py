@@ -5,8 +5,8 @@ import pytest
 from click.testing import CliRunner
 
 from ping_llm.cli import cli
-from ping_llm.data.prepare import prepare_data
-from ping_llm.data.simulate import simulate
+from ping_llm.ingest.prepare import prepare_data
+from ping_llm.simulation.simulate import simulate
 
 KEYS = {
     "tokens_per_second",

@@ -5,8 +5,8 @@ from click.testing import CliRunner
 from tiny_runs import write_run
 
 from ping_llm.cli import cli
-from ping_llm.data.prepare import prepare_data
-from ping_llm.data.simulate import simulate
+from ping_llm.ingest.prepare import prepare_data
+from ping_llm.simulation.simulate import simulate
 
 
 @pytest.fixture(scope="module")

@@ -4,7 +4,7 @@ import pytest
 from click.testing import CliRunner
 
 from ping_llm.cli import cli
-from ping_llm.data.simulate import simulate
+from ping_llm.simulation.simulate import simulate
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,7 @@ from click.testing import CliRunner
 from tiny_tables import make_table
 
 from ping_llm.cli import cli
-from ping_llm.data.prepare import PrepareResult, prepare_data
+from ping_llm.ingest.prepare import PrepareResult, prepare_data
 
 LINE = {"type": "ping", "timestamp": 1_700_000_000, "from": "1.2.3.4", "dst_addr": "5.6.7.8"}
 

@@ -12,11 +12,11 @@ import pytest
 from ping_llm import tokenizer
 from ping_llm.data import pipeline, windows
 from ping_llm.data.pipeline import TrainLoader, eval_batches, merge_states
-from ping_llm.data.prepare import prepare_data
 from ping_llm.data.rows import FlatRows, ProbeRows, RowWriter
-from ping_llm.data.simulate import simulate
 from ping_llm.data.windows import WindowLaw
 from ping_llm.errors import ConfigError, DataError
+from ping_llm.ingest.prepare import prepare_data
+from ping_llm.simulation.simulate import simulate
 
 SETTINGS = {"batch_size": 4, "seq_len": 256, "seed": 11}
 FIELDS = ("inputs", "targets", "segment_ids", "positions", "mask")

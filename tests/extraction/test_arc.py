@@ -11,11 +11,11 @@ from hypothesis import strategies as st
 from stores import assert_equal_stores
 
 from ping_llm import storage
+from ping_llm.activations.inspection import inspect_activations
+from ping_llm.activations.reader import ActivationReader
 from ping_llm.errors import ConfigError, DataError
 from ping_llm.extraction import arc
-from ping_llm.extraction.inspection import inspect_activations
 from ping_llm.extraction.prompts import open_source
-from ping_llm.extraction.reader import ActivationReader
 from ping_llm.extraction.run import extract_activations
 
 ENCODERS = [

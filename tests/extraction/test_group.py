@@ -11,8 +11,8 @@ import pytest
 from emulators import free_port
 from stores import everything
 
+from ping_llm.activations.inspection import inspect_activations
 from ping_llm.extraction import parity
-from ping_llm.extraction.inspection import inspect_activations
 from ping_llm.extraction.run import extract_activations
 
 # Joined before the extraction does, for a shorter wait for the lost than JAX's 100 s.

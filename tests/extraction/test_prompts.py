@@ -7,11 +7,12 @@ from extraction_settings import settings
 from hf_checkpoints import CHAT_TEMPLATE, add_tokenizer
 
 from ping_llm import tokenizer
-from ping_llm.data.prepare import prepare_data
-from ping_llm.data.simulate import simulate
+from ping_llm.activations.roles import BOS, REAL, SPECIAL
 from ping_llm.data.windows import WindowLaw
 from ping_llm.errors import ConfigError, DataError
-from ping_llm.extraction.prompts import BOS, REAL, SPECIAL, open_source
+from ping_llm.extraction.prompts import open_source
+from ping_llm.ingest.prepare import prepare_data
+from ping_llm.simulation.simulate import simulate
 
 CHAT = [
     {"role": "system", "content": "be the dog"},

@@ -18,13 +18,14 @@ from hf_checkpoints import make_checkpoint
 from stores import assert_equal_stores, everything
 
 from ping_llm import storage
-from ping_llm.data.prepare import prepare_data
-from ping_llm.data.simulate import simulate
+from ping_llm.activations import store, writer
+from ping_llm.activations.inspection import inspect_activations
+from ping_llm.activations.reader import ActivationReader
 from ping_llm.errors import ConfigError, DataError, StorageError
-from ping_llm.extraction import parity, store, writer
-from ping_llm.extraction.inspection import inspect_activations
-from ping_llm.extraction.reader import ActivationReader
+from ping_llm.extraction import parity
 from ping_llm.extraction.run import extract_activations
+from ping_llm.ingest.prepare import prepare_data
+from ping_llm.simulation.simulate import simulate
 from ping_llm.storage import KeyValueStore
 
 

@@ -24,9 +24,9 @@ from numpy_workers import (
 from stores import assert_equal_stores
 
 from ping_llm import storage
+from ping_llm.activations import store
+from ping_llm.activations.inspection import inspect_activations
 from ping_llm.errors import StorageError
-from ping_llm.extraction import store
-from ping_llm.extraction.inspection import inspect_activations
 from ping_llm.extraction.run import extract_activations
 from ping_llm.storage import KeyValueStore
 

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from ping_llm.models.config import DecoderConfig
-from ping_llm.models.decoder import SITES, Decoder
+from ping_llm.models.config import SITES, DecoderConfig
+from ping_llm.models.decoder import Decoder
 from tests.models.test_attention import reference_attention
 
 SHAPE = dict(vocab_size=31, d_model=16, n_layers=2, n_heads=4, n_kv_heads=2, head_dim=8, d_ff=24)

@@ -6,8 +6,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ping_llm.errors import DataError
-from ping_llm.prediction import baselines, neighbours
-from ping_llm.prediction.table import Nodes, concatenate, grouped_median, take, training_table
+from ping_llm.estimators import neighbours
+from ping_llm.estimators.pairs import Nodes, grouped_median, training_table
+from ping_llm.prediction import baselines
+from ping_llm.prediction.table import concatenate, take
 from ping_llm.tokenizer import IPV4_PREFIX, Measurements
 
 N = 60

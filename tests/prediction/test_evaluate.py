@@ -5,13 +5,13 @@ import numpy as np
 import pytest
 from tiny_runs import SEQ_LEN, write_run
 
-from ping_llm.data.prepare import prepare_data
-from ping_llm.data.simulate import simulate
 from ping_llm.errors import ConfigError
+from ping_llm.ingest.prepare import prepare_data
 from ping_llm.prediction import protocols
 from ping_llm.prediction.contexts import newest_before, random_of_source
 from ping_llm.prediction.evaluate import evaluate
 from ping_llm.prediction.table import read_split, take
+from ping_llm.simulation.simulate import simulate
 
 STATIC = ["global_median", "src_median", "dst_median", "additive", "prefix"]
 STATIC += ["vivaldi", "dmfsgd", "biased_mf", "neighbours"]

@@ -9,11 +9,12 @@ from tiny_runs import SEQ_LEN, decoder
 
 from ping_llm import tokenizer
 from ping_llm.errors import DataError
+from ping_llm.estimators.pairs import Nodes
 from ping_llm.prediction import rtt as rtt_module
 from ping_llm.prediction.contexts import from_groups, no_contexts
 from ping_llm.prediction.distribution import VALUES_MS
 from ping_llm.prediction.rtt import Predictor, questions
-from ping_llm.prediction.table import Nodes, take
+from ping_llm.prediction.table import take
 from ping_llm.tokenizer import BYTE_0, FAILED, RTT_START
 
 

@@ -1,0 +1,1 @@
+"""Stores of activations: written, claimed, read and inspected without JAX."""

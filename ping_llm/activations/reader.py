@@ -1,0 +1,269 @@
+"""Reading a store: rows by number, and shuffled streams."""
+
+import dataclasses
+import itertools
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import numpy as np
+import tensorstore as ts
+
+from ping_llm.activations import store
+from ping_llm.activations.roles import REAL
+from ping_llm.errors import ConfigError, StorageError
+from ping_llm.models.config import END_SITES
+from ping_llm.storage import KeyValueStore
+
+KINDS = ("numpy", "jax", "torch")
+
+
+@dataclasses.dataclass(frozen=True)
+class Rows:
+    """What a store says of some rows beside their activations.
+
+    Attributes:
+        tokens: Token ids [n], int32.
+        positions: Positions in their prompts [n], int32.
+        roles: 0 real, 1 special, 2 BOS [n], uint8.
+        samples: Id of the sample of each row [n].
+    """
+
+    tokens: np.ndarray
+    positions: np.ndarray
+    roles: np.ndarray
+    samples: list[str]
+
+
+class ActivationReader:
+    """The activations of one site and layer, as if they were one array [tokens, d_model].
+
+    Attributes:
+        manifest: What the store says of itself.
+        shape: (tokens, d_model).
+        dtype: Of the stored activations.
+    """
+
+    def __init__(
+        self, url: str, *, site: str = "residual", layer: int | None = None, partial: bool = False
+    ):
+        """Opens a store.
+
+        Args:
+            url: Where it is.
+            site: Such as `residual`.
+            layer: Which layer; None for `embed` and `final_norm`.
+            partial: Whether a store that is not finished is read as far as it goes.
+
+        Raises:
+            StorageError: There is no store, it is damaged, or not finished.
+            ConfigError: It does not hold that site and layer.
+        """
+        self._kv = KeyValueStore(url)
+        self.manifest = open_manifest(self._kv)
+        self._name = store.array_name(site, None if site in END_SITES else layer)
+        held = [entry["name"] for entry in self.manifest["arrays"]]
+        if self._name not in held:
+            raise ConfigError(f"{url} does not hold {site=}, {layer=}; it has {', '.join(held)}")
+        units = len(self.manifest["units"])
+        done = store.read_all_done(self._kv, units)
+        if len(done) < units and not partial:
+            raise StorageError(
+                f"{url} has {len(done)} of its {units} units; finish it with "
+                "`ping-llm extract-activations`, or pass partial=True"
+            )
+        self._done = [done[unit] for unit in sorted(done)]
+        self._starts = np.cumsum([0, *(entry["tokens"] for entry in self._done)])
+        self._arrays: dict[tuple[int, str], ts.TensorStore] = {}
+        self.shape = int(self._starts[-1]), int(self.manifest["d_model"])
+        self.dtype = np.dtype(ts.dtype(self.manifest["settings"]["dtype"]).numpy_dtype)
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def __getitem__(self, index: int | slice | np.ndarray) -> np.ndarray:
+        """Returns rows: one [D], or those of a slice or of an array of numbers [n, D]."""
+        if isinstance(index, (int, np.integer)):
+            return self._gather(self._name, self._numbers(np.array([index])))[0]
+        return self._gather(self._name, self._numbers(index))
+
+    def rows(self, index: slice | np.ndarray) -> Rows:
+        """Returns what the store says of rows beside their activations."""
+        numbers = self._numbers(index)
+        parts = [self._gather(name, numbers) for name in ("tokens", "positions", "roles")]
+        samples = np.empty(len(numbers), object)
+        which = np.searchsorted(self._starts, numbers, side="right") - 1
+        for unit in np.unique(which).tolist():
+            chosen = which == unit
+            samples[chosen] = self._samples(unit, numbers[chosen] - self._starts[unit])
+        return Rows(*parts, samples=samples.tolist())
+
+    def _numbers(self, index: slice | np.ndarray) -> np.ndarray:
+        if isinstance(index, slice):
+            return np.arange(*index.indices(len(self)))
+        numbers = np.asarray(index, np.int64)
+        if len(numbers) and not (numbers.min() >= -len(self) and numbers.max() < len(self)):
+            raise IndexError(f"row numbers must be in 0..{len(self) - 1}")
+        return np.where(numbers < 0, numbers + len(self), numbers)
+
+    def _samples(self, unit: int, rows: np.ndarray) -> list[str]:
+        names = ("sample_offsets", "sample_ids", "sample_id_offsets")
+        offsets, text, bounds = (self._read(self._array(unit, name)) for name in names)
+        sample = np.searchsorted(offsets, rows, side="right") - 1
+        content = text.tobytes()
+        return [content[bounds[s] : bounds[s + 1]].decode() for s in sample.tolist()]
+
+    def _array(self, unit: int, name: str) -> ts.TensorStore:
+        if (unit, name) not in self._arrays:
+            self._arrays[unit, name] = open_array(self._kv, self._done[unit], name)
+        return self._arrays[unit, name]
+
+    def _read(self, array: ts.TensorStore) -> np.ndarray:
+        return read_result(array.read(), self._kv.url)
+
+    def _gather(self, name: str, numbers: np.ndarray) -> np.ndarray:
+        which = np.searchsorted(self._starts, numbers, side="right") - 1
+        pending = [
+            (unit, self._array(unit, name)[numbers[which == unit] - self._starts[unit]].read())
+            for unit in np.unique(which).tolist()
+        ]
+        first = self._array(0, name)
+        rows = np.empty((len(numbers), *first.shape[1:]), first.dtype.numpy_dtype)
+        for unit, read in pending:
+            rows[which == unit] = read_result(read, self._kv.url)
+        return rows
+
+    def batches(
+        self,
+        batch_size: int,
+        *,
+        seed: int = 0,
+        epochs: int | None = None,
+        buffer_mb: float = 256.0,
+        real_only: bool = False,
+        kind: str = "numpy",
+    ) -> Iterator[Any]:
+        """Yields shuffled batches [batch_size, D]; the last rows, which fill none, are left out.
+
+        Chunks of about 1 MB are read in random order, and a buffer of them is shuffled by row. So
+        memory is bounded, reads are long, and rows of one prompt are far apart where the buffer
+        holds many chunks. Equal arguments give equal batches.
+
+        Args:
+            batch_size: Rows of a batch.
+            seed: Decides the order, each epoch's another.
+            epochs: How often every row comes; None: endlessly.
+            buffer_mb: Size of the buffer; twice that is held while it is refilled.
+            real_only: Whether rows of special and BOS tokens are left out.
+            kind: numpy, jax or torch.
+
+        Raises:
+            ConfigError: `kind` is unknown, or the store has fewer rows than a batch.
+        """
+        if kind not in KINDS:
+            raise ConfigError(f"{kind=} is not one of {', '.join(KINDS)}")
+        if not 0 < batch_size <= len(self):
+            raise ConfigError(f"{batch_size=} must be in 1..{len(self)}, the rows of the store")
+        return self._stream(batch_size, seed, epochs, buffer_mb, real_only, kind)
+
+    def _stream(
+        self,
+        batch_size: int,
+        seed: int,
+        epochs: int | None,
+        buffer_mb: float,
+        real_only: bool,
+        kind: str,
+    ) -> Iterator[Any]:
+        pieces = self._pieces()
+        row_bytes = self.shape[1] * self.dtype.itemsize
+        per_buffer = max(int(buffer_mb * 1e6 / (row_bytes * max(n for _, _, n in pieces))), 1)
+        left = np.empty((0, self.shape[1]), self.dtype)
+        rounds = itertools.count() if epochs is None else range(epochs)
+        orders = (
+            (np.random.Generator(np.random.Philox(key=[seed, epoch])), epoch) for epoch in rounds
+        )
+        for rng, _ in orders:
+            order = rng.permutation(len(pieces))
+            groups = [order[i : i + per_buffer] for i in range(0, len(order), per_buffer)]
+            ahead = self._start([pieces[i] for i in groups[0]], real_only)
+            for following in [*groups[1:], None]:
+                loaded = [left, *(_chosen(read, roles, self._kv.url) for read, roles in ahead)]
+                if following is not None:
+                    ahead = self._start([pieces[i] for i in following], real_only)
+                rows = np.concatenate(loaded)
+                del loaded
+                shuffled = rng.permutation(len(rows))
+                full = len(rows) // batch_size * batch_size
+                for start in range(0, full, batch_size):
+                    yield _as(kind, rows[shuffled[start : start + batch_size]])
+                left = rows[shuffled[full:]]
+
+    def _pieces(self) -> list[tuple[int, int, int]]:
+        """Returns (unit, first row, rows) of every chunk."""
+        pieces = []
+        for unit, entry in enumerate(self._done):
+            if not entry["tokens"]:
+                continue
+            shape: Any = self._array(unit, self._name).chunk_layout.read_chunk.shape
+            step = shape[0]
+            starts = range(0, entry["tokens"], step)
+            pieces += [(unit, start, min(step, entry["tokens"] - start)) for start in starts]
+        return pieces
+
+    def _start(self, pieces: list[tuple[int, int, int]], real_only: bool) -> list[tuple[Any, Any]]:
+        """Begins to read pieces; returns (activations, roles or None) to come."""
+        started = []
+        for unit, start, rows in pieces:
+            part = slice(start, start + rows)
+            roles = self._array(unit, "roles")[part].read() if real_only else None
+            started.append((self._array(unit, self._name)[part].read(), roles))
+        return started
+
+
+def _chosen(read: Any, roles: Any, where: str) -> np.ndarray:
+    rows = read_result(read, where)
+    return rows if roles is None else rows[read_result(roles, where) == REAL]
+
+
+def _as(kind: str, batch: np.ndarray) -> Any:
+    if kind == "jax":
+        import jax
+
+        return jax.numpy.asarray(batch)
+    if kind == "torch":
+        from ping_llm.extraction.parity import to_torch
+
+        return to_torch(batch)
+    return batch
+
+
+def read_result(read: Any, where: str) -> Any:
+    """Returns what a read of TensorStore gives.
+
+    Raises:
+        StorageError: It failed; the message names `where`.
+    """
+    try:
+        return read.result()
+    except (ValueError, OSError, RuntimeError) as error:
+        line = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise StorageError(f"{where} cannot be read: {line[:400]}") from None
+
+
+def open_manifest(kv: KeyValueStore) -> dict[str, Any]:
+    """Returns what a store says of itself.
+
+    Raises:
+        StorageError: There is no store, or its manifest is damaged.
+    """
+    manifest = store.read_manifest(kv)
+    if manifest is None:
+        raise StorageError(f"{kv.url} is no activation store: it has no {store.MANIFEST}")
+    return manifest
+
+
+def open_array(kv: KeyValueStore, done: Mapping[str, Any], name: str) -> ts.TensorStore:
+    """Returns an array of a published unit."""
+    key = store.attempt_prefix(done["unit"], done["attempt"]) + name
+    spec = {"driver": "zarr3", "kvstore": kv.spec(key), "fill_missing_data_reads": False}
+    return read_result(ts.open(spec, read=True, context=kv.context), f"{kv.url}/{key}")

@@ -1,0 +1,3 @@
+"""The role of each token of a prompt, stored beside its activations."""
+
+REAL, SPECIAL, BOS = range(3)

@@ -1,0 +1,1 @@
+"""What `ping-llm bench` measures; imported by its command alone."""

@@ -1,0 +1,1 @@
+"""Classical estimates of RTTs, from tables of measurements."""

@@ -1,0 +1,276 @@
+"""A worker: claims units of a store one after another, computes them and publishes them.
+
+Three threads share the work: one claims units and reads and packs their prompts, the main one keeps
+the device busy, one takes results from the device and writes them. Each waits for the next, so
+memory stays bounded. What is computed is whatever it is given as `forward`.
+"""
+
+import contextlib
+import dataclasses
+import queue
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any, Protocol, TypeVar
+
+import numpy as np
+import tensorstore as ts
+
+from ping_llm.activations.claims import Claim, Claims
+from ping_llm.activations.writer import ArraySpec, Part, UnitWriter
+from ping_llm.errors import StorageError
+from ping_llm.extraction.batches import PackedBatch, make_batches
+from ping_llm.extraction.config import ExtractionConfig
+from ping_llm.extraction.group import Follower
+from ping_llm.extraction.prompts import Prompts, PromptSource
+from ping_llm.progress import Progress, progress
+from ping_llm.storage import KeyValueStore
+
+BATCHES_AHEAD = 4  # packed and waiting for the device
+RESULTS_BEHIND = 1  # computed and waiting to be taken from the device
+
+T = TypeVar("T")
+
+
+class Forward(Protocol):
+    """What computes activations.
+
+    Attributes:
+        compile_seconds: Time spent on compiling so far.
+        peak_device_bytes: Most memory used on one device so far.
+        part: What of the activations this process gets.
+    """
+
+    compile_seconds: float
+    part: Part
+
+    @property
+    def peak_device_bytes(self) -> int: ...  # noqa: D102
+
+    def __call__(self, batch: PackedBatch) -> Mapping[str, tuple[Any, Any, Any]]:
+        """Returns {site: (activations [n, B, T, D], their norms [n, B, T], their sums [n, D])}."""
+        ...
+
+    def to_host(self, result: Mapping[str, tuple[Any, Any, Any]]) -> dict[str, list[np.ndarray]]:
+        """Returns what a call returned, once it is there, of D only this process's part."""
+        ...
+
+
+@dataclasses.dataclass(frozen=True)
+class _Step:
+    """One step of a unit: a batch, or its end, where there is none."""
+
+    claim: Claim
+    prompts: Prompts
+    batch: PackedBatch | None
+
+
+class Worker:
+    """One worker of a store; others may be at work on the same."""
+
+    def __init__(
+        self,
+        kv: KeyValueStore,
+        cfg: ExtractionConfig,
+        source: PromptSource,
+        forward: Forward,
+        claims: Claims | Follower,
+        *,
+        store_identity: str,
+        d_model: int,
+    ):
+        """Takes what it works with.
+
+        Args:
+            kv: The store.
+            cfg: Its settings.
+            source: The prompts.
+            forward: What computes their activations.
+            claims: This worker's claims on the store's units, or where in its group to look for
+                them.
+            store_identity: Hash of what decides the store's content.
+            d_model: Width of an activation.
+        """
+        self._kv, self._cfg, self._source = kv, cfg, source
+        self._forward, self._claims = forward, claims
+        self._identity, self._d_model = store_identity, d_model
+        element = np.dtype(ts.dtype(cfg.dtype).numpy_dtype)
+        self._arrays = [ArraySpec(name, d_model, element) for name in cfg.arrays]
+        self._writer: UnitWriter | None = None  # of the unit that is being written
+        self._failed = False
+        self._computed = self._tokens = 0
+        self._clock, self._compiling = time.monotonic(), 0.0
+
+    def run(self) -> dict[int, dict[str, Any]]:
+        """Returns {unit: its commit marker} once all units are published, by whomever.
+
+        Raises:
+            DataError: A prompt cannot be read, or a value does not fit the store's dtype.
+            StorageError: The store cannot be read or written.
+        """
+        claims = self._claims
+        total, before = len(self._source.units), len(claims.done)
+        with claims, progress("extract", total=total, unit="units", initial=before) as bar:
+            while claims.left:
+                self._work_on_available(bar)
+                bar.update(done=len(claims.done))
+                if claims.left:
+                    claims.wait()
+        return claims.done
+
+    def _work_on_available(self, bar: Progress) -> None:
+        """Computes what can be claimed now; when it returns, that is published or given up."""
+        behind: deque[Future[None]] = deque()
+        self._clock = started = time.monotonic()
+        self._tokens = 0
+        with (
+            Prefetch(self._steps(), BATCHES_AHEAD) as steps,
+            ThreadPoolExecutor(1) as writing,
+        ):
+
+            def write(work: Callable[..., None], *arguments: Any) -> None:
+                behind.append(writing.submit(self._unless_failed, work, *arguments))
+                behind[-1].add_done_callback(steps.wake_on_error)
+
+            try:
+                for step in steps:
+                    if step.batch is None:
+                        write(self._publish, step)
+                    # A group runs all batches of a unit, as its processes cannot tell each other.
+                    elif self._forward.part.count > 1 or self._claims.holds(step.claim):
+                        write(self._store, step, self._forward(step.batch))
+                        self._tokens += int(step.batch.pieces[:, 2].sum())
+                        rate = self._tokens / (time.monotonic() - started)
+                        bar.update(done=len(self._claims.done), note=f"{rate:,.0f} tokens/s")
+                    while len(behind) > RESULTS_BEHIND:
+                        behind.popleft().result()
+                while behind:
+                    behind.popleft().result()
+            except BaseException:
+                self._claims.interrupt()
+                for future in behind:
+                    future.cancel()
+                with contextlib.suppress(StorageError):  # else it is garbage, removed by age
+                    writing.submit(self._discard).result()
+                raise
+
+    def _steps(self) -> Iterator[_Step]:
+        for claim in self._claims.available():
+            prompts = self._source.read(self._source.units[claim.unit])
+            for batch in make_batches(prompts, self._cfg, d_model=self._d_model):
+                yield _Step(claim, prompts, batch)
+            yield _Step(claim, prompts, None)
+
+    # What follows runs in the writing thread.
+
+    def _unless_failed(self, work: Callable[..., None], *arguments: Any) -> None:
+        """Does a step's work, but none after one that failed: nothing is published without it."""
+        if self._failed:
+            return
+        try:
+            work(*arguments)
+        except BaseException:
+            self._failed = True
+            raise
+
+    def _begun(self, step: _Step) -> UnitWriter:
+        if self._writer is None:
+            self._writer = UnitWriter(
+                self._kv,
+                step.claim.unit,
+                step.claim.attempt,
+                self._arrays,
+                step.prompts,
+                zstd=self._cfg.compression == "zstd",
+                store_identity=self._identity,
+                part=self._forward.part,
+            )
+        return self._writer
+
+    def _store(self, step: _Step, result: Mapping[str, tuple[Any, Any, Any]]) -> None:
+        assert step.batch is not None
+        writer = self._begun(step)
+        self._computed += step.batch.tokens.size
+        for site, (activations, norms, sums) in self._forward.to_host(result).items():
+            for name, (array_site, place) in self._cfg.arrays.items():
+                if array_site != site:
+                    continue
+                writer.add_sum(name, sums[place])
+                for row, column, length, start in step.batch.pieces.tolist():
+                    at = place, row, slice(column, column + length)
+                    writer.put(name, start, activations[at], norms[at])
+
+    def _publish(self, step: _Step) -> None:
+        now = time.monotonic()
+        compiling = self._forward.compile_seconds - self._compiling
+        self._compiling += compiling
+        notes = {
+            "worker": self._claims.worker,
+            "seconds": now - self._clock - compiling,
+            "computed_tokens": self._computed,
+            "peak_device_bytes": self._forward.peak_device_bytes,
+        }
+        writer, published = self._begun(step), None
+        if self._claims.holds(step.claim):
+            done = writer.finish(notes)
+            # Asked once more: a machine that was asleep does not see by its clock for how long.
+            if done is not None and self._claims.renew(step.claim):
+                published = writer.commit(done)
+        if published is None or published["attempt"] != writer.attempt:
+            writer.discard()
+        self._claims.release(step.claim, published)
+        self._clock, self._computed, self._writer = now, 0, None
+
+    def _discard(self) -> None:
+        if self._writer is not None:
+            self._writer.discard()
+
+
+class Prefetch(Iterator[T]):
+    """Runs an iterable in a thread of its own, a few elements ahead; a context manager."""
+
+    def __init__(self, source: Iterable[T], depth: int):
+        self._queue: queue.Queue[tuple[bool, Any]] = queue.Queue(depth)
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._fill, args=(source,), daemon=True)
+
+    def _fill(self, source: Iterable[T]) -> None:
+        try:
+            for element in source:
+                self._put(True, element)
+                if self._stop.is_set():
+                    return
+            self._put(False, StopIteration())
+        except Exception as error:  # raised again by __next__
+            self._put(False, error)
+
+    def _put(self, more: bool, element: Any) -> None:
+        while not self._stop.is_set():
+            try:
+                self._queue.put((more, element), timeout=0.1)
+                return
+            except queue.Full:
+                continue
+
+    def wake_on_error(self, future: Future[Any]) -> None:
+        """Raises the error of a future, if it has one, to whoever waits for the next element."""
+        error = None if future.cancelled() else future.exception()
+        if error is not None:
+            with contextlib.suppress(queue.Full):  # then nobody waits
+                self._queue.put_nowait((False, error))
+
+    def __next__(self) -> T:
+        more, element = self._queue.get()
+        if not more:
+            raise element
+        return element
+
+    def __enter__(self) -> "Prefetch[T]":
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        self._thread.join()

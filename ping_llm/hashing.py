@@ -1,0 +1,49 @@
+"""64-bit hashes of whole columns, for what must depend on values alone and on nothing else."""
+
+import hashlib
+import json
+from typing import Any
+
+import numpy as np
+
+_GOLDEN = np.uint64(0x9E3779B97F4A7C15)
+
+
+def scramble(x: np.ndarray) -> np.ndarray:
+    """Returns uint64 `x` scrambled: the finaliser of SplitMix64 (Steele, Lea and Flood, 2014)."""
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return x ^ (x >> np.uint64(31))
+
+
+def mix(*columns: np.ndarray) -> np.ndarray:
+    """Returns one hash for each element of the integer columns [n] or [1]; their order matters."""
+    key = np.zeros(np.shape(columns[0]), np.uint64)
+    for column in columns:
+        key = scramble((key + _GOLDEN) ^ scramble(column.astype(np.uint64) + _GOLDEN))
+    return key
+
+
+def canonical_json(content: Any) -> bytes:
+    """Returns `content` as JSON in the one form that equal contents share."""
+    return json.dumps(content, sort_keys=True, separators=(",", ":"), allow_nan=False).encode()
+
+
+def digest(content: Any) -> str:
+    """Returns a hash of what JSON can hold, in hexadecimal."""
+    return hashlib.sha256(canonical_json(content)).hexdigest()[:32]
+
+
+def seal(content: dict[str, Any]) -> bytes:
+    """Returns `content` as JSON that carries its own checksum."""
+    return canonical_json(content | {"checksum": digest(content)}) + b"\n"
+
+
+def unseal(data: bytes) -> dict[str, Any] | None:
+    """Returns what `seal` was given, or None if any byte of `data` differs from what it made."""
+    try:
+        content = json.loads(data)
+        content.pop("checksum")
+    except (ValueError, KeyError, AttributeError, TypeError):
+        return None
+    return content if seal(content) == data else None

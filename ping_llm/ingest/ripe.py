@@ -1,0 +1,145 @@
+"""The law by which a RIPE Atlas ping result, one JSON object a line, becomes a measurement.
+
+Several replies make one measurement. Its RTT is `min` when positive, else the least numeric `rtt`
+of the replies that are neither late nor duplicate, else -1 (failed). The source is `from`, the
+public address, or `src_addr` where `from` is absent or of the other family; the destination is
+`dst_addr`, or `addr` or `name` when that is an address. Numbers may be strings.
+"""
+
+# pyarrow.compute makes its functions when it is imported:
+# pyright: reportAttributeAccessIssue=false
+import json
+import threading
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from ping_llm.columns import (
+    INVALID,
+    MISSING,
+    OK,
+    Addresses,
+    parse_addresses,
+    parse_floats,
+    to_seconds,
+)
+from ping_llm.ingest.records import Chunk, Column, Verdict, check
+
+_FIELDS = (
+    "type timestamp af from src_addr dst_addr addr name min rcvd result".split()  # noqa: SIM905
+)
+_threads = threading.local()
+
+
+def parse_ripe_lines(lines: pa.Array) -> tuple[Chunk, Verdict]:
+    """Returns the measurements in `lines`, and what is wrong with each of the other lines.
+
+    Args:
+        lines: JSON text, one result each, a `string` array without nulls.
+    """
+    fields = _extract(lines)
+    verdict = Verdict(len(lines))
+    is_object = pc.and_(fields["parsed"], pc.starts_with(pc.utf8_ltrim_whitespace(lines), "{"))
+    verdict.reject(~is_object.to_numpy(zero_copy_only=False), "not a JSON object")
+    is_ping = pc.fill_null(pc.equal(fields["type"], "ping"), False)
+    verdict.reject(~is_ping.to_numpy(zero_copy_only=False), "not a ping result")
+    time = Column(*to_seconds(*parse_floats(fields["timestamp"])))
+    names = ("dst_addr", "addr", "name", "from", "src_addr")
+    dst_addr, addr, name, public, private = (parse_addresses(fields[n]) for n in names)
+    dst = _first_usable(dst_addr, addr, name)
+    family, family_problem = parse_floats(fields["af"])
+    no_family = family_problem == MISSING  # firmware before 4460
+    version = Column(
+        np.where(no_family, dst.family_of_records(), family),
+        np.where(no_family, OK, family_problem),
+    )
+    src = _merge(public, private, _use_private(public, private, version.values))
+    rtt = _rtt(fields)
+    return check(verdict, src=src, dst=dst, time=time, version=version, rtt=rtt), verdict
+
+
+def _extract(lines: pa.Array) -> dict[str, pa.Array]:
+    """Returns each of `_FIELDS` as text, null where absent, and `parsed`, false for no JSON."""
+    if not hasattr(_threads, "duckdb"):
+        import duckdb
+
+        _threads.duckdb = duckdb.connect(config={"threads": 1})
+    paths = ", ".join(f"'$.{field}'" for field in _FIELDS)
+    columns = ", ".join(f'x[{i + 1}] AS "{field}"' for i, field in enumerate(_FIELDS))
+    _threads.duckdb.register("lines", pa.table({"line": lines}))
+    result = _threads.duckdb.sql(
+        f"SELECT {columns}, x IS NOT NULL AS parsed "
+        f"FROM (SELECT TRY(json_extract_string(line, [{paths}])) AS x FROM lines)"
+    )
+    table = result.to_arrow_table()
+    _threads.duckdb.unregister("lines")
+    return {name: table[name].combine_chunks() for name in table.column_names}
+
+
+def _merge(first: Addresses, second: Addresses, use_second: np.ndarray) -> Addresses:
+    """Returns for each record the address of `second` where `use_second`, else of `first`."""
+    shifted = np.where(second.codes >= 0, second.codes + len(first.values), -1)
+    return Addresses(
+        values=np.concatenate([first.values, second.values]),
+        family=np.concatenate([first.family, second.family]),
+        codes=np.where(use_second, shifted, first.codes).astype(np.int32),
+    )
+
+
+def _first_usable(dst_addr: Addresses, addr: Addresses, name: Addresses) -> Addresses:
+    """Returns `dst_addr`, or where it is absent the one of the others that is an address."""
+    other = _merge(addr, name, addr.family_of_records() == 0)
+    absent = dst_addr.problems() == MISSING
+    return _merge(dst_addr, other, absent & (other.family_of_records() != 0))
+
+
+def _use_private(public: Addresses, private: Addresses, family: np.ndarray) -> np.ndarray:
+    """Returns where the source is `src_addr`: `from` is absent, or of the other family."""
+    problem, ours = public.problems(), public.family_of_records()
+    absent = (problem == MISSING) & (private.problems() != MISSING)
+    return absent | ((problem == OK) & (ours != family) & (private.family_of_records() == family))
+
+
+def _rtt(fields: dict[str, pa.Array]) -> Column:
+    values, problems = parse_floats(fields["min"])
+    received, received_problem = parse_floats(fields["rcvd"])
+    result = pc.fill_null(fields["result"], "")
+    none_came = (received_problem == OK) & (received == 0)
+    none_came |= (problems == OK) & (values < 0)  # RIPE's own mark
+    none_came |= pc.starts_with(result, "[{").to_numpy(zero_copy_only=False)
+    undecided = (problems != INVALID) & (values <= 0)
+    with_replies = pc.match_substring_regex(result, r'"rtt"|\\').to_numpy(zero_copy_only=False)
+    values = np.where(undecided, -1.0, values)
+    problems = np.where(undecided, np.where(none_came, OK, MISSING), problems).astype(np.uint8)
+    for i in np.flatnonzero(undecided & with_replies):
+        least = _least_reply(result[int(i)].as_py())
+        if least is not None:
+            values[i], problems[i] = least, INVALID if least < 0 else OK
+    return Column(values, problems)
+
+
+def _least_reply(result: str) -> float | None:
+    """Returns the least RTT of replies that count, None where none does, -1 for a wrong one."""
+    try:
+        replies = json.loads(result)
+    except (ValueError, RecursionError):  # what DuckDB takes and Python does not
+        return -1.0
+    counted = []
+    for reply in replies if isinstance(replies, list) else []:
+        if not isinstance(reply, dict) or reply.get("rtt") is None:
+            continue
+        if _is_set(reply.get("late")) or _is_set(reply.get("dup")):
+            continue
+        rtt = reply["rtt"]
+        if isinstance(rtt, bool) or not isinstance(rtt, int | float | str):
+            return -1.0
+        value, problem = parse_floats(pa.array([str(rtt)]))
+        if problem[0] != OK or value[0] < 0:
+            return -1.0
+        counted.append(float(value[0]))
+    return min(counted, default=None)
+
+
+def _is_set(mark: object) -> bool:
+    return str(mark) not in ("None", "0", "False", "")

@@ -1,0 +1,352 @@
+"""A synthetic internet, measured the way RIPE Atlas measures the real one.
+
+Hosts stand in true cities, belong to autonomous systems (ASes), and have addresses in their AS's
+prefixes, so that addresses say where a host is: 10.0.0.0/8 and fd00::/16, private space that
+cannot be mistaken for real hosts. The prefixes of one region lie together, one /24 (or /48) lies in
+one city. A quarter of the hosts are anchors in data centres; every host pings some anchors, each in
+its fixed period. A round-trip time is
+
+    great circle in fibre x stretch of the AS pair x route of the day + last miles + load + jitter
+
+and symmetric in its lasting part. All of it is a pure function of the settings.
+"""
+
+import dataclasses
+import ipaddress
+import json
+import math
+import os
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from ping_llm.errors import ConfigError, DataError, StorageError
+from ping_llm.hashing import mix
+from ping_llm.progress import progress
+from ping_llm.simulation.cities import Cities, load_cities
+
+START_TIME = 1_704_067_200  # 2024-01-01T00:00:00Z
+MAX_PROBES, MAX_DAYS = 100_000, 20_000
+BLOCK = 1 << 17  # measurements of one row group, and of one noise generator: part of the format
+SETTINGS_KEY = b"ping_llm.simulate"
+SCHEMA = pa.schema(
+    [
+        ("event_time", pa.timestamp("us", tz="UTC")),
+        ("src_addr", pa.string()),
+        ("dst_addr", pa.string()),
+        ("ip_version", pa.int8()),
+        ("rtt", pa.float32()),
+    ]
+)
+
+FIBRE_KM_PER_MS = 100.0  # there and back: light in glass covers 200 km in 1 ms
+DAY = 86_400
+MAX_ANCHORS, MAX_TARGETS = 1000, 40
+MIN_ROUNDS = 12  # a host gets fewer targets before it measures them less often than this
+MAX_AS = 4096  # 10.0.0.0/8 holds as many /20 prefixes
+CITY_SLOTS = 4  # cities an AS may be in; each has four /24 of its /20
+HOSTS_PER_SLOT = 4 * 254
+
+# Access technologies: share of the hosts, last mile from and to (ms), median jitter (ms), load at
+# the busiest hour (ms), failure rate. The first one is for anchors.
+ACCESS = np.array(
+    [
+        (0.00, 0.2, 0.8, 0.05, 0.1, 0.001),  # data centre
+        (0.38, 1.0, 4.0, 0.20, 1.0, 0.003),  # fibre
+        (0.25, 6.0, 14.0, 1.00, 5.0, 0.006),  # cable
+        (0.22, 12.0, 30.0, 0.80, 4.0, 0.008),  # DSL
+        (0.12, 25.0, 60.0, 6.00, 10.0, 0.020),  # mobile
+        (0.03, 510.0, 600.0, 12.00, 20.0, 0.040),  # geostationary satellite
+    ]
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class SimulateResult:
+    """What was written; the same when a finished output is found.
+
+    Attributes:
+        output: The file.
+        measurements: Measurements in it.
+        probes: Hosts that measure.
+        days: Time span in days.
+        seed: Seed of the world and its noise.
+        bytes: Size of the file.
+    """
+
+    output: str
+    measurements: int
+    probes: int
+    days: float
+    seed: int
+    bytes: int
+
+
+@dataclasses.dataclass(frozen=True)
+class _Hosts:
+    """The hosts, anchors first; arrays have one entry a host [P]."""
+
+    n_anchors: int
+    asn: np.ndarray
+    city: np.ndarray
+    access: np.ndarray
+    last_mile_ms: np.ndarray
+    ipv4: list[str]
+    ipv6: list[str]
+    has_ipv6: np.ndarray
+
+
+class World:
+    """The hosts, who measures whom, and the laws of round-trip times, for one seed."""
+
+    def __init__(self, *, probes: int, days: float, measurements: int, seed: int):
+        rng = np.random.default_rng([seed, 0])
+        self._seed, self._measurements, self._span = seed, measurements, days * DAY
+        self._cities = load_cities()
+        self._km = self._cities.distances_km()
+        n_as = min(max(probes // 8, 3), MAX_AS)
+        self._as_quality = rng.standard_normal(n_as)
+        self._hosts = _make_hosts(rng, probes, n_as, self._cities)
+        self._source, self._target, self._ipv6 = _make_streams(rng, self._hosts, measurements)
+        # Families of one host are two addresses: 0..P-1 are IPv4, P..2P-1 IPv6.
+        self._addresses = pa.array(self._hosts.ipv4 + self._hosts.ipv6)
+
+    def block(self, index: int) -> pa.RecordBatch:
+        """Returns measurements `index * BLOCK` and up, at most `BLOCK` of them, in time order.
+
+        Measurement m belongs to stream m mod S, so every stream repeats in a period of its own
+        phase; its noise comes from a generator that only this block uses.
+        """
+        m = np.arange(index * BLOCK, min((index + 1) * BLOCK, self._measurements))
+        rng = np.random.Generator(np.random.Philox(key=[self._seed, index]))
+        time = ((m + rng.random(len(m))) * (self._span / self._measurements)).astype(np.int64)
+        stream = m % len(self._source)
+        source, target = self._source[stream], self._target[stream]
+        ipv6 = self._ipv6[stream]
+        rtt = self._rtt_ms(source, target, ipv6, time, rng)
+        rtt[self._failed(source, target, time, rng)] = -1.0
+        offset = ipv6 * len(self._hosts.asn)
+        columns = [
+            pa.array((START_TIME + time) * 1_000_000, SCHEMA.field("event_time").type),
+            self._addresses.take(pa.array(source + offset)),
+            self._addresses.take(pa.array(target + offset)),
+            pa.array(np.where(ipv6, 6, 4).astype(np.int8)),
+            pa.array(rtt.astype(np.float32)),
+        ]
+        return pa.RecordBatch.from_arrays(columns, schema=SCHEMA)
+
+    def _rtt_ms(self, source, target, ipv6, time, rng: np.random.Generator) -> np.ndarray:
+        """Returns the round-trip times of measurements that succeed."""
+        hosts, n = self._hosts, len(source)
+        as_a = np.minimum(hosts.asn[source], hosts.asn[target])
+        as_b = np.maximum(hosts.asn[source], hosts.asn[target])
+        pair = as_a * np.int64(MAX_AS) + as_b
+        pair_uniform = self._hash(1, pair)
+        # A part of each AS and a part of the pair: unseen pairs are predictable, but not wholly.
+        quality = 0.3 * (self._as_quality[as_a] + self._as_quality[as_b])
+        stretch = 1.15 + 0.45 * np.exp(quality + 0.5 * (pair_uniform - 0.5))
+        stretch = np.where(as_a == as_b, 1.25, stretch)
+        # One AS pair in eight has no good IPv6 path.
+        stretch = np.where(ipv6 & (self._hash(2, pair) < 0.125), stretch * 1.3, stretch)
+        km = self._km[hosts.city[source], hosts.city[target]]
+        rtt = km / FIBRE_KM_PER_MS * stretch * self._route(pair, time)
+
+        for host in (source, target):
+            access = hosts.access[host]
+            _, _, _, jitter, load, _ = ACCESS.T[:, access]
+            hour = time / 3600 + self._cities.longitude[hosts.city[host]] / 15
+            evening = (0.5 + 0.5 * np.cos((hour - 21) * (2 * math.pi / 24))) ** 3
+            rtt += hosts.last_mile_ms[host] + load * evening * (0.5 + rng.random(n))
+            rtt += jitter * np.exp(0.7 * rng.standard_normal(n))
+        spike = rng.random(n) < 0.005  # now and then a reply waits in a full queue
+        rtt[spike] += 40.0 * np.exp(rng.standard_normal(np.count_nonzero(spike)))
+        return rtt
+
+    def _route(self, pair: np.ndarray, time: np.ndarray) -> np.ndarray:
+        """Returns the factor of the route in use: a level, shifting at the pair's change points."""
+        period = DAY * np.exp(3.4 * self._hash(3, pair))  # a change every 1 to 30 days
+        x = time / period + self._hash(4, pair)
+        number = np.floor(x).astype(np.int64)
+        number -= x - number < self._hash(5, pair, number)  # change points off the regular grid
+        level = self._hash(6, pair, number)
+        return 1.0 + 0.5 * np.maximum(level - 0.6, 0.0)  # mostly the shortest route
+
+    def _failed(self, source, target, time, rng: np.random.Generator) -> np.ndarray:
+        """Returns which measurements fail: single losses, and outages of either host."""
+        access = self._hosts.access
+        loss = ACCESS[access[source], 5] + ACCESS[access[target], 5]
+        failed = rng.random(len(source)) < loss
+        day = time // DAY
+        for host in (source, target):
+            # At most one outage a day, of minutes to hours, on one day in fifty.
+            length = DAY * 0.01 * np.exp(3.0 * self._hash(8, host, day))
+            start = day * DAY + self._hash(9, host, day) * (DAY - length)
+            out = (time >= start) & (time < start + length)
+            failed |= out & (self._hash(7, host, day) < 0.02)
+        return failed
+
+    def _hash(self, what: int, *keys: np.ndarray) -> np.ndarray:
+        """Returns numbers uniform on [0, 1), functions of the seed, `what` and `keys` alone."""
+        bits = mix(np.array([self._seed]), np.array([what]), *keys)
+        return np.multiply(bits >> np.uint64(11), 2.0**-53)
+
+
+def _make_hosts(rng: np.random.Generator, probes: int, n_as: int, cities: Cities) -> _Hosts:
+    """Returns `probes` hosts, the first quarter of them anchors."""
+    # An AS has a home city and is present in the nearest others.
+    home = rng.choice(len(cities.names), n_as, p=cities.population / cities.population.sum())
+    nearest = np.argsort(cities.distances_km(), axis=1, kind="stable")[:, :CITY_SLOTS]
+    as_cities = nearest[home]  # [A, CITY_SLOTS]
+    # Prefixes in the order of regions, as registries give them out, with room between them.
+    prefix = np.empty(n_as, np.int64)
+    prefix[np.argsort(cities.region[home], kind="stable")] = np.arange(n_as) * (MAX_AS // n_as)
+
+    n_anchors = min(max(probes // 4, 2), MAX_ANCHORS)
+    share = (rng.permutation(n_as) + 3.0) ** -0.5  # a few large ASes, many small ones
+    asn = rng.choice(n_as, probes, p=share / share.sum())
+    slot = rng.choice(CITY_SLOTS, probes, p=(0.55, 0.2, 0.15, 0.1))
+    access = rng.choice(len(ACCESS), probes, p=ACCESS[:, 0])
+    access[:n_anchors] = 0
+    low, high = ACCESS[access, 1], ACCESS[access, 2]
+    has_ipv6 = rng.random(probes) < np.where(access == 0, 0.9, 0.45)
+
+    place = asn * CITY_SLOTS + slot
+    order = np.argsort(place, kind="stable")
+    rank = np.empty(probes, np.int64)
+    rank[order] = np.arange(probes) - np.searchsorted(place[order], place[order])
+    number = (rank * 389 + place * 57) % HOSTS_PER_SLOT  # 389 and 1016 are coprime: all different
+    interface = rng.integers(0, 2**63, probes)
+    ipv4, ipv6 = [], []
+    for p, s, n, i in zip(
+        prefix[asn].tolist(), slot.tolist(), number.tolist(), interface.tolist(), strict=True
+    ):
+        low_bits = (s << 10) | (n // 254 << 8) | (n % 254 + 1)
+        ipv4.append(str(ipaddress.IPv4Address((10 << 24) | (p << 12) | low_bits)))
+        ipv6.append(str(ipaddress.IPv6Address((0xFD00 << 112) | (p << 96) | (low_bits << 80) | i)))
+    return _Hosts(
+        n_anchors=n_anchors,
+        asn=asn,
+        city=as_cities[asn, slot],
+        access=access,
+        last_mile_ms=low + (high - low) * rng.random(probes),
+        ipv4=ipv4,
+        ipv6=ipv6,
+        has_ipv6=has_ipv6,
+    )
+
+
+def _make_streams(
+    rng: np.random.Generator, hosts: _Hosts, measurements: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Returns source, target and whether IPv6 of each stream of measurements, in order of phase."""
+    probes, anchors = len(hosts.asn), hosts.n_anchors
+    per_probe = measurements // (probes * MIN_ROUNDS)
+    per_probe = min(max(per_probe, 3), MAX_TARGETS, anchors)
+    source = np.arange(probes)[:, None]
+    target = rng.integers(0, anchors, (probes, per_probe))
+    common = per_probe // 5  # every host measures these, as Atlas probes do the root servers
+    target[:, :common] = np.arange(common)
+    target[:, -1:] = (source + 1) % anchors  # never the host itself, so each host has a target
+    pairs = np.unique((source * anchors + target)[source != target])
+    source, target = pairs // anchors, pairs % anchors
+    both = hosts.has_ipv6[source] & hosts.has_ipv6[target]
+    source, target = np.concatenate([source, source[both]]), np.concatenate([target, target[both]])
+    ipv6 = np.arange(len(source)) >= len(both)
+    order = rng.permutation(len(source))
+    return source[order], target[order], ipv6[order]
+
+
+def simulate(
+    output: Path, *, probes: int, days: float, measurements: int, seed: int
+) -> SimulateResult:
+    """Writes the measurements of a synthetic internet to a Parquet file, in time order.
+
+    A finished file with the same settings is left as it is.
+
+    Args:
+        output: The file to write, `*.parquet`, in a directory that exists.
+        probes: Hosts that measure, 2 to 100,000; a quarter of them, at most 1,000, are targets too.
+        days: Time span from 2024-01-01 UTC on, in days.
+        measurements: How many measurements to write.
+        seed: Seed of the world and its noise.
+
+    Raises:
+        ConfigError: A setting cannot be, or `output` was made with other settings.
+        DataError: `output` exists and is not a simulated file.
+        StorageError: `output` cannot be written.
+    """
+    output = Path(output)
+    settings = {"probes": probes, "days": days, "measurements": measurements, "seed": seed}
+    _check(output, settings)
+    if output.exists():
+        _check_finished(output, settings)
+    else:
+        world = World(probes=probes, days=days, measurements=measurements, seed=seed)
+        _write(output, world, settings)
+    return SimulateResult(output=str(output), bytes=output.stat().st_size, **settings)
+
+
+def _check(output: Path, settings: dict) -> None:
+    limits = {
+        "probes": (2, MAX_PROBES),
+        "days": (1 / DAY, MAX_DAYS),
+        "measurements": (1, 10**12),
+        "seed": (0, 2**63 - 1),
+    }
+    for name, (low, high) in limits.items():
+        if not low <= settings[name] <= high:  # also refuses NaN
+            raise ConfigError(f"{name}={settings[name]} must lie between {low:.6g} and {high:.6g}")
+    if output.suffix != ".parquet":
+        raise ConfigError(f"output={output} must be a Parquet file: give a name ending in .parquet")
+    if output.is_dir():
+        raise ConfigError(f"output={output} is a directory; name a .parquet file in it")
+    if not output.parent.is_dir():
+        raise StorageError(f"output={output}: there is no directory {output.parent}; make it first")
+
+
+def _check_finished(output: Path, settings: dict) -> None:
+    try:
+        metadata = pq.read_metadata(output).metadata or {}
+    except (OSError, pa.ArrowInvalid) as error:
+        raise DataError(f"{output} exists and is not a readable Parquet file: {error}") from None
+    try:
+        found = dict(json.loads(metadata[SETTINGS_KEY]))
+    except (KeyError, TypeError, ValueError):
+        raise DataError(
+            f"{output} exists and was not written by simulate; choose another name"
+        ) from None
+    for name, value in settings.items():
+        if found.get(name) != value:
+            raise ConfigError(
+                f"{output} was simulated with {name}={found.get(name)}, not {name}={value}; "
+                "choose another output or remove it"
+            )
+
+
+def _write(output: Path, world: World, settings: dict) -> None:
+    temporary = output.with_name(f".{output.name}.{os.getpid()}.tmp")
+    schema = SCHEMA.with_metadata({SETTINGS_KEY: json.dumps(settings)})
+    total = settings["measurements"]
+    try:
+        with (
+            progress("simulate", total=total, unit="measurements") as shown,
+            pq.ParquetWriter(
+                temporary,
+                schema,
+                compression="zstd",
+                use_dictionary=["src_addr", "dst_addr", "ip_version"],  # pyright: ignore[reportArgumentType]
+                column_encoding={"event_time": "DELTA_BINARY_PACKED"},
+                write_page_checksum=True,  # else a damaged page may read as other numbers
+            ) as writer,
+        ):
+            for index in range(-(-total // BLOCK)):
+                batch = world.block(index)
+                writer.write_batch(batch)
+                shown.update(len(batch))
+        temporary.replace(output)
+    except OSError as error:
+        raise StorageError(f"cannot write {output}: {error}; nothing was left there") from None
+    finally:
+        temporary.unlink(missing_ok=True)
