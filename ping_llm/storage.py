@@ -161,6 +161,14 @@ class Location:
         below = len(path.rstrip("/")) + 1
         return sorted({info.path[below:].partition("/")[0] for info in found})
 
+    def _listing(self) -> list[tuple[str, int, int]]:
+        filesystem, path, _ = _filesystem(self)
+        try:
+            found = filesystem.get_file_info(fs.FileSelector(path, recursive=True))
+        except OSError as error:
+            raise StorageError(f"{self} cannot be listed: {error}") from None
+        return sorted((info.path, info.size, info.mtime_ns) for info in found if info.is_file)
+
     def find(self) -> "list[StoredFile]":
         """Returns the files that a file, directory or glob names, sorted by URL.
 
@@ -276,19 +284,21 @@ class Location:
         except OSError as error:
             raise StorageError(f"{self} cannot be deleted: {error}") from None
 
-    def local_copy(self, *, identity: str) -> Path:
+    def local_copy(self, *, identity: str | None = None) -> Path:
         """Returns a local directory with the files below this one, which one can memory-map.
 
         A local one is returned as it is. A remote one is copied once into the user's cache
         (`$XDG_CACHE_HOME/ping-llm`), under a name made of the URL and the content of the file
-        named `identity`: when that changes, so does the copy.
+        named `identity`, or the names, sizes and times of all files: when these change, so does
+        the copy.
 
         Raises:
             StorageError: There is no file `identity` below it, or a copy failed.
         """
         if self.is_local:
             return self.path
-        key = hashlib.sha256(self.url.encode() + b"\0" + (self / identity).read_bytes())
+        content = repr(self._listing()).encode() if identity is None else (self / identity).read_bytes()
+        key = hashlib.sha256(self.url.encode() + b"\0" + content)
         root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ping-llm"
         target = root / key.hexdigest()[:24]
         if target.is_dir():

@@ -26,7 +26,7 @@ from ping_llm.extraction.batches import PackedBatch
 from ping_llm.extraction.config import ExtractionConfig
 from ping_llm.extraction.records import fingerprint
 from ping_llm.hashing import digest
-from ping_llm.models import qwen2
+from ping_llm.models import huggingface
 from ping_llm.models.config import SITES, DecoderConfig
 from ping_llm.models.decoder import Decoder
 from ping_llm.progress import progress
@@ -67,7 +67,7 @@ def open_model(model: str | Path) -> ModelSource:
         ConfigError: Its configuration is not supported.
     """
     path = Path(model) / "config.json"
-    config = qwen2.read_json(path) if path.is_file() else {}
+    config = huggingface.read_json(path) if path.is_file() else {}
     if "model" in config and "train" in config:
         if jax.process_count() > 1:
             raise ConfigError(f"{model} is a run; runs are small, and read by one process each")
@@ -75,8 +75,8 @@ def open_model(model: str | Path) -> ModelSource:
         train = config["train"]
         law = WindowLaw.of(train)
         return ModelSource(str(model), None, Path(model), cfg, train["seq_len"], law)
-    directory = qwen2.resolve(model)
-    cfg = qwen2.read_config(directory)
+    directory = huggingface.resolve(model)
+    cfg = huggingface.read_config(directory)
     return ModelSource(str(model), directory, None, cfg, DEFAULT_MAX_LENGTH)
 
 
@@ -176,9 +176,9 @@ def _load(source: ModelSource, cfg: ExtractionConfig, mesh: Mesh) -> tuple[Any, 
     if "final_norm" in cfg.sites:
         depth = source.cfg.n_layers
     if source.checkpoint is not None:
-        total = qwen2.checkpoint_bytes(source.checkpoint)
+        total = huggingface.checkpoint_bytes(source.checkpoint)
         with progress(f"load {source.name}", total=total, unit="bytes") as bar:
-            model = qwen2.load(
+            model = huggingface.load(
                 source.checkpoint,
                 n_layers=depth,
                 head=False,

@@ -212,17 +212,17 @@ def verify_parity(
         CheckpointError: The checkpoint cannot be read.
     """
     from ping_llm.extraction.config import parse_layers, parse_sites
-    from ping_llm.models import qwen2
+    from ping_llm.models import huggingface
 
     require_torch()
-    directory = qwen2.resolve(model)
-    cfg = qwen2.read_config(directory)
+    directory = huggingface.resolve(model)
+    cfg = huggingface.read_config(directory)
     chosen_sites, chosen_layers = parse_sites(sites), parse_layers(layers, cfg.n_layers)
     rng = np.random.default_rng(seed)
     prompts = [rng.integers(0, cfg.vocab_size, length) for length in LENGTHS]
     theirs = reference_activations(directory, prompts)
     gc.collect()  # torch's weights go before ours come
-    ours = qwen2.load(directory, head=False, dtype="float32")
+    ours = huggingface.load(directory, head=False, dtype="float32")
     found: dict[str, float] = {}
     for packed in (True, False):
         values = own_activations(

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from ping_llm.errors import DataError
-from ping_llm.models.qwen2 import read_json
+from ping_llm.models.huggingface import read_json
 
 
 class Tokenizer:

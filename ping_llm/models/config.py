@@ -2,13 +2,15 @@
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal, get_args
 
 from ping_llm.errors import ConfigError
 
-DTYPES = ("float32", "bfloat16", "float16")
-SITES = ("attn", "mlp", "residual")  # of each block
+Dtype = Literal["float32", "bfloat16", "float16"]
+DTYPES = get_args(Dtype)
+Site = Literal["embed", "attn", "mlp", "residual", "final_norm"]  # in the order of the decoder
 END_SITES = ("embed", "final_norm")  # once in the model
+SITES = ("attn", "mlp", "residual")  # of each block
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

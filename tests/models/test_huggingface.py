@@ -12,7 +12,7 @@ from hf_checkpoints import make_checkpoint
 
 from ping_llm.errors import CheckpointError, ConfigError
 from ping_llm.extraction import parity
-from ping_llm.models import qwen2
+from ping_llm.models import huggingface
 
 SITES = ("residual", "attn", "mlp", "embed", "final_norm")
 YARN = {"factor": 4.0, "original_max_position_embeddings": 64}
@@ -82,7 +82,7 @@ def prompts():
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_activations_are_those_of_transformers(variant, tmp_path, prompts):
     directory = make_checkpoint(tmp_path, **VARIANTS[variant])
-    model = qwen2.load(directory, head=False, dtype="float32")
+    model = huggingface.load(directory, head=False, dtype="float32")
     theirs = parity.reference_activations(directory, prompts)
     for packed in (True, False):
         ours = parity.own_activations(model, prompts, sites=SITES, layers=(0, 1, 2), packed=packed)
@@ -94,7 +94,7 @@ def test_activations_are_those_of_transformers(variant, tmp_path, prompts):
 def test_the_last_chosen_layer_needs_nothing_after_it(tmp_path, prompts):
     directory = make_checkpoint(tmp_path)
     theirs = parity.reference_activations(directory, prompts)
-    model = qwen2.load(directory, n_layers=2, head=False)
+    model = huggingface.load(directory, n_layers=2, head=False)
     ours = parity.own_activations(model, prompts, sites=("mlp",), layers=(1,), packed=True)
     assert parity.largest_differences(ours, theirs)["mlp", 1] < 1e-5
 
@@ -103,7 +103,7 @@ def test_in_bfloat16_we_are_as_exact_as_transformers(tmp_path, prompts):
     directory = make_checkpoint(tmp_path, dtype="bfloat16", head_dim=20)
     exact = parity.reference_activations(directory, prompts, dtype="float32")
     theirs = parity.reference_activations(directory, prompts, dtype="bfloat16")
-    model = qwen2.load(directory, head=False)
+    model = huggingface.load(directory, head=False)
     ours = parity.own_activations(model, prompts, sites=SITES, layers=(0, 1, 2), packed=True)
     our_error = parity.largest_differences(ours, exact)
     their_error = parity.largest_differences(theirs, exact)
@@ -118,16 +118,16 @@ def test_logits_are_those_of_transformers(tmp_path, prompts):
     theirs = transformers.AutoModelForCausalLM.from_pretrained(directory).eval()
     with torch.inference_mode():
         expected = theirs(torch.from_numpy(prompts[1])[None]).logits.numpy()
-    ours = np.asarray(qwen2.load(directory)(prompts[1][None].astype(np.int32)))
+    ours = np.asarray(huggingface.load(directory)(prompts[1][None].astype(np.int32)))
     assert parity.relative_l2(ours, expected) < 1e-5
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 def test_parameters_keep_their_dtype_unless_asked(dtype, tmp_path):
     directory = make_checkpoint(tmp_path, dtype=dtype)
-    kept = jax.tree.leaves(nnx.state(qwen2.load(directory)))
+    kept = jax.tree.leaves(nnx.state(huggingface.load(directory)))
     assert {str(leaf.dtype) for leaf in kept} == {dtype}
-    asked = jax.tree.leaves(nnx.state(qwen2.load(directory, param_dtype="float32")))
+    asked = jax.tree.leaves(nnx.state(huggingface.load(directory, param_dtype="float32")))
     assert {str(leaf.dtype) for leaf in asked} == {"float32"}
     for ours, theirs in zip(asked, kept, strict=True):
         np.testing.assert_array_equal(ours, np.asarray(theirs, np.float32))
@@ -153,7 +153,7 @@ def test_parameters_keep_their_dtype_unless_asked(dtype, tmp_path):
 def test_an_option_that_is_not_supported_is_refused_by_its_name(change, name, tmp_path):
     directory = make_checkpoint(tmp_path, config=change)
     with pytest.raises(ConfigError, match=name):
-        qwen2.load(directory)
+        huggingface.load(directory)
 
 
 def test_options_that_are_off_or_only_describe_are_taken(tmp_path):
@@ -163,7 +163,7 @@ def test_options_that_are_off_or_only_describe_are_taken(tmp_path):
         "_name_or_path": "x",
         "rope_scaling": {},
     }
-    assert qwen2.read_config(make_checkpoint(tmp_path, config=off)).n_layers == 3
+    assert huggingface.read_config(make_checkpoint(tmp_path, config=off)).n_layers == 3
 
 
 def test_all_weights_that_do_not_fit_are_listed_at_once(tmp_path):
@@ -171,7 +171,7 @@ def test_all_weights_that_do_not_fit_are_listed_at_once(tmp_path):
     other = make_checkpoint(tmp_path / "other", model_type="qwen3")
     shutil.copy(other / "model.safetensors", directory)
     with pytest.raises(CheckpointError) as error:
-        qwen2.load(directory)
+        huggingface.load(directory)
     message = str(error.value)
     assert "\n" not in message
     for name in ("layers.3.mlp.up_proj.weight", "layers.0.self_attn.q_proj.bias"):
@@ -182,9 +182,9 @@ def test_all_weights_that_do_not_fit_are_listed_at_once(tmp_path):
 
 def test_a_head_that_is_not_needed_may_be_missing(tmp_path):
     directory = make_checkpoint(tmp_path, backbone=True)
-    qwen2.load(directory, head=False)
+    huggingface.load(directory, head=False)
     with pytest.raises(CheckpointError, match=r"missing: lm_head\.weight"):
-        qwen2.load(directory)
+        huggingface.load(directory)
 
 
 @pytest.mark.parametrize("cut", [0, 4, 100, 3000, -1])
@@ -193,7 +193,7 @@ def test_a_truncated_file_is_named(cut, tmp_path):
     path = directory / "model.safetensors"
     path.write_bytes(path.read_bytes()[:cut])
     with pytest.raises(CheckpointError, match=r"model\.safetensors"):
-        qwen2.load(directory)
+        huggingface.load(directory)
 
 
 def test_a_damaged_header_is_an_error_whatever_byte_it_is(tmp_path):
@@ -203,7 +203,7 @@ def test_a_damaged_header_is_an_error_whatever_byte_it_is(tmp_path):
     for at in range(0, 600, 7):
         path.write_bytes(content[:at] + bytes([content[at] ^ 0x80]) + content[at + 1 :])
         with pytest.raises(CheckpointError):
-            qwen2.load(directory)
+            huggingface.load(directory)
 
 
 def test_a_file_that_the_index_names_but_is_not_there_is_named(tmp_path):
@@ -212,16 +212,16 @@ def test_a_file_that_the_index_names_but_is_not_there_is_named(tmp_path):
     gone = sorted(set(index["weight_map"].values()))[1]
     (directory / gone).unlink()
     with pytest.raises(CheckpointError, match=gone):
-        qwen2.load(directory)
+        huggingface.load(directory)
 
 
 def test_a_hub_id_that_cannot_be_had_says_why(monkeypatch, tmp_path):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(CheckpointError, match="could not be fetched from the hub"):
-        qwen2.resolve("Qwen/no-such-model")
+        huggingface.resolve("Qwen/no-such-model")
     with pytest.raises(CheckpointError, match="neither a directory nor a hub id"):
-        qwen2.resolve(tmp_path / "absent")
+        huggingface.resolve(tmp_path / "absent")
 
 
 def test_layers_of_different_dtypes_lose_nothing(tmp_path):
@@ -232,7 +232,7 @@ def test_layers_of_different_dtypes_lose_nothing(tmp_path):
     name = "model.layers.1.mlp.up_proj.weight"
     tensors[name] = tensors[name].astype(np.float32) + np.float32(1e-6)
     save_file(tensors, directory / "model.safetensors")
-    model = qwen2.load(directory)
+    model = huggingface.load(directory)
     kernel = np.asarray(model.blocks.mlp.up.kernel[...])
     assert kernel.dtype == np.float32
     np.testing.assert_array_equal(kernel[1], tensors[name].T)

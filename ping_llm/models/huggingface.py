@@ -1,15 +1,15 @@
-"""Qwen2, Qwen2.5 and Qwen3 checkpoints in Hugging Face's layout: the same decoder, other values.
+"""Checkpoints in Hugging Face's layout: `config.json` and safetensors, in one directory.
 
-A checkpoint is a directory with `config.json` and safetensors. Whatever its configuration asks for
-is either done or refused by name. Weights go to their devices one tensor at a time.
+What a configuration asks for is either done or refused by name. Weights go to their devices one
+tensor at a time.
 """
 
 import dataclasses
 import functools
 import json
-import os
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import jax
@@ -19,86 +19,37 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from ping_llm.errors import CheckpointError, ConfigError
-from ping_llm.models.config import DTYPES, DecoderConfig, YarnScaling
+from ping_llm.errors import CheckpointError
+from ping_llm.models import families
+from ping_llm.models.config import DecoderConfig
 from ping_llm.models.decoder import Decoder
 from ping_llm.models.safetensors import SafetensorsFile
+from ping_llm.storage import Location
 
-MODEL_TYPES = ("qwen2", "qwen3")
 FILES = ("*.json", "*.safetensors", "*.jinja", "merges.txt")  # what is fetched from the hub
-
-# Keys of config.json that change nothing in a forward pass.
-_NO_EFFECT = {
-    "architectures",
-    "attention_dropout",
-    "bos_token_id",
-    "chunk_size_feed_forward",
-    "dtype",
-    "eos_token_id",
-    "id2label",
-    "initializer_range",
-    "label2id",
-    "max_position_embeddings",
-    "output_attentions",
-    "output_hidden_states",
-    "pad_token_id",
-    "problem_type",
-    "return_dict",
-    "torch_dtype",
-    "transformers_version",
-    "use_cache",
-}
-_YARN_KEYS = (
-    "beta_fast",
-    "beta_slow",
-    "attention_factor",
-    "mscale",
-    "mscale_all_dim",
-    "truncate",
-)
-
-# Where the weights of a block come from, and whether they are stored [out, in].
-_BLOCK: dict[tuple[str, ...], tuple[str, bool]] = {
-    ("attn_norm", "scale"): ("input_layernorm.weight", False),
-    ("mlp_norm", "scale"): ("post_attention_layernorm.weight", False),
-    ("attn", "q", "kernel"): ("self_attn.q_proj.weight", True),
-    ("attn", "q", "bias"): ("self_attn.q_proj.bias", False),
-    ("attn", "k", "kernel"): ("self_attn.k_proj.weight", True),
-    ("attn", "k", "bias"): ("self_attn.k_proj.bias", False),
-    ("attn", "v", "kernel"): ("self_attn.v_proj.weight", True),
-    ("attn", "v", "bias"): ("self_attn.v_proj.bias", False),
-    ("attn", "out", "kernel"): ("self_attn.o_proj.weight", True),
-    ("attn", "q_norm", "scale"): ("self_attn.q_norm.weight", False),
-    ("attn", "k_norm", "scale"): ("self_attn.k_norm.weight", False),
-    ("mlp", "gate", "kernel"): ("mlp.gate_proj.weight", True),
-    ("mlp", "up", "kernel"): ("mlp.up_proj.weight", True),
-    ("mlp", "down", "kernel"): ("mlp.down_proj.weight", True),
-}
-_ENDS: dict[tuple[str, ...], tuple[str, bool]] = {
-    ("embed", "embedding"): ("embed_tokens.weight", False),
-    ("final_norm", "scale"): ("norm.weight", False),
-    ("head", "kernel"): ("lm_head.weight", True),
-}
 
 
 def resolve(model: str | Path) -> Path:
-    """Returns the directory of a checkpoint: `model` itself, or a hub id's files in the cache.
+    """Returns a local directory with the files of a checkpoint.
+
+    Args:
+        model: A directory, local or remote, or a hub id. What is not local is copied once.
 
     Raises:
         CheckpointError: There is no such directory, and the hub does not give the files either.
+        StorageError: A remote directory cannot be read.
     """
-    path = Path(model)
-    if path.is_dir():
-        return path
-    text = str(model)
-    if text.count("/") != 1 or text.startswith((".", "/", "~")):
+    location = Location.of(model)
+    if location.is_dir():
+        return location.local_copy()
+    if location.url.count("/") != 1 or location.url.startswith((".", "/", "~")):
         raise CheckpointError(
             f"{model} is neither a directory nor a hub id such as Qwen/Qwen2.5-0.5B"
         )
     import huggingface_hub
 
     try:
-        return Path(huggingface_hub.snapshot_download(text, allow_patterns=list(FILES)))
+        directory = huggingface_hub.snapshot_download(location.url, allow_patterns=list(FILES))
     except Exception as error:  # the hub raises many kinds, also those of its HTTP client
         reason = (str(error).strip().splitlines() or [""])[0]
         raise CheckpointError(
@@ -106,6 +57,7 @@ def resolve(model: str | Path) -> Path:
             f"({type(error).__name__}: {reason}); check the id and the network, log in with "
             "`hf auth login` if it is gated, or give the path of a directory"
         ) from error
+    return Path(directory)
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -123,9 +75,6 @@ def read_json(path: Path) -> dict[str, Any]:
     return content
 
 
-# --- config -----------------------------------------------------------------------------------
-
-
 def read_config(directory: Path) -> DecoderConfig:
     """Returns the decoder that `config.json` describes; `dtype` is the checkpoint's own.
 
@@ -133,140 +82,14 @@ def read_config(directory: Path) -> DecoderConfig:
         CheckpointError: The file cannot be read.
         ConfigError: It asks for something that this decoder does not do, or lacks a size.
     """
-    path = Path(directory) / "config.json"
-    return config_from_json(read_json(path), where=str(path))
+    return _open(directory)[1]
 
 
-def config_from_json(fields: Mapping[str, Any], *, where: str = "config.json") -> DecoderConfig:
-    """Returns the decoder that the content of a `config.json` describes.
-
-    Raises:
-        ConfigError: It asks for something that this decoder does not do, or lacks a size.
-    """
-    left = {key: value for key, value in fields.items() if key not in _NO_EFFECT}
-
-    def take(key: str, default: Any = None) -> Any:
-        return left.pop(key, default)
-
-    def size(key: str) -> int:
-        value = take(key)
-        if not isinstance(value, int):
-            raise ConfigError(f"{where}: {key} is {value!r}; expected a whole number")
-        return value
-
-    model_type = take("model_type")
-    if model_type not in MODEL_TYPES:
-        raise ConfigError(
-            f"{where}: model_type {model_type!r} is not one of {', '.join(MODEL_TYPES)}"
-        )
-    is_qwen3 = model_type == "qwen3"
-    if (act := take("hidden_act", "silu")) != "silu":
-        raise ConfigError(f"{where}: hidden_act {act!r} is not supported; only 'silu' is")
-    d_model, n_layers = size("hidden_size"), size("num_hidden_layers")
-    n_heads = size("num_attention_heads")
-    n_kv_heads = take("num_key_value_heads") or n_heads
-    head_dim = take("head_dim") or (128 if is_qwen3 else d_model // n_heads)
-    theta, yarn = _rope(left, fields.get("max_position_embeddings"), where)
-    window, flags = _sliding(left, n_layers, where)
-    config = DecoderConfig(
-        vocab_size=size("vocab_size"),
-        d_model=d_model,
-        n_layers=n_layers,
-        n_heads=n_heads,
-        n_kv_heads=n_kv_heads,
-        head_dim=head_dim,
-        d_ff=size("intermediate_size"),
-        rms_norm_eps=take("rms_norm_eps", 1e-6),
-        rope_theta=theta,
-        rope_scaling=yarn,
-        qkv_bias=not is_qwen3,
-        qk_norm=is_qwen3,
-        tie_embeddings=bool(take("tie_word_embeddings", False)),
-        sliding_window=window,
-        sliding_layers=flags,
-        dtype=_dtype(fields, where),
-        param_dtype=_dtype(fields, where),
-    )
-    # Qwen2 has its three biases whatever this says; with it, Qwen3 has a fourth.
-    if take("attention_bias", False) and is_qwen3:
-        raise ConfigError(f"{where}: attention_bias=True is not supported for {model_type}")
-    refused = [key for key, value in left.items() if value and not key.startswith("_")]
-    if refused:
-        shown = ", ".join(f"{key}={left[key]!r}" for key in sorted(refused))
-        raise ConfigError(
-            f"{where}: not supported: {shown}; remove it only if it does not change the model"
-        )
-    return config
-
-
-def _dtype(fields: Mapping[str, Any], where: str) -> str:
-    name = str(fields.get("dtype") or fields.get("torch_dtype") or "float32").removeprefix("torch.")
-    if name not in DTYPES:
-        raise ConfigError(f"{where}: dtype {name!r} is not one of {', '.join(DTYPES)}")
-    return name
-
-
-def _rope(
-    left: dict[str, Any], max_positions: int | None, where: str
-) -> tuple[float, YarnScaling | None]:
-    """Takes all of RoPE's settings out of `left`; returns (theta, scaling)."""
-    scaling, parameters = left.pop("rope_scaling", None), left.pop("rope_parameters", None)
-    if scaling and parameters and scaling != parameters:
-        raise ConfigError(f"{where}: rope_scaling={scaling} and {parameters=} differ; keep one")
-    rope = dict(scaling or parameters or {})
-    theta = left.pop("rope_theta", None)
-    theta = rope.pop("rope_theta", None) or theta or 10_000.0
-    original = left.pop("original_max_position_embeddings", None)
-    kinds = {rope.pop("rope_type", None), rope.pop("type", None)} - {None} or {"default"}
-    if len(kinds) > 1:
-        raise ConfigError(
-            f"{where}: RoPE has both type and rope_type, which differ: {sorted(kinds)}"
-        )
-    (kind,) = kinds
-    partial = {rope.pop("partial_rotary_factor", None), left.pop("partial_rotary_factor", None)}
-    if partial - {None, 1.0}:
-        raise ConfigError(f"{where}: partial_rotary_factor other than 1 is not supported")
-    yarn = None
-    if kind == "yarn":
-        original = original or rope.pop("original_max_position_embeddings", None) or max_positions
-        rope.pop("original_max_position_embeddings", None)
-        if original is None:
-            raise ConfigError(f"{where}: YaRN needs original_max_position_embeddings")
-        factor = rope.pop("factor", None) or (max_positions or original) / original
-        given = {key: rope.pop(key, None) for key in _YARN_KEYS}
-        given = {key: value for key, value in given.items() if value is not None}
-        yarn = YarnScaling(factor=factor, original_max_positions=original, **given)
-    elif kind != "default":
-        raise ConfigError(
-            f"{where}: RoPE of type {kind!r} is not supported; only default and yarn are"
-        )
-    if rope:
-        shown = ", ".join(f"{key}={value!r}" for key, value in sorted(rope.items()))
-        raise ConfigError(f"{where}: RoPE setting not supported for type {kind!r}: {shown}")
-    return theta, yarn
-
-
-def _sliding(
-    left: dict[str, Any], n_layers: int, where: str
-) -> tuple[int | None, tuple[bool, ...]]:
-    """Takes the settings of the sliding window out of `left`; returns (width, flag per layer)."""
-    use, width = left.pop("use_sliding_window", False), left.pop("sliding_window", 4096)
-    first, kinds = left.pop("max_window_layers", 28), left.pop("layer_types", None)
-    width = width if use else None
-    if kinds is None:
-        flags = tuple(width is not None and layer >= first for layer in range(n_layers))
-    else:
-        if unknown := sorted(set(kinds) - {"full_attention", "sliding_attention"}):
-            raise ConfigError(f"{where}: layer_types {unknown} are not supported")
-        flags = tuple(kind == "sliding_attention" for kind in kinds)
-    if not any(flags):
-        return None, ()
-    if width is None:
-        raise ConfigError(
-            f"{where}: layer_types has sliding_attention, but {use=} for use_sliding_window and no "
-            "width; set use_sliding_window and sliding_window"
-        )
-    return width, flags
+def _open(directory: Path) -> tuple[ModuleType, DecoderConfig]:
+    path = directory / "config.json"
+    fields = read_json(path)
+    family = families.open(fields.get("model_type"), str(path))
+    return family, family.read_config(fields, str(path))
 
 
 # --- weights ----------------------------------------------------------------------------------
@@ -298,12 +121,12 @@ class _Weight:
         return shape[::-1] if self.transposed else shape
 
 
-def _weights(cfg: DecoderConfig) -> Iterator[_Weight]:
+def _weights(family: ModuleType, cfg: DecoderConfig) -> Iterator[_Weight]:
     state = nnx.state(nnx.eval_shape(lambda: Decoder(cfg, rngs=nnx.Rngs(0))), nnx.Param)
     for keys, leaf in nnx.to_flat_state(state):
         path = tuple(map(str, keys))
         stacked = path[0] == "blocks"
-        name, transposed = _BLOCK[path[1:]] if stacked else _ENDS[path]
+        name, transposed = family.BLOCK[path[1:]] if stacked else family.ENDS[path]
         names = tuple(f"layers.{i}.{name}" for i in range(cfg.n_layers)) if stacked else (name,)
         spec = P(*leaf.get_metadata("out_sharding"))
         yield _Weight(path, names, leaf.shape, spec, stacked, transposed)
@@ -346,10 +169,9 @@ class _Tensors:
             return opened.read(name)
 
 
-def _check(tensors: _Tensors, wanted: list[_Weight], whole: DecoderConfig, where: Path) -> None:
+def _check(tensors: _Tensors, wanted: list[_Weight], known: set[str], where: Path) -> None:
     """Raises one error that lists every weight that is missing, unknown, or of another shape."""
     needed = {name: weight.tensor_shape for weight in wanted for name in weight.names}
-    known = {name for weight in _weights(whole) for name in weight.names} | {"lm_head.weight"}
     missing = sorted(needed.keys() - tensors.shapes.keys())
     unknown = sorted(
         name for name in tensors.shapes.keys() - known if not name.endswith("rotary_emb.inv_freq")
@@ -393,8 +215,7 @@ def load(
         CheckpointError: A file is missing or damaged, or weights do not fit `config.json`.
         ConfigError: The configuration is not supported.
     """
-    directory = Path(directory)
-    whole = read_config(directory)
+    family, whole = _open(directory)
     n_layers = whole.n_layers if n_layers is None else n_layers
     cfg = dataclasses.replace(
         whole,
@@ -405,8 +226,9 @@ def load(
         param_dtype=param_dtype or whole.param_dtype,
     )
     tensors = _Tensors(directory)
-    wanted = list(_weights(cfg))
-    _check(tensors, wanted, whole, directory)
+    wanted = list(_weights(family, cfg))
+    known = {name for weight in _weights(family, whole) for name in weight.names}
+    _check(tensors, wanted, known | {"lm_head.weight"}, directory)
     leaves = {
         weight.path: _load_weight(weight, tensors, param_dtype, mesh, on_tensor)
         for weight in wanted
@@ -422,7 +244,7 @@ def load(
 
 def checkpoint_bytes(directory: Path) -> int:
     """Returns the size of a checkpoint's weight files."""
-    return sum(os.path.getsize(path) for path in Path(directory).glob("*.safetensors"))
+    return sum(path.stat().st_size for path in directory.glob("*.safetensors"))
 
 
 def _load_weight(

@@ -1,0 +1,192 @@
+"""Qwen2, Qwen2.5 and Qwen3: what their `config.json` means, and what their tensors are called."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from ping_llm.errors import ConfigError
+from ping_llm.models.config import DTYPES, DecoderConfig, YarnScaling
+
+# Keys of config.json that change nothing in a forward pass.
+_NO_EFFECT = {
+    "architectures",
+    "attention_dropout",
+    "bos_token_id",
+    "chunk_size_feed_forward",
+    "dtype",
+    "eos_token_id",
+    "id2label",
+    "initializer_range",
+    "label2id",
+    "max_position_embeddings",
+    "output_attentions",
+    "output_hidden_states",
+    "pad_token_id",
+    "problem_type",
+    "return_dict",
+    "torch_dtype",
+    "transformers_version",
+    "use_cache",
+}
+_YARN_KEYS = (
+    "beta_fast",
+    "beta_slow",
+    "attention_factor",
+    "mscale",
+    "mscale_all_dim",
+    "truncate",
+)
+
+# Parameter of the decoder: (tensor in the checkpoint, whether that is stored [out, in]).
+BLOCK: dict[tuple[str, ...], tuple[str, bool]] = {
+    ("attn_norm", "scale"): ("input_layernorm.weight", False),
+    ("mlp_norm", "scale"): ("post_attention_layernorm.weight", False),
+    ("attn", "q", "kernel"): ("self_attn.q_proj.weight", True),
+    ("attn", "q", "bias"): ("self_attn.q_proj.bias", False),
+    ("attn", "k", "kernel"): ("self_attn.k_proj.weight", True),
+    ("attn", "k", "bias"): ("self_attn.k_proj.bias", False),
+    ("attn", "v", "kernel"): ("self_attn.v_proj.weight", True),
+    ("attn", "v", "bias"): ("self_attn.v_proj.bias", False),
+    ("attn", "out", "kernel"): ("self_attn.o_proj.weight", True),
+    ("attn", "q_norm", "scale"): ("self_attn.q_norm.weight", False),
+    ("attn", "k_norm", "scale"): ("self_attn.k_norm.weight", False),
+    ("mlp", "gate", "kernel"): ("mlp.gate_proj.weight", True),
+    ("mlp", "up", "kernel"): ("mlp.up_proj.weight", True),
+    ("mlp", "down", "kernel"): ("mlp.down_proj.weight", True),
+}
+ENDS: dict[tuple[str, ...], tuple[str, bool]] = {
+    ("embed", "embedding"): ("embed_tokens.weight", False),
+    ("final_norm", "scale"): ("norm.weight", False),
+    ("head", "kernel"): ("lm_head.weight", True),
+}
+
+
+def read_config(fields: Mapping[str, Any], where: str) -> DecoderConfig:
+    """Returns the decoder that the content of a `config.json` describes.
+
+    Args:
+        fields: The content; its `model_type` is qwen2 or qwen3.
+        where: What messages call it.
+
+    Raises:
+        ConfigError: It asks for something that this decoder does not do, or lacks a size.
+    """
+    left = {key: value for key, value in fields.items() if key not in _NO_EFFECT}
+
+    def take(key: str, default: Any = None) -> Any:
+        return left.pop(key, default)
+
+    def size(key: str) -> int:
+        value = take(key)
+        if not isinstance(value, int):
+            raise ConfigError(f"{where}: {key} is {value!r}; expected a whole number")
+        return value
+
+    model_type = take("model_type")
+    is_qwen3 = model_type == "qwen3"
+    if (act := take("hidden_act", "silu")) != "silu":
+        raise ConfigError(f"{where}: hidden_act {act!r} is not supported; only 'silu' is")
+    d_model, n_layers = size("hidden_size"), size("num_hidden_layers")
+    n_heads = size("num_attention_heads")
+    n_kv_heads = take("num_key_value_heads") or n_heads
+    head_dim = take("head_dim") or (128 if is_qwen3 else d_model // n_heads)
+    theta, yarn = _rope(left, fields.get("max_position_embeddings"), where)
+    window, flags = _sliding(left, n_layers, where)
+    config = DecoderConfig(
+        vocab_size=size("vocab_size"),
+        d_model=d_model,
+        n_layers=n_layers,
+        n_heads=n_heads,
+        n_kv_heads=n_kv_heads,
+        head_dim=head_dim,
+        d_ff=size("intermediate_size"),
+        rms_norm_eps=take("rms_norm_eps", 1e-6),
+        rope_theta=theta,
+        rope_scaling=yarn,
+        qkv_bias=not is_qwen3,
+        qk_norm=is_qwen3,
+        tie_embeddings=bool(take("tie_word_embeddings", False)),
+        sliding_window=window,
+        sliding_layers=flags,
+        dtype=_dtype(fields, where),
+        param_dtype=_dtype(fields, where),
+    )
+    # Qwen2 has its three biases whatever this says; with it, Qwen3 has a fourth.
+    if take("attention_bias", False) and is_qwen3:
+        raise ConfigError(f"{where}: attention_bias=True is not supported for {model_type}")
+    refused = [key for key, value in left.items() if value and not key.startswith("_")]
+    if refused:
+        shown = ", ".join(f"{key}={left[key]!r}" for key in sorted(refused))
+        raise ConfigError(
+            f"{where}: not supported: {shown}; remove it only if it does not change the model"
+        )
+    return config
+
+
+def _dtype(fields: Mapping[str, Any], where: str) -> str:
+    name = str(fields.get("dtype") or fields.get("torch_dtype") or "float32").removeprefix("torch.")
+    if name not in DTYPES:
+        raise ConfigError(f"{where}: dtype {name!r} is not one of {', '.join(DTYPES)}")
+    return name
+
+
+def _rope(
+    left: dict[str, Any], max_positions: int | None, where: str
+) -> tuple[float, YarnScaling | None]:
+    """Takes all of RoPE's settings out of `left`; returns (theta, scaling)."""
+    scaling, parameters = left.pop("rope_scaling", None), left.pop("rope_parameters", None)
+    if scaling and parameters and scaling != parameters:
+        raise ConfigError(f"{where}: rope_scaling={scaling} and {parameters=} differ; keep one")
+    rope = dict(scaling or parameters or {})
+    theta = left.pop("rope_theta", None)
+    theta = rope.pop("rope_theta", None) or theta or 10_000.0
+    original = left.pop("original_max_position_embeddings", None)
+    kinds = {rope.pop("rope_type", None), rope.pop("type", None)} - {None} or {"default"}
+    if len(kinds) > 1:
+        raise ConfigError(
+            f"{where}: RoPE has both type and rope_type, which differ: {sorted(kinds)}"
+        )
+    (kind,) = kinds
+    partial = {rope.pop("partial_rotary_factor", None), left.pop("partial_rotary_factor", None)}
+    if partial - {None, 1.0}:
+        raise ConfigError(f"{where}: partial_rotary_factor other than 1 is not supported")
+    yarn = None
+    if kind == "yarn":
+        original = original or rope.pop("original_max_position_embeddings", None) or max_positions
+        rope.pop("original_max_position_embeddings", None)
+        if original is None:
+            raise ConfigError(f"{where}: YaRN needs original_max_position_embeddings")
+        factor = rope.pop("factor", None) or (max_positions or original) / original
+        given = {key: rope.pop(key, None) for key in _YARN_KEYS}
+        given = {key: value for key, value in given.items() if value is not None}
+        yarn = YarnScaling(factor=factor, original_max_positions=original, **given)
+    elif kind != "default":
+        raise ConfigError(
+            f"{where}: RoPE of type {kind!r} is not supported; only default and yarn are"
+        )
+    if rope:
+        shown = ", ".join(f"{key}={value!r}" for key, value in sorted(rope.items()))
+        raise ConfigError(f"{where}: RoPE setting not supported for type {kind!r}: {shown}")
+    return theta, yarn
+
+
+def _sliding(
+    left: dict[str, Any], n_layers: int, where: str
+) -> tuple[int | None, tuple[bool, ...]]:
+    """Takes the settings of the sliding window out of `left`; returns (width, flag per layer)."""
+    use, width = left.pop("use_sliding_window", False), left.pop("sliding_window", 4096)
+    first, kinds = left.pop("max_window_layers", 28), left.pop("layer_types", None)
+    width = width if use else None
+    if kinds is None:
+        flags = tuple(width is not None and layer >= first for layer in range(n_layers))
+    else:
+        if unknown := sorted(set(kinds) - {"full_attention", "sliding_attention"}):
+            raise ConfigError(f"{where}: layer_types {unknown} are not supported")
+        flags = tuple(kind == "sliding_attention" for kind in kinds)
+    if not any(flags):
+        return None, ()
+    if width is None:
+        raise ConfigError(
+            f"{where}: layer_types has sliding_attention, but {use=} for use_sliding_window and no "
+            "width; set use_sliding_window and sliding_window"
+        )
+    return width, flags
