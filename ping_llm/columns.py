@@ -1,4 +1,4 @@
-"""Text to numbers, whole columns at once: addresses, times and decimals as files spell them.
+"""Text to numbers, whole columns at once: addresses, times and decimals as tables spell them.
 
 Each function returns values beside a code per value that says what is wrong with it, if anything;
 nothing is guessed. Python runs once per distinct value at most, and only for rare spellings.
@@ -8,16 +8,17 @@ nothing is guessed. Python runs once per distinct value at most, and only for ra
 # pyright: reportAttributeAccessIssue=false
 import dataclasses
 import datetime
-import socket
 from collections.abc import Callable
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from ping_llm import addresses
+
 OK, MISSING, INVALID = 0, 1, 2
 
-MAPPED_PREFIX = bytes(10) + b"\xff\xff"  # IPv4-mapped IPv6, RFC 4291
+_PER_SECOND = {"s": 1, "ms": 10**3, "us": 10**6, "ns": 10**9}
 _DECIMAL = r"^[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?$"
 _NOT_FINITE = r"(?i)^[+-]?(nan|inf|infinity)$"
 _ISO_8601 = (
@@ -59,35 +60,8 @@ def _text_buffers(array: pa.Array) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     return bounds[:-1], np.diff(bounds), np.frombuffer(data or b"", np.uint8)
 
 
-def _parse_ipv4(starts: np.ndarray, lengths: np.ndarray, data: np.ndarray):
-    """Returns (uint8 [n, 4], ok [n]): dotted quads without leading zeros, as inet_pton takes."""
-    n = len(starts)
-    octets, part = np.zeros((n, 4), np.uint8), np.zeros(n, np.int64)
-    value, digits, ok = np.zeros(n, np.int32), np.zeros(n, np.int32), np.ones(n, bool)
-    rows = np.arange(n)
-    for column in range(16):
-        index = np.minimum(starts + column, max(len(data) - 1, 0))
-        # A dot that closes the last number stands behind the text.
-        char = np.where(column < lengths, data[index], ord(".")).astype(np.uint8)
-        live = column <= lengths
-        digit = char - np.uint8(48)
-        is_digit, is_dot = digit < 10, char == ord(".")
-        ends = live & is_dot
-        ok &= ~live | is_digit | is_dot
-        ok &= ~ends | ((digits > 0) & (digits <= 3) & (value <= 255) & (part < 4))
-        ok &= ~(live & is_digit & (digits > 0) & (value == 0))  # 010 is 8 to some, 10 to others
-        octets[rows[ends], part[ends] & 3] = value[ends].astype(np.uint8)
-        value = np.where(is_dot, 0, np.minimum(value, 999) * 10 + digit)
-        digits = np.where(is_dot, 0, digits + 1)
-        part += ends
-    return octets, ok & (part == 4)
-
-
 def parse_addresses(column: pa.Array) -> Addresses:
-    """Returns a column of strings, or a dictionary of strings, as parsed addresses.
-
-    IPv6 is what `inet_pton` accepts, so no zone ids; IPv4-mapped IPv6 is the IPv4 address.
-    """
+    """Returns a column of strings, or a dictionary of strings, as `addresses.parse_texts` does."""
     if not pa.types.is_dictionary(column.type):
         column = pc.dictionary_encode(column.cast(pa.binary()))
     texts = column.dictionary.cast(pa.binary())
@@ -99,27 +73,73 @@ def parse_addresses(column: pa.Array) -> Addresses:
         indices = np.where(np.append(null, False)[indices], -1, indices).astype(np.int32)
         texts = pc.fill_null(texts, b"")
     starts, lengths, data = _text_buffers(texts)
-    values, family = np.zeros((len(texts), 16), np.uint8), np.zeros(len(texts), np.int8)
-    short = np.flatnonzero((lengths >= 7) & (lengths <= 15))
-    octets, ok = _parse_ipv4(starts[short].astype(np.int64), lengths[short], data)
-    short = short[ok]
-    values[short, :12] = np.frombuffer(MAPPED_PREFIX, np.uint8)
-    values[short, 12:] = octets[ok]
-    family[short] = 4
-    for i in np.flatnonzero(family == 0):
-        packed = _inet6(texts[int(i)].as_py())
-        if packed is not None:
-            values[i] = np.frombuffer(packed, np.uint8)
-            family[i] = 4 if packed.startswith(MAPPED_PREFIX) else 6
+    values, family = addresses.parse_texts(starts, lengths, data)
     empty = np.append(lengths == 0, False)
-    return Addresses(values, family, np.where(empty[indices], -1, indices).astype(np.int32))
+    codes = np.where(empty[indices], -1, indices).astype(np.int32)
+    return Addresses(addresses.as_bytes(values), family, codes)
 
 
-def _inet6(text: bytes) -> bytes | None:
-    try:
-        return socket.inet_pton(socket.AF_INET6, text.decode("ascii"))
-    except (OSError, ValueError):
-        return None
+def from_fixed_binary(column: pa.Array) -> np.ndarray:
+    """Returns a fixed_size_binary(16) array as addresses [n], without a copy."""
+    data = column.buffers()[1] or b""
+    return np.frombuffer(data, addresses.ADDRESS, len(column), 16 * column.offset)
+
+
+def to_fixed_binary(values: np.ndarray) -> pa.Array:
+    """Returns addresses [n] as a fixed_size_binary(16) array, without a copy where contiguous."""
+    buffer = pa.py_buffer(np.ascontiguousarray(values))
+    return pa.FixedSizeBinaryArray.from_buffers(pa.binary(16), len(values), [None, buffer])
+
+
+def _plain(column: pa.Array) -> pa.Array:
+    return column.dictionary_decode() if pa.types.is_dictionary(column.type) else column
+
+
+def is_text(kind: pa.DataType) -> bool:
+    """Returns whether a column of type `kind` holds strings of any encoding."""
+    return (
+        pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)
+    )
+
+
+def _missing(column: pa.Array) -> np.ndarray:
+    null = column.is_null().to_numpy(zero_copy_only=False)
+    return np.where(null, MISSING, OK).astype(np.uint8)
+
+
+def read_addresses(column: pa.Array) -> tuple[np.ndarray, np.ndarray]:
+    """Returns (addresses [n], problem [n]) of fixed_size_binary(16), or of any kind of text."""
+    kind = column.type.value_type if pa.types.is_dictionary(column.type) else column.type
+    if kind == pa.binary(16):
+        column = _plain(column)
+        return from_fixed_binary(column), _missing(column)
+    parsed = parse_addresses(column)
+    values = np.append(addresses.from_bytes(parsed.values), np.zeros(1, addresses.ADDRESS))
+    return values[parsed.codes], parsed.problems()
+
+
+def read_times(column: pa.Array) -> tuple[np.ndarray, np.ndarray]:
+    """Returns (epoch seconds int64 [n], problem [n]) of timestamps, numbers or any kind of text.
+
+    Fractions are floored away. A time without a zone is UTC; a date alone is no time.
+    """
+    column = _plain(column)
+    if pa.types.is_timestamp(column.type) or pa.types.is_integer(column.type):
+        ticks = pc.fill_null(column.cast(pa.int64()), 0).to_numpy()
+        unit = column.type.unit if pa.types.is_timestamp(column.type) else "s"
+        return ticks // _PER_SECOND[unit], _missing(column)
+    if pa.types.is_floating(column.type):
+        return to_seconds(*read_numbers(column))
+    return parse_times(column.cast(pa.string()))
+
+
+def read_numbers(column: pa.Array) -> tuple[np.ndarray, np.ndarray]:
+    """Returns (float64 [n], problem [n]) of numbers or any kind of text; NaN is a number here."""
+    column = _plain(column)
+    if is_text(column.type):
+        return parse_floats(column.cast(pa.string()))
+    numbers = column.cast(pa.float64(), safe=False)
+    return pc.fill_null(numbers, 0.0).to_numpy(), _missing(column)
 
 
 def parse_floats(column: pa.Array) -> tuple[np.ndarray, np.ndarray]:

@@ -1,8 +1,8 @@
-"""64-bit hashes of whole columns, for what must depend on values alone and on nothing else."""
+"""Hashes that depend on values alone: of whole columns, of JSON, of files."""
 
 import hashlib
 import json
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 
@@ -24,13 +24,29 @@ def mix(*columns: np.ndarray) -> np.ndarray:
     return key
 
 
+def hash_addresses(addresses: np.ndarray) -> np.ndarray:
+    """Returns a 64-bit hash of each address, [n] of 16 bytes or uint8 [n, 16]."""
+    halves = np.ascontiguousarray(addresses).view("<u8").reshape(-1, 2)
+    return mix(halves[:, 0], halves[:, 1])
+
+
+def keyed_hash_addresses(addresses: np.ndarray, seed: int) -> np.ndarray:
+    """Returns another 64-bit hash of each address, by which `seed` deals out splits.
+
+    Prepared data depend on it: it must never change.
+    """
+    words = np.ascontiguousarray(addresses).view(">u8").reshape(-1, 2).astype(np.uint64)
+    key = scramble(np.array([seed + 1], np.uint64))
+    return scramble(scramble(words[:, 0] ^ key) + words[:, 1])
+
+
 def canonical_json(content: Any) -> bytes:
     """Returns `content` as JSON in the one form that equal contents share."""
     return json.dumps(content, sort_keys=True, separators=(",", ":"), allow_nan=False).encode()
 
 
 def digest(content: Any) -> str:
-    """Returns a hash of what JSON can hold, in hexadecimal."""
+    """Returns a hash of what JSON can hold, 32 hexadecimal digits."""
     return hashlib.sha256(canonical_json(content)).hexdigest()[:32]
 
 
@@ -47,3 +63,11 @@ def unseal(data: bytes) -> dict[str, Any] | None:
     except (ValueError, KeyError, AttributeError, TypeError):
         return None
     return content if seal(content) == data else None
+
+
+def file_digest(file: BinaryIO) -> str:
+    """Returns the SHA-256 of the rest of an open binary file, in hexadecimal."""
+    sha256 = hashlib.sha256()
+    while block := file.read(1 << 20):
+        sha256.update(block)
+    return sha256.hexdigest()
