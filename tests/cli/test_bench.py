@@ -3,7 +3,10 @@ import tempfile
 
 import pytest
 from click.testing import CliRunner
+from hf_checkpoints import make_checkpoint
+from tiny_runs import SEQ_LEN, write_run
 
+from ping_llm.bench import extraction
 from ping_llm.cli import cli
 from ping_llm.ingest.prepare import prepare_data
 from ping_llm.simulation.simulate import simulate
@@ -139,3 +142,33 @@ def test_a_shape_that_cannot_be_is_refused():
     result = bench_train("--n-heads", 3)
     assert result.exit_code == 1
     assert "n_heads=3 must divide d_model=16" in result.stderr
+
+
+# --- predict and extract ------------------------------------------------------------------------
+
+
+def test_predictions_are_timed_with_and_without_a_history(tmp_path):
+    arguments = ["--run", str(write_run(tmp_path / "run")), "--pairs", "3", "--json"]
+    result = CliRunner().invoke(cli, ["bench", "predict", *arguments])
+    assert result.exit_code == 0, result.output
+    figures = json.loads(result.stdout)
+    assert figures["pairs_per_second"] > 0
+    assert figures["pairs_per_second_with_history"] > 0
+    assert 0 < figures["history_tokens"] <= SEQ_LEN
+    assert figures["pairs"] == 3
+
+
+def test_an_extraction_is_timed_and_leaves_nothing(tmp_path, monkeypatch):
+    monkeypatch.setattr(extraction, "WRITTEN_BYTES", 1 << 20)
+    (tmp_path / "out").mkdir()
+    model = make_checkpoint(tmp_path / "model")
+    words = ["--model", model, "--tokens", 60, "--min-length", 4, "--max-length", 8, "--compare"]
+    words += ["--batch-tokens", 64, "--output", tmp_path / "out", "--json"]
+    result = CliRunner().invoke(cli, ["bench", "extract", *map(str, words)])
+    assert result.exit_code == 0, result.output
+    figures = json.loads(result.stdout)
+    assert 10 * 4 <= figures["tokens"] <= 10 * 8
+    assert figures["bytes"] >= figures["tokens"] * 3 * 32 * 4  # 3 layers of 32 float32 values
+    rates = ("real_tokens_per_second", "write_bytes_per_second", "transformers_tokens_per_second")
+    assert all(figures[name] > 0 for name in rates)
+    assert list((tmp_path / "out").iterdir()) == []
