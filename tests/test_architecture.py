@@ -22,9 +22,9 @@ MODULES = {
 LEVELS = [
     {"errors", "text"},
     {"hashing", "progress", "resources", "packing", "addresses"},
-    {"storage", "settings", "sharding", "report", "columns"},
+    {"storage", "settings", "sharding", "columns"},
     {"measurements", "outputs"},
-    {"tokenizer", "models"},
+    {"tokenizer", "models", "report"},
     {"activations", "estimators", "simulation"},
     {"data", "checkpoints"},
     {"ingest", "training", "extraction"},
