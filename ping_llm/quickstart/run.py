@@ -4,10 +4,11 @@ import dataclasses
 import json
 
 from ping_llm import settings
+from ping_llm.errors import ConfigError
 from ping_llm.extraction.run import extract_activations
 from ping_llm.ingest.prepare import prepare_data
 from ping_llm.inspection.dataset import inspect_data
-from ping_llm.outputs import publish_json
+from ping_llm.outputs import claim, publish_json
 from ping_llm.prediction.evaluate import evaluate
 from ping_llm.quickstart.settings import QuickstartSettings
 from ping_llm.simulation.simulate import simulate
@@ -42,10 +43,19 @@ def quickstart(chosen: QuickstartSettings) -> QuickstartResult:
     """Returns what a small run of every step gave; run again, it continues where it stopped.
 
     Raises:
-        ConfigError: The output was begun with other settings.
+        ConfigError: The output was begun with other settings, or another process is writing it.
         StorageError: It cannot be written.
     """
-    output, seed = Location.of(chosen.output), chosen.seed
+    output = Location.of(chosen.output)
+    if output.is_file():
+        raise ConfigError(f"{output} is a file; choose another output directory")
+    with claim(output, what="quickstart"):
+        if output.is_local:
+            output.path.mkdir(exist_ok=True)
+        return _run_every_step(output, chosen.seed)
+
+
+def _run_every_step(output: Location, seed: int) -> QuickstartResult:
     raw, rows, run = (str(output / name) for name in ("measurements.parquet", "rows", "run"))
     report, scores = str(output / "data.html"), str(output / "evaluation.html")
     simulate(raw, probes=PROBES, days=DAYS, measurements=MEASUREMENTS, seed=seed)
