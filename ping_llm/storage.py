@@ -297,7 +297,9 @@ class Location:
         """
         if self.is_local:
             return self.path
-        content = repr(self._listing()).encode() if identity is None else (self / identity).read_bytes()
+        content = (
+            repr(self._listing()).encode() if identity is None else (self / identity).read_bytes()
+        )
         key = hashlib.sha256(self.url.encode() + b"\0" + content)
         root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ping-llm"
         target = root / key.hexdigest()[:24]

@@ -1,20 +1,10 @@
 """Settings of an extraction, for tests."""
 
-from ping_llm.extraction.config import ExtractionConfig
+from ping_llm.extraction.settings import ExtractSettings
 
 
 def settings(**changes):
-    defaults = {
-        "format": "text",
-        "layers": (0,),
-        "sites": ("residual",),
-        "max_length": 64,
-        "overlong": "error",
-        "batch_tokens": 256,
-        "dtype": "float32",
-        "compute_dtype": "float32",
-        "compression": "none",
-        "unit_mb": 1.0,
-        "limit": None,
-    }
-    return ExtractionConfig(**defaults | changes)
+    """Returns settings of a model of one layer with nothing left open."""
+    defaults = {"model": "model", "input": "input", "output": "output", "batch_tokens": 256}
+    chosen = ExtractSettings(**defaults | changes)
+    return chosen.for_model(n_layers=1, max_length=64, dtype="float32")

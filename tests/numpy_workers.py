@@ -10,13 +10,15 @@ from extraction_settings import settings
 from stores import assert_equal_stores
 
 from ping_llm.activations import store
+from ping_llm.activations.begin import open_store
 from ping_llm.activations.claims import Claims
 from ping_llm.activations.inspection import inspect_activations
-from ping_llm.activations.writer import Part
+from ping_llm.activations.store import UnitPrompts, site_arrays
+from ping_llm.activations.writer import ColumnSlice
 from ping_llm.errors import StorageError
-from ping_llm.extraction.prompts import Prompts
-from ping_llm.extraction.records import Unit
+from ping_llm.extraction.records import WorkUnit
 from ping_llm.extraction.worker import Worker
+from ping_llm.settings import to_json
 from ping_llm.storage import KeyValueStore
 
 WIDTH = 8
@@ -29,17 +31,17 @@ class MadeUpPrompts:
 
     def __init__(self, units: int, *, samples: int = 6):
         self.identity = {"units": units, "samples": samples}
-        self.units = [Unit(0, unit, unit + 1) for unit in range(units)]
+        self.units = [WorkUnit(0, unit, unit + 1) for unit in range(units)]
         self._samples = samples
 
-    def read(self, unit: Unit) -> Prompts:
+    def read(self, unit: WorkUnit) -> UnitPrompts:
         rng = np.random.default_rng(unit.start)
         lengths = rng.integers(0, 60, self._samples)
         offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
         tokens = rng.integers(0, len(TABLE), offsets[-1]).astype(np.int32)
         ids = [f"{unit.start}/{sample}" for sample in range(self._samples)]
         empty = int((lengths == 0).sum())
-        return Prompts(tokens, offsets, np.zeros(len(tokens), np.uint8), ids, 0, empty)
+        return UnitPrompts(tokens, offsets, np.zeros(len(tokens), np.uint8), ids, 0, empty)
 
 
 class NumpyForward:
@@ -47,7 +49,7 @@ class NumpyForward:
 
     compile_seconds = 0.0
     peak_device_bytes = 1
-    part = Part()
+    part = ColumnSlice()
 
     def to_host(self, result):
         return result
@@ -68,19 +70,19 @@ def work(kv, prompts, *, lease_s=60.0, worker=None, forward=None, clock=time.mon
     """Runs one worker until every unit is published; returns its `Claims`."""
     manifest = {
         "schema_version": store.SCHEMA_VERSION,
-        "settings": dataclasses.asdict(CONFIG),
+        "settings": to_json(CONFIG),
         "model": {},
         "input": prompts.identity,
         "lease_seconds": lease_s,
         "d_model": WIDTH,
         "arrays": [
             {"name": name, "site": site, "layer": 0 if "." in name else None}
-            for name, (site, _) in CONFIG.arrays.items()
+            for name, (site, _) in site_arrays(CONFIG.sites, CONFIG.kept_layers).items()
         ],
         "units": [dataclasses.astuple(unit) for unit in prompts.units],
         "made_from": {"model": "numpy", "input": "made up"},
     }
-    identity = store.identity(store.open_store(kv, manifest))
+    identity = open_store(kv, manifest)
     claims = Claims(kv, len(prompts.units), worker=worker, lease_s=lease_s, clock=clock)
     forward = forward or NumpyForward()
     Worker(kv, CONFIG, prompts, forward, claims, store_identity=identity, d_model=WIDTH).run()

@@ -11,9 +11,9 @@ from ping_llm.storage import KeyValueStore
 
 def everything(url):
     """Returns all rows of a store: activations by array, and what stands beside them."""
-    manifest = store.read_manifest(KeyValueStore(url))
+    manifest = store.open_manifest(KeyValueStore(url))
     readers = {
-        entry["name"]: ActivationReader(str(url), site=entry["site"], layer=entry["layer"])
+        entry["name"]: ActivationReader(url, site=entry["site"], layer=entry["layer"])
         for entry in manifest["arrays"]
     }
     rows = next(iter(readers.values())).rows(slice(None))

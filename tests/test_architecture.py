@@ -56,6 +56,8 @@ def _outside(parts: set[str]):
     return lambda path: path.parts[0].removesuffix(".py") not in parts
 
 
+TORCH = {Path("extraction/parity.py"), Path("bench/peers.py")}
+
 # Libraries that only some files may import.
 RESERVED = {
     "click": lambda path: path.parts[0] == "cli",
@@ -65,8 +67,8 @@ RESERVED = {
     "flax": _outside(WITHOUT_JAX | {"activations"}),
     "optax": _outside(WITHOUT_JAX | {"activations"}),
     "grain": lambda path: path == Path("data/pipeline.py"),
-    "torch": lambda path: path in {Path("extraction/parity.py"), Path("bench/peers.py")},
-    "transformers": lambda path: path in {Path("extraction/parity.py"), Path("bench/peers.py")},
+    "torch": lambda path: path in TORCH | {Path("activations/reader.py")},
+    "transformers": lambda path: path in TORCH,
 }
 
 

@@ -18,12 +18,13 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from ping_llm.activations import store
 from ping_llm.errors import LockedError, StorageError
 from ping_llm.hashing import canonical_json
+from ping_llm.progress import progress
 from ping_llm.storage import KeyValueStore
 
 SHORTEST_POLL_S, LONGEST_POLL_S = 0.05, 5.0
@@ -50,8 +51,51 @@ def read_claim(kv: KeyValueStore, unit: int) -> tuple[dict[str, Any] | None, byt
         raise StorageError(f"{kv.url}/{claim_key(unit)} is damaged: {value[:60]!r}") from None
 
 
+@dataclasses.dataclass(frozen=True)
+class Holder:
+    """Who says to hold a unit.
+
+    Attributes:
+        worker: Name of the worker.
+        generation: Of its claim; another one after each renewal.
+    """
+
+    worker: str
+    generation: bytes
+
+
+def read_holder(kv: KeyValueStore, unit: int) -> Holder | None:
+    """Returns who says to hold a unit, or None where nobody does."""
+    claim, generation = read_claim(kv, unit)
+    return Holder(claim["worker"], generation) if claim is not None and claim["held"] else None
+
+
+def find_stale(kv: KeyValueStore, holders: Mapping[int, Holder], lease_s: float) -> list[int]:
+    """Returns the units whose claims are not renewed for a lease; takes up to a lease."""
+    until, unchanged = time.monotonic() + lease_s, set(holders)
+    with progress("watch leases", total=len(holders), unit="seen alive") as bar:
+        while unchanged:
+            last = time.monotonic() >= until
+            unchanged = {
+                unit
+                for unit in unchanged
+                if read_holder(kv, unit) == holders[unit] and store.read_done(kv, unit) is None
+            }
+            bar.update(done=len(holders) - len(unchanged))
+            if last:
+                break
+            time.sleep(max(min(lease_s / 12, until - time.monotonic()), 0.0))
+    return sorted(unchanged)
+
+
+def release_stale(kv: KeyValueStore, unit: int, holder: Holder) -> None:
+    """Frees the unit of a dead worker for all others."""
+    content = {"worker": holder.worker, "nonce": secrets.token_hex(8), "counter": 0, "held": False}
+    kv.swap(claim_key(unit), canonical_json(content), holder.generation)
+
+
 @dataclasses.dataclass
-class Claim:
+class UnitClaim:
     """A unit that this worker holds.
 
     Attributes:
@@ -108,7 +152,7 @@ class Claims:
         self.worker = worker or f"{socket.gethostname()}-{os.getpid()}-{self._nonce[:4]}"
         self._kv, self._lease_s, self._clock = kv, lease_s, clock
         self._written = 0
-        self._held: dict[int, Claim] = {}
+        self._held: dict[int, UnitClaim] = {}
         self._seen: dict[int, tuple[bytes, float]] = {}  # others' claims, and since when unchanged
         self._locked: dict[int, bytes] = {}  # claims whose files are locked
         self._left_before, self._pause = 0, SHORTEST_POLL_S
@@ -135,7 +179,7 @@ class Claims:
         """The units not known to be published, in the order in which this worker tries them."""
         return [unit for unit in self._order if unit not in self.done]
 
-    def available(self) -> Iterator[Claim]:
+    def available(self) -> Iterator[UnitClaim]:
         """Claims units and yields the claims, until there is none that can be had at once."""
         for unit in self.left:
             if self._stop.is_set():
@@ -150,7 +194,7 @@ class Claims:
         """Lets `available` end soon, as the work failed."""
         self._stop.set()
 
-    def _try(self, unit: int) -> Claim | None:
+    def _try(self, unit: int) -> UnitClaim | None:
         before = self._clock()
         present, generation = read_claim(self._kv, unit)
         if present is not None:
@@ -170,7 +214,7 @@ class Claims:
             return None
         if swapped is None:  # another worker was first
             return None
-        claim = Claim(unit, store.new_attempt(), swapped, self._content(), sent)
+        claim = UnitClaim(unit, store.new_attempt(), swapped, self._content(), sent)
         with self._lock:
             self._held[unit] = claim
         return claim
@@ -202,7 +246,7 @@ class Claims:
         time.sleep(max(min([self._pause, *(at - now for at in stale_at)]), 0.001))
         self._pause = min(self._pause * 1.5, self._lease_s / 12, LONGEST_POLL_S)
 
-    def renew(self, claim: Claim) -> bool:
+    def renew(self, claim: UnitClaim) -> bool:
         """Renews a claim; returns whether the worker holds the unit.
 
         Raises:
@@ -221,7 +265,7 @@ class Claims:
                 claim.renewed = sent
             return not claim.lost
 
-    def holds(self, claim: Claim) -> bool:
+    def holds(self, claim: UnitClaim) -> bool:
         """Returns whether the lease of a claim still runs, without asking the store."""
         if self._clock() - claim.renewed >= self._lease_s:
             claim.lost = True
@@ -241,7 +285,7 @@ class Claims:
         while not self._stop.wait(self._lease_s / 3):
             self.renew_all()
 
-    def release(self, claim: Claim, published: dict[str, Any] | None = None) -> None:
+    def release(self, claim: UnitClaim, published: dict[str, Any] | None = None) -> None:
         """Lets go of a unit: it is published, by whomever, or given up and free for others."""
         with self._lock:
             self._held.pop(claim.unit, None)

@@ -2,17 +2,19 @@
 
 import dataclasses
 import itertools
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import tensorstore as ts
 
 from ping_llm.activations import store
+from ping_llm.activations.arrays import open_array, read_result
 from ping_llm.activations.roles import REAL
 from ping_llm.errors import ConfigError, StorageError
 from ping_llm.models.config import END_SITES
-from ping_llm.storage import KeyValueStore
+from ping_llm.storage import KeyValueStore, Location
 
 KINDS = ("numpy", "jax", "torch")
 
@@ -44,12 +46,17 @@ class ActivationReader:
     """
 
     def __init__(
-        self, url: str, *, site: str = "residual", layer: int | None = None, partial: bool = False
+        self,
+        url: str | Path | Location,
+        *,
+        site: str = "residual",
+        layer: int | None = None,
+        partial: bool = False,
     ):
         """Opens a store.
 
         Args:
-            url: Where it is.
+            url: Path or URL of the store.
             site: Such as `residual`.
             layer: Which layer; None for `embed` and `final_norm`.
             partial: Whether a store that is not finished is read as far as it goes.
@@ -59,7 +66,7 @@ class ActivationReader:
             ConfigError: It does not hold that site and layer.
         """
         self._kv = KeyValueStore(url)
-        self.manifest = open_manifest(self._kv)
+        self.manifest = store.open_manifest(self._kv)
         self._name = store.array_name(site, None if site in END_SITES else layer)
         held = [entry["name"] for entry in self.manifest["arrays"]]
         if self._name not in held:
@@ -231,39 +238,9 @@ def _as(kind: str, batch: np.ndarray) -> Any:
 
         return jax.numpy.asarray(batch)
     if kind == "torch":
-        from ping_llm.extraction.parity import to_torch
+        import torch
 
-        return to_torch(batch)
+        if batch.dtype.name == "bfloat16":  # which torch does not take from NumPy
+            return torch.from_numpy(batch.view(np.int16)).view(torch.bfloat16)
+        return torch.from_numpy(batch)
     return batch
-
-
-def read_result(read: Any, where: str) -> Any:
-    """Returns what a read of TensorStore gives.
-
-    Raises:
-        StorageError: It failed; the message names `where`.
-    """
-    try:
-        return read.result()
-    except (ValueError, OSError, RuntimeError) as error:
-        line = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise StorageError(f"{where} cannot be read: {line[:400]}") from None
-
-
-def open_manifest(kv: KeyValueStore) -> dict[str, Any]:
-    """Returns what a store says of itself.
-
-    Raises:
-        StorageError: There is no store, or its manifest is damaged.
-    """
-    manifest = store.read_manifest(kv)
-    if manifest is None:
-        raise StorageError(f"{kv.url} is no activation store: it has no {store.MANIFEST}")
-    return manifest
-
-
-def open_array(kv: KeyValueStore, done: Mapping[str, Any], name: str) -> ts.TensorStore:
-    """Returns an array of a published unit."""
-    key = store.attempt_prefix(done["unit"], done["attempt"]) + name
-    spec = {"driver": "zarr3", "kvstore": kv.spec(key), "fill_missing_data_reads": False}
-    return read_result(ts.open(spec, read=True, context=kv.context), f"{kv.url}/{key}")

@@ -5,20 +5,44 @@
 attempt, its counts and its checksums. Readers follow `done.json` and nothing else.
 """
 
-import json
+import dataclasses
 import secrets
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-from ping_llm.errors import ConfigError, StorageError
-from ping_llm.hashing import canonical_json, digest, seal, unseal
+import numpy as np
+
+from ping_llm.errors import StorageError
+from ping_llm.hashing import digest, unseal
+from ping_llm.models.config import END_SITES
 from ping_llm.storage import KeyValueStore
 
 SCHEMA_VERSION = 2
 MANIFEST = "manifest.json"
 STALE_ATTEMPT_S = 3600.0
+
+
+@dataclasses.dataclass(frozen=True)
+class UnitPrompts:
+    """The prompts of a work unit, end to end.
+
+    Attributes:
+        tokens: Token ids [n], int32.
+        offsets: Sample s is `[offsets[s]:offsets[s + 1]]` of the rest [S + 1], int64.
+        roles: REAL, SPECIAL or BOS of each token [n], uint8.
+        ids: Id of each sample.
+        overlong: Number of records that were longer than allowed.
+        empty: Number of samples without a token.
+    """
+
+    tokens: np.ndarray
+    offsets: np.ndarray
+    roles: np.ndarray
+    ids: list[str]
+    overlong: int
+    empty: int
 
 
 def done_key(unit: int) -> str:
@@ -34,6 +58,18 @@ def attempt_prefix(unit: int, attempt: str) -> str:
 def identity(manifest: Mapping[str, Any]) -> str:
     """Returns the hash of what decides a store's content."""
     return digest({key: manifest[key] for key in ("schema_version", "settings", "model", "input")})
+
+
+def open_manifest(kv: KeyValueStore) -> dict[str, Any]:
+    """Returns the manifest of a store that must be there.
+
+    Raises:
+        StorageError: There is no store, or its manifest is damaged.
+    """
+    manifest = read_manifest(kv)
+    if manifest is None:
+        raise StorageError(f"{kv.url} is no activation store: it has no {MANIFEST}")
+    return manifest
 
 
 def read_manifest(kv: KeyValueStore) -> dict[str, Any] | None:
@@ -52,43 +88,6 @@ def read_manifest(kv: KeyValueStore) -> dict[str, Any] | None:
         found = manifest["schema_version"]
         raise StorageError(f"{kv.url} has schema_version {found}; expected {SCHEMA_VERSION}")
     return manifest
-
-
-def open_store(kv: KeyValueStore, manifest: dict[str, Any]) -> dict[str, Any]:
-    """Returns the manifest in place: `manifest` where there was none, else one with equal content.
-
-    Raises:
-        ConfigError: The store was begun with other settings, another model or another input.
-    """
-    manifest = json.loads(canonical_json(manifest))  # as it will be read back
-    kv.create(MANIFEST, seal(manifest))
-    stored = read_manifest(kv)
-    if stored is None:
-        raise StorageError(f"{kv.url}/{MANIFEST} was written and is not there")
-    differences = [
-        difference
-        for part in ("settings", "model", "input")
-        for difference in _differences(stored[part], manifest[part])
-    ]
-    # Not of the content, but workers with other leases would take each other's units.
-    leases = [{"lease_seconds": one.get("lease_seconds")} for one in (stored, manifest)]
-    differences += _differences(*leases)
-    if differences:
-        raise ConfigError(
-            f"{kv.url} was begun with other settings: {'; '.join(differences)}; "
-            "use those, or another output"
-        )
-    return stored
-
-
-def _differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
-    changed = [name for name in {**old, **new} if old.get(name) != new.get(name)]
-    return [f"{name} was {_shown(old.get(name))}, now {_shown(new.get(name))}" for name in changed]
-
-
-def _shown(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else f"{text[:56]} ..."
 
 
 def read_done(kv: KeyValueStore, unit: int) -> dict[str, Any] | None:
@@ -125,7 +124,7 @@ def remove_stale(
     limit = time.strftime("%Y%m%dT%H%M%SZ", time.gmtime(time.time() - older_than_s))
     found = {tuple(key.split("/")[1:3]) for key in kv.keys("units/") if key.count("/") > 2}
     for unit, attempt in sorted(found):
-        if done[int(unit)]["attempt"] != attempt and attempt < limit:
+        if attempt < limit and done.get(int(unit), {}).get("attempt") != attempt:
             kv.delete(attempt_prefix(int(unit), attempt))
     for group in sorted({key.split("/")[1] for key in kv.keys("groups/")}):
         if group < limit:
@@ -135,3 +134,14 @@ def remove_stale(
 def array_name(site: str, layer: int | None) -> str:
     """Returns the name of a site's array, `residual.00007`, or `embed` where there is no layer."""
     return site if layer is None else f"{site}.{layer:05d}"
+
+
+def site_arrays(sites: Iterable[str], layers: Sequence[int]) -> dict[str, tuple[str, int]]:
+    """Returns {name of an array: (site, index among `layers`; 0 where it has no layer)}."""
+    arrays = {}
+    for site in sites:
+        if site in END_SITES:
+            arrays[site] = site, 0
+        else:
+            arrays |= {array_name(site, layer): (site, n) for n, layer in enumerate(layers)}
+    return arrays

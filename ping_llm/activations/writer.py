@@ -10,127 +10,17 @@ from typing import Any
 import numpy as np
 import tensorstore as ts
 
-from ping_llm.activations.store import attempt_prefix, done_key, read_done
+from ping_llm.activations.arrays import ShardedArray, create_array, first_line
+from ping_llm.activations.statistics import unit_statistics
+from ping_llm.activations.store import UnitPrompts, attempt_prefix, done_key, read_done
 from ping_llm.errors import DataError, StorageError
-from ping_llm.extraction.prompts import Prompts
 from ping_llm.hashing import seal, unseal
 from ping_llm.storage import KeyValueStore
 
-SINK_RATIO = 10.0  # a token whose norm is above so many medians is counted as a sink
-CHUNK_BYTES = 1 << 20  # what a reader reads at once
 SHARD_BYTES = 32 << 20  # one file
 OPEN_BYTES = 512 << 20  # of all shards that a unit is writing side by side
 IN_FLIGHT_BYTES = 256 << 20  # handed to TensorStore and not yet on disk
 PART_POLL_S, PART_DEADLINE_S = 0.1, 600.0  # for the parts of other processes
-
-
-def _chunking(rows: int, row_bytes: int, shard_bytes: int) -> tuple[int, int]:
-    """Returns (rows of a chunk, rows of a shard), the second a multiple of the first."""
-    chunk = max(CHUNK_BYTES // row_bytes, 1)
-    chunk = 1 << (chunk.bit_length() - 1)
-    if rows <= chunk:
-        return max(rows, 1), max(rows, 1)
-    shard = max(min(shard_bytes // (chunk * row_bytes), -(-rows // chunk)), 1)
-    return chunk, chunk * shard
-
-
-def _create_array(
-    kv: KeyValueStore,
-    key: str,
-    shape: tuple[int, ...],
-    dtype: np.dtype,
-    *,
-    zstd: bool,
-    shard: int,
-    parts: int = 1,
-) -> tuple[ts.TensorStore, int]:
-    """Returns (a new Zarr v3 array, rows of one of its shards), its columns in so many parts."""
-    width = [columns // parts for columns in shape[1:]]
-    row_bytes = int(np.prod(width)) * dtype.itemsize
-    chunk_rows, shard_rows = _chunking(shape[0], row_bytes, shard)
-    little = {"name": "bytes", "configuration": {"endian": "little"}}
-    codecs = [little if dtype.itemsize > 1 else {"name": "bytes"}]
-    if zstd:
-        codecs.append({"name": "zstd", "configuration": {"level": 1, "checksum": False}})
-    codecs.append({"name": "crc32c"})
-    sharding = {
-        "chunk_shape": [chunk_rows, *width],
-        "codecs": codecs,
-        "index_codecs": [little, {"name": "crc32c"}],
-        "index_location": "end",
-    }
-    grid = {"name": "regular", "configuration": {"chunk_shape": [shard_rows, *width]}}
-    spec = {
-        "driver": "zarr3",
-        "kvstore": kv.spec(key),
-        "metadata": {
-            "shape": list(shape),
-            "data_type": dtype.name,
-            "fill_value": 0,
-            "chunk_grid": grid,
-            "chunk_key_encoding": {"name": "default"},
-            "codecs": [{"name": "sharding_indexed", "configuration": sharding}],
-        },
-        # A chunk of zeros is stored like any other: a missing one is an error, never zeros.
-        "store_data_equal_to_fill_value": True,
-        # It may be there: made by another process of the group, or by a request whose answer was
-        # lost.
-        "create": True,
-        "open": True,
-    }
-    try:
-        return ts.open(spec, context=kv.context).result(), shard_rows
-    except (ValueError, OSError, RuntimeError) as error:
-        raise StorageError(f"{kv.url}/{key} cannot be created: {_line(error)}") from None
-
-
-def _line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
-
-
-class _Column:
-    """One array, written in shards as soon as all of a shard's rows are there, in any order."""
-
-    def __init__(self, array: ts.TensorStore, shard_rows: int, dtype: np.dtype):
-        self._array, self.shard_rows, self.dtype = array, shard_rows, dtype
-        self._open: dict[int, tuple[np.ndarray, int]] = {}  # by shard: (rows, how many are there)
-        self.checksums = [0] * -(-array.shape[0] // shard_rows)
-        self._missing = array.shape[0]
-
-    def put(self, start: int, rows: np.ndarray) -> list[tuple[ts.WriteFutures, int]]:
-        """Takes rows that begin at `start`; returns (write, bytes) of each shard that is full."""
-        writes = []
-        self._missing -= len(rows)
-        while len(rows):
-            shard, within = divmod(start, self.shard_rows)
-            first = shard * self.shard_rows
-            size = min(self.shard_rows, self._array.shape[0] - first)
-            if shard not in self._open:
-                self._open[shard] = np.empty((size, *self._array.shape[1:]), self.dtype), 0
-            buffer, present = self._open[shard]
-            part = rows[: size - within]
-            buffer[within : within + len(part)] = part
-            present += len(part)
-            if present == size:
-                del self._open[shard]
-                self.checksums[shard] = zlib.crc32(buffer.view(np.uint8).data)
-                # The buffer is never touched again, so TensorStore need not copy it.
-                write = self._array[first : first + size].write(
-                    buffer, can_reference_source_data_indefinitely=True
-                )
-                writes.append((write, buffer.nbytes))
-            else:
-                self._open[shard] = buffer, present
-            rows, start = rows[len(part) :], start + len(part)
-        return writes
-
-    @property
-    def complete(self) -> bool:
-        return not self._missing
-
-    @property
-    def width(self) -> list[int]:
-        return list(self._array.shape[1:])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -149,7 +39,7 @@ class ArraySpec:
 
 
 @dataclasses.dataclass(frozen=True)
-class Part:
+class ColumnSlice:
     """What one process of a group writes: some columns of every activation array.
 
     Attributes:
@@ -172,11 +62,11 @@ class UnitWriter:
         unit: int,
         attempt: str,
         arrays: list[ArraySpec],
-        prompts: Prompts,
+        prompts: UnitPrompts,
         *,
         zstd: bool,
         store_identity: str,
-        part: Part = Part(),
+        part: ColumnSlice = ColumnSlice(),
     ):
         """Begins the arrays.
 
@@ -215,19 +105,19 @@ class UnitWriter:
         shape: tuple[int, ...],
         dtype: np.dtype,
         shard: int,
-        part: Part,
+        part: ColumnSlice,
         *,
         zstd: bool,
-    ) -> _Column:
+    ) -> ShardedArray:
         key = self._prefix + name
-        array, rows = _create_array(
+        array, rows = create_array(
             self._kv, key, shape, dtype, zstd=zstd, shard=shard, parts=part.count
         )
         self._shapes[name] = list(shape), dtype.name
         if part.count > 1:
             width = shape[1] // part.count
             array = array[:, part.index * width : (part.index + 1) * width]
-        return _Column(array, rows, dtype)
+        return ShardedArray(array, rows, dtype)
 
     def put(self, name: str, start: int, rows: np.ndarray, norms: np.ndarray) -> None:
         """Takes the activations of tokens `start`... of the unit, this part's, and whole norms.
@@ -235,8 +125,9 @@ class UnitWriter:
         Waits while too much is still on its way to disk.
         """
         if not np.isfinite(norms).all():
-            at = int(np.flatnonzero(~np.isfinite(norms))[0]) + start
-            sample = self._prompts.ids[int(np.searchsorted(self._prompts.offsets, at, "right")) - 1]
+            row = int(np.flatnonzero(~np.isfinite(norms))[0]) + start
+            offsets = self._prompts.offsets
+            sample = self._prompts.ids[int(np.searchsorted(offsets, row, "right")) - 1]
             raise DataError(
                 f"{name} of sample {sample} is not finite in {self._columns[name].dtype}; "
                 "store bfloat16 or float32, or look at the model's weights"
@@ -261,7 +152,7 @@ class UnitWriter:
             write.result()
         except (ValueError, OSError, RuntimeError) as error:
             where = f"{self._kv.url}/{self._prefix}"
-            raise StorageError(f"{where} cannot be written: {_line(error)}") from None
+            raise StorageError(f"{where} cannot be written: {first_line(error)}") from None
         self._in_flight -= size
 
     def finish(self, notes: Mapping[str, Any]) -> dict[str, Any] | None:
@@ -294,7 +185,9 @@ class UnitWriter:
         }
         activations = list(self._columns)
         for name, values in small.items():
-            column = self._column(name, values.shape, values.dtype, SHARD_BYTES, Part(), zstd=False)
+            column = self._column(
+                name, values.shape, values.dtype, SHARD_BYTES, ColumnSlice(), zstd=False
+            )
             self._columns[name] = column
             self._send(column.put(0, values))
         self._wait_for_all()
@@ -315,7 +208,7 @@ class UnitWriter:
             **notes,
             "arrays": {name: self._entry(name, checksums[name]) for name in self._columns},
             "statistics": {
-                name: statistics(self._norms[name], positions, mean)
+                name: unit_statistics(self._norms[name], positions, mean)
                 for name, mean in zip(activations, means, strict=True)
             },
         }
@@ -390,29 +283,3 @@ class UnitWriter:
             write.exception()  # waits; whatever it is, the attempt goes
         if self._part.leads:
             self._kv.delete(self._prefix)
-
-
-def statistics(norms: np.ndarray, positions: np.ndarray, mean: np.ndarray) -> dict[str, Any]:
-    """Returns what a unit's activations at one site are like.
-
-    Args:
-        norms: L2 norm of each token's activation [n].
-        positions: Position of each token [n].
-        mean: Mean activation [D].
-    """
-    if not len(norms):
-        return {"tokens": 0}
-    first = positions == 0
-    median = float(np.median(norms))
-    sinks = norms > SINK_RATIO * median
-    return {
-        "tokens": len(norms),
-        "norm_mean": float(norms.mean(dtype=np.float64)),
-        "norm_median": median,
-        "norm_max": float(norms.max()),
-        "norm_of_mean": float(np.linalg.norm(mean)),
-        "first_tokens": int(first.sum()),
-        "first_token_norm_mean": float(norms[first].mean(dtype=np.float64)),
-        "sink_tokens": int(sinks.sum()),
-        "sink_tokens_at_first": int((sinks & first).sum()),
-    }

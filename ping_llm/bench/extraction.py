@@ -5,23 +5,24 @@ import json
 import os
 import tempfile
 import time
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import jax
 import numpy as np
 
 from ping_llm import settings, sharding
+from ping_llm.activations.store import UnitPrompts
 from ping_llm.activations.writer import ArraySpec, UnitWriter
 from ping_llm.bench.settings import BenchExtractSettings
 from ping_llm.errors import ConfigError
 from ping_llm.extraction import parity
 from ping_llm.extraction.batches import make_batches
-from ping_llm.extraction.model import Extractor, open_model
-from ping_llm.extraction.prompts import Prompts, open_source
-from ping_llm.extraction.run import ExtractResult, extract_activations, make_config
-from ping_llm.models import qwen2
+from ping_llm.extraction.extractor import Extractor
+from ping_llm.extraction.model import open_model
+from ping_llm.extraction.prompts import open_source
+from ping_llm.extraction.run import ExtractResult, extract_activations
+from ping_llm.extraction.settings import ExtractSettings
+from ping_llm.models import huggingface
 from ping_llm.storage import KeyValueStore
 
 WRITTEN_BYTES = 512 << 20
@@ -72,26 +73,29 @@ def bench_extract(chosen: BenchExtractSettings) -> BenchExtractResult:
         parity.require_torch()
     if chosen.output is not None and not os.access(chosen.output, os.W_OK | os.X_OK):
         raise ConfigError(f"output={chosen.output!r} is not a local directory to write in")
-    model = qwen2.resolve(chosen.model)
-    prompts = _random_prompts(chosen, vocab_size=qwen2.read_config(model).vocab_size)
-    options = {
-        "format": "tokens",
-        "layers": chosen.layers,
-        "sites": ",".join(chosen.sites),
-        "dtype": chosen.dtype,
-        "batch_tokens": chosen.batch_tokens,
-        "max_length": chosen.max_length,
-        "unit_mb": 1e3,
-    }
+    model = huggingface.resolve(chosen.model)
+    prompts = _random_prompts(chosen, vocab_size=huggingface.read_config(model).vocab_size)
     transformers_seconds = None
     with tempfile.TemporaryDirectory(dir=chosen.output) as temporary:
         directory = Path(temporary)
         path = directory / "prompts.jsonl"
         lines = (json.dumps({"tokens": prompt.tolist()}) + "\n" for prompt in prompts)
         path.write_text("".join(lines))
-        stored = extract_activations(model, path, directory / "store", **options)
+        options = ExtractSettings(
+            model=str(model),
+            input=str(path),
+            output=str(directory / "store"),
+            format="tokens",
+            layers=chosen.layers,
+            sites=chosen.sites,
+            dtype=chosen.dtype,
+            batch_tokens=chosen.batch_tokens,
+            max_length=chosen.max_length,
+            unit_mb=1e3,
+        )
+        stored = extract_activations(options)
         assert isinstance(stored, ExtractResult)
-        forward_seconds = _forward_seconds(model, path, options)
+        forward_seconds = _forward_seconds(options)
         write_speed, npy_speed = _write_speeds(directory, seed=chosen.seed)
     if chosen.compare:
         from ping_llm.bench import peers
@@ -123,17 +127,11 @@ def _random_prompts(chosen: BenchExtractSettings, *, vocab_size: int) -> list[np
     return [rng.integers(0, vocab_size, length) for length in lengths]
 
 
-def _forward_seconds(model: Path, path: Path, options: Mapping[str, Any]) -> float:
+def _forward_seconds(options: ExtractSettings) -> float:
     """Returns the time of the forward passes of an extraction that stores nothing."""
-    source = open_model(model)
-    cfg = make_config(source, **options)
-    prompts = open_source(
-        str(path),
-        cfg,
-        model=source.checkpoint,
-        vocab_size=source.cfg.vocab_size,
-        law=source.law,
-    )
+    source = open_model(options.model)
+    cfg = source.fill_in(options)
+    prompts = open_source(cfg, model=source.checkpoint, vocab_size=source.cfg.vocab_size)
     extractor = Extractor(source, cfg, sharding.make_mesh())
     started = time.perf_counter()
     for unit in prompts.units:
@@ -153,7 +151,7 @@ def _write_speeds(directory: Path, *, seed: int) -> tuple[float, float]:
         os.fsync(file.fileno())
     npy_seconds = time.perf_counter() - started
     (directory / "rows.npy").unlink()
-    prompts = Prompts(
+    prompts = UnitPrompts(
         tokens=np.zeros(rows, np.int32),
         offsets=np.array([0, rows]),
         roles=np.zeros(rows, np.uint8),

@@ -3,10 +3,8 @@
 from typing import Literal
 
 from ping_llm.errors import ConfigError
-from ping_llm.models.config import DecoderConfig
+from ping_llm.models.config import DecoderConfig, Dtype, Site
 from ping_llm.settings import Settings, field
-
-Site = Literal["residual", "attn", "mlp", "embed", "final_norm"]
 
 
 class BenchPrepareSettings(Settings):
@@ -102,7 +100,7 @@ class BenchExtractSettings(Settings):
     )
     layers: str = field(default="all", help="all, or numbers such as 0,5.")
     sites: tuple[Site, ...] = field(default=("residual",), help="Where to read activations.")
-    dtype: Literal["float32", "bfloat16", "float16"] | None = field(
+    dtype: Dtype | None = field(
         default=None, default_text="the model's", help="Dtype of the store."
     )
     batch_tokens: int | None = field(

@@ -1,30 +1,20 @@
 """`ping-llm inspect-activations`."""
 
-import dataclasses
+from typing import Any
 
-import click
+from ping_llm.activations.settings import InspectActivationsSettings
+from ping_llm.cli.options import settings_command
 
-from ping_llm.cli.options import common_options, print_result
 
-
-@click.command("inspect-activations")
-@click.argument("url")
-@click.option("--verify", is_flag=True, help="Read every byte and compare checksums.")
-@click.option(
-    "--watch", is_flag=True, help="Watch leases for their length, to find those of the dead."
-)
-@common_options
-def command(url: str, verify: bool, watch: bool, as_json: bool) -> None:
-    """Show what an activation store holds, whether it is whole, and who is at work on it.
-
-    With --verify the exit code is 1 if anything is damaged.
-    """
+@settings_command("inspect-activations", InspectActivationsSettings)
+def command(chosen: InspectActivationsSettings) -> tuple[Any, ...]:
+    """Runs `inspect_activations`."""
     from ping_llm.activations.inspection import inspect_activations
 
-    result = inspect_activations(url, verify=verify, watch=watch)
+    result = inspect_activations(chosen)
     lines = [
-        f"{url}: {result.units_done:,} of {result.units:,} units, {result.samples:,} samples, "
-        f"{result.tokens:,} tokens, {result.bytes / 1e9:,.2f} GB",
+        f"{chosen.url}: {result.units_done:,} of {result.units:,} units, "
+        f"{result.samples:,} samples, {result.tokens:,} tokens, {result.bytes / 1e9:,.2f} GB",
         f"made from {result.made_from['model']} and {result.made_from['input']}",
         f"sites {', '.join(result.sites)}  layers {', '.join(map(str, result.layers)) or '-'}  "
         f"[{result.tokens:,}, {result.d_model:,}] {result.dtype}",
@@ -33,13 +23,13 @@ def command(url: str, verify: bool, watch: bool, as_json: bool) -> None:
         rate = worker.tokens / worker.seconds if worker.seconds else 0.0
         line = f"{name}: {worker.units:,} units, {worker.tokens:,} tokens, {rate:,.0f} tokens/s"
         if worker.leased:
-            unknown = "whether it lives takes --watch to see"
+            unknown = "--watch tells whether it is alive"
             stale = unknown if worker.stale is None else f"{len(worker.stale):,} of them stale"
             line += f"; holds {len(worker.leased):,} units, {stale}"
         lines.append(line)
     if not result.complete:
         eta = result.eta_seconds
-        left = "unknown" if eta is None else f"about {eta:,.0f} s, if all who hold units live"
+        left = "unknown" if eta is None else f"about {eta:,.0f} s, if all who hold units are alive"
         lines.append(f"time left: {left}")
     for name, values in result.statistics.items():
         if values:
@@ -49,8 +39,6 @@ def command(url: str, verify: bool, watch: bool, as_json: bool) -> None:
                 f"{values['sink_tokens']:,} sinks, {values['sink_tokens_at_first']:,} at position 0"
             )
     lines += [f"error: {error}" for error in result.errors]
-    if verify and not result.errors:
+    if chosen.verify and not result.errors:
         lines.append("every checksum fits")
-    print_result(dataclasses.asdict(result), as_json=as_json, text="\n".join(lines))
-    if result.errors:
-        click.get_current_context().exit(1)
+    return result, "\n".join(lines), int(bool(result.errors))

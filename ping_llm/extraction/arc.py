@@ -13,18 +13,17 @@ from typing import Any
 
 import numpy as np
 
-from ping_llm import storage
 from ping_llm.errors import ConfigError, DataError
+from ping_llm.storage import Location, StoredFile
 
 LONGEST_SIDE = 30
 N_COLORS = 10
-COLORS = ("keep", "foreground", "all")  # what a colour permutation moves; foreground: all but 0
 
 Grid = np.ndarray  # [rows, columns], int8, 0..9
 
 
 @dataclasses.dataclass(frozen=True)
-class Task:
+class ArcTask:
     """One task.
 
     Attributes:
@@ -41,7 +40,7 @@ class Task:
 # --- reading ----------------------------------------------------------------------------------
 
 
-def read_tasks(files: list[storage.StoredFile]) -> list[Task]:
+def read_tasks(files: list[StoredFile]) -> list[ArcTask]:
     """Returns the tasks in `files`, in their order.
 
     A `.json` file holds one task, or tasks by their ids as challenge files do; `.jsonl` and
@@ -51,23 +50,23 @@ def read_tasks(files: list[storage.StoredFile]) -> list[Task]:
         DataError: A file or a task is not what it should be, or two tasks have one id.
         StorageError: A file cannot be read.
     """
-    tasks: dict[str, Task] = {}
+    tasks: dict[str, ArcTask] = {}
     for file in files:
-        for name, content, where in _contents(file.url):
+        for name, content, where in _contents(file.location):
             if name in tasks:
                 raise DataError(f"{where}: another task has the id {name!r}")
             tasks[name] = parse_task(name, content, where)
     return list(tasks.values())
 
 
-def _contents(url: str) -> Iterator[tuple[str, Any, str]]:
+def _contents(location: Location) -> Iterator[tuple[str, Any, str]]:
     """Yields (id, task as JSON, its place) of a file."""
-    stem, _, ending = url.rpartition("/")[2].rpartition(".")
+    url = str(location)
+    stem, _, ending = location.name.rpartition(".")
     ending = ending.lower()
     if ending not in ("json", "jsonl", "ndjson"):
         raise DataError(f"{url}: tasks are read from .json, .jsonl and .ndjson")
-    with storage.open_input(url) as file:
-        data = file.read()
+    data = location.read_bytes()
     if ending == "json":
         content = _parse_json(data, url)
         if not isinstance(content, dict) or not content:
@@ -98,7 +97,7 @@ def _short(content: Any) -> str:
     return text if len(text) <= 40 else f"{text[:36]} ..."
 
 
-def parse_task(name: str, content: Any, where: str) -> Task:
+def parse_task(name: str, content: Any, where: str) -> ArcTask:
     """Returns the task that JSON describes.
 
     Raises:
@@ -125,7 +124,7 @@ def parse_task(name: str, content: Any, where: str) -> Task:
         parse_grid(pair["input"], f"{where}: input of test {index}")
         for index, pair in enumerate(content["test"])
     )
-    return Task(name, train, tests)
+    return ArcTask(name, train, tests)
 
 
 def parse_grid(rows: Any, where: str) -> Grid:
@@ -273,7 +272,16 @@ class Augmentation:
         return f"{self.symmetry}:{colors}:{order}"
 
 
-def augmentations(task: Task, count: int, *, colors: str, seed: int) -> list[Augmentation]:
+# Example: a task with examples 0, 1, 2; `foreground` keeps colour 0 where it is.
+#
+#   moved  [3 1 2 9 5 6 7 8 4]           a permutation of 1..9
+#   drawn  rotate90:0312956784:2.0.1     colour 1 becomes 3, 3 becomes 2; example 2 is shown first
+#
+#   grid  1 3   rotate90   3 1   colours   2 3
+#         0 1  --------->  1 0  -------->  3 0
+#
+# There are 8 symmetries x 9! x 3! of these; only when all have been drawn may one come again.
+def augmentations(task: ArcTask, count: int, *, colors: str, seed: int) -> list[Augmentation]:
     """Returns `count` augmentations, decided by task and seed; the first changes nothing.
 
     They differ from each other as long as there are others. More of them begin with fewer.
@@ -281,7 +289,8 @@ def augmentations(task: Task, count: int, *, colors: str, seed: int) -> list[Aug
     Args:
         task: The task.
         count: How many.
-        colors: What their permutations of colours move, one of `COLORS`.
+        colors: What their permutations of colours move: keep (nothing), foreground (all but 0)
+            or all.
         seed: Decides them, with the task's id and number of examples.
     """
     key = hashlib.sha256(f"{seed}/{task.id}".encode()).digest()[:16]
@@ -289,23 +298,23 @@ def augmentations(task: Task, count: int, *, colors: str, seed: int) -> list[Aug
     fixed = {"keep": N_COLORS, "foreground": 1, "all": 0}[colors]
     examples, same = len(task.train), tuple(range(N_COLORS))
     possible = len(SYMMETRIES) * math.factorial(N_COLORS - fixed) * math.factorial(examples)
-    found = [Augmentation("identity", same, tuple(range(examples)))]
-    while len(found) < count:
+    chosen = [Augmentation("identity", same, tuple(range(examples)))]
+    while len(chosen) < count:
         moved = (fixed + rng.permutation(N_COLORS - fixed)).tolist()
         drawn = Augmentation(
             list(SYMMETRIES)[rng.integers(len(SYMMETRIES))],
             (*same[:fixed], *moved),
             tuple(rng.permutation(examples).tolist()),
         )
-        if drawn not in found or len(found) >= possible:
-            found.append(drawn)
-    return found[:count]
+        if drawn not in chosen or len(chosen) >= possible:
+            chosen.append(drawn)
+    return chosen[:count]
 
 
 # --- prompts ----------------------------------------------------------------------------------
 
 
-def prompt(task: Task, test: int, augmentation: Augmentation, encoder: Encoder) -> str:
+def prompt(task: ArcTask, test: int, augmentation: Augmentation, encoder: Encoder) -> str:
     """Returns the text that shows the examples of a task and asks for the output of a test."""
 
     def shown(grid: Grid) -> str:
@@ -327,7 +336,7 @@ def prompt(task: Task, test: int, augmentation: Augmentation, encoder: Encoder) 
 _SAMPLE = re.compile(r"(.*)/(\d+)/(\d+):([a-z0-9-]+):(\d{10}):([\d.]*)(?:/\d+)?", re.DOTALL)
 
 
-def sample_id(task: Task, test: int, number: int, augmentation: Augmentation) -> str:
+def sample_id(task: ArcTask, test: int, number: int, augmentation: Augmentation) -> str:
     """Returns the id of a prompt: task, test, number of the augmentation, and what it is."""
     return f"{task.id}/{test}/{number}:{augmentation}"
 

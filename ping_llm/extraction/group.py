@@ -10,7 +10,7 @@ import threading
 from collections.abc import Iterator
 from typing import Any
 
-from ping_llm.activations.claims import Claim, Claims
+from ping_llm.activations.claims import Claims, UnitClaim
 from ping_llm.errors import StorageError
 from ping_llm.hashing import canonical_json
 from ping_llm.storage import KeyValueStore
@@ -34,7 +34,7 @@ class Leader(Claims):
         self._kv.write(_key(self._group, self._told), canonical_json(entry))
         self._told += 1
 
-    def available(self) -> Iterator[Claim]:
+    def available(self) -> Iterator[UnitClaim]:
         """As in `Claims`."""
         for claim in super().available():
             self._tell({"unit": claim.unit, "attempt": claim.attempt})
@@ -71,7 +71,7 @@ class Follower:
     def __exit__(self, *_: object) -> None:
         pass
 
-    def available(self) -> Iterator[Claim]:
+    def available(self) -> Iterator[UnitClaim]:
         """Yields the units that the leader claims, until it is at the end.
 
         Raises:
@@ -92,23 +92,23 @@ class Follower:
             if "unit" not in entry:
                 self.left = []
                 return
-            yield Claim(entry["unit"], entry["attempt"], b"", b"", 0.0)
+            yield UnitClaim(entry["unit"], entry["attempt"], b"", b"", 0.0)
 
     def interrupt(self) -> None:
         """Lets `available` end soon, as the work failed."""
         self._stop.set()
 
-    def holds(self, claim: Claim) -> bool:
+    def holds(self, claim: UnitClaim) -> bool:
         """Returns True: the batches of a unit are run by all processes or none."""
         del claim
         return True
 
-    def renew(self, claim: Claim) -> bool:
+    def renew(self, claim: UnitClaim) -> bool:
         """Returns True: the leader renews."""
         del claim
         return True
 
-    def release(self, claim: Claim, published: dict[str, Any] | None = None) -> None:
+    def release(self, claim: UnitClaim, published: dict[str, Any] | None = None) -> None:
         """Does nothing: the leader releases."""
         del claim, published
 

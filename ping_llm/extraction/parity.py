@@ -1,18 +1,21 @@
-"""Our activations beside those of transformers; the one file that knows torch.
-
-torch and transformers come with the extra `[parity]`. Nothing else here needs them.
-"""
+"""Our activations beside those of transformers, which comes with the extra `[parity]`."""
 
 import dataclasses
 import gc
 import importlib.util
+import itertools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from ping_llm import settings
 from ping_llm.errors import ConfigError
+from ping_llm.extraction.settings import VerifyParitySettings, in_order, layer_numbers
+from ping_llm.models import huggingface
+from ping_llm.models.config import END_SITES
+from ping_llm.packing import pack
 
 LENGTHS = (1, 7, 64, 33)  # of the prompts that are compared, in tokens
 
@@ -43,15 +46,6 @@ def require_torch() -> None:
     for name in ("torch", "transformers"):
         if importlib.util.find_spec(name) is None:
             raise ConfigError(f"{name} is not installed; install the extra: ping-llm[parity]")
-
-
-def to_torch(array: Any) -> Any:
-    """Returns a NumPy array as a torch tensor, bfloat16 too, without a copy."""
-    import torch
-
-    if array.dtype.name == "bfloat16":
-        return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)
-    return torch.from_numpy(array)
 
 
 def reference_activations(
@@ -117,17 +111,13 @@ def own_activations(
     from flax import nnx
 
     lengths = [len(prompt) for prompt in prompts]
-    width = sum(lengths) if packed else max(lengths)
-    shape = (1 if packed else len(prompts), width)
-    tokens, segments, positions = (np.zeros(shape, np.int32) for _ in range(3))
-    places, start = [], 0
-    for i, prompt in enumerate(prompts):
-        row, begin = (0, start) if packed else (i, 0)
-        place = (row, slice(begin, begin + len(prompt)))
-        tokens[place], segments[place] = prompt, i + 1
-        positions[place] = np.arange(len(prompt))
-        places.append(place)
-        start += len(prompt)
+    if packed:
+        starts = np.cumsum([0, *lengths]).tolist()
+        batch = pack([prompts], sum(lengths))
+        slices = [(0, slice(a, b)) for a, b in itertools.pairwise(starts)]
+    else:
+        batch = pack([[prompt] for prompt in prompts], max(lengths))
+        slices = [(row, slice(0, length)) for row, length in enumerate(lengths)]
     graphdef, params = nnx.split(model)
 
     @jax.jit
@@ -137,15 +127,15 @@ def own_activations(
 
     precision = "highest" if model.cfg.dtype == "float32" else "default"
     with jax.default_matmul_precision(precision):
-        kept = jax.device_get(forward(params, tokens, segments, positions))
-    stored = {site: layers if site in ("attn", "mlp", "residual") else (0,) for site in sites}
+        kept = jax.device_get(forward(params, *batch))
+    stored = {site: (0,) if site in END_SITES else layers for site in sites}
     return [
         {
-            (site, layer): np.asarray(kept[site][n][place], np.float32)
+            (site, layer): np.asarray(kept[site][n][where], np.float32)
             for site in sites
             for n, layer in enumerate(stored[site])
         }
-        for place in places
+        for where in slices
     ]
 
 
@@ -163,50 +153,34 @@ def largest_differences(
     }
 
 
-def verify_parity(
-    model: str | Path,
-    *,
-    layers: str = "all",
-    sites: str = "residual,attn,mlp,embed,final_norm",
-    seed: int = 0,
-) -> ParityResult:
+@settings.takes(VerifyParitySettings)
+def verify_parity(chosen: VerifyParitySettings) -> ParityResult:
     """Compares our activations with transformers', in float32, on prompts of random token ids.
 
     Prompts are computed packed into one row, and each in its own.
-
-    Args:
-        model: Directory of a checkpoint, or a hub id.
-        layers: `all`, or numbers with commas between.
-        sites: Names of sites with commas between.
-        seed: Decides the prompts.
 
     Raises:
         ConfigError: torch or transformers is missing, or the model is not supported.
         CheckpointError: The checkpoint cannot be read.
     """
-    from ping_llm.extraction.config import parse_layers, parse_sites
-    from ping_llm.models import huggingface
-
     require_torch()
-    directory = huggingface.resolve(model)
+    directory = huggingface.resolve(chosen.model)
     cfg = huggingface.read_config(directory)
-    chosen_sites, chosen_layers = parse_sites(sites), parse_layers(layers, cfg.n_layers)
-    rng = np.random.default_rng(seed)
+    sites, layers = in_order(chosen.sites), layer_numbers(chosen.layers, cfg.n_layers)
+    rng = np.random.default_rng(0)
     prompts = [rng.integers(0, cfg.vocab_size, length) for length in LENGTHS]
     theirs = reference_activations(directory, prompts)
     gc.collect()  # torch's weights go before ours come
-    ours = huggingface.load(directory, head=False, dtype="float32")
-    found: dict[str, float] = {}
+    model = huggingface.load(directory, head=False, dtype="float32")
+    largest: dict[str, float] = {}
     for packed in (True, False):
-        values = own_activations(
-            ours, prompts, sites=chosen_sites, layers=chosen_layers, packed=packed
-        )
-        for (site, layer), value in largest_differences(values, theirs).items():
-            name = site if site in ("embed", "final_norm") else f"{site}.{layer}"
-            found[name] = max(found.get(name, 0.0), value)
+        ours = own_activations(model, prompts, sites=sites, layers=layers, packed=packed)
+        for (site, layer), value in largest_differences(ours, theirs).items():
+            name = site if site in END_SITES else f"{site}.{layer}"
+            largest[name] = max(largest.get(name, 0.0), value)
     return ParityResult(
-        max_relative_l2=max(found.values()),
-        by_site=found,
-        layers=list(chosen_layers),
+        max_relative_l2=max(largest.values()),
+        by_site=largest,
+        layers=list(layers),
         tokens=sum(LENGTHS),
     )

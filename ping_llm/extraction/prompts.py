@@ -1,49 +1,26 @@
 """Prompts: what the model is given, in token ids, of text, chats, ids, tasks or measurements."""
 
 import dataclasses
-import hashlib
 import itertools
-import json
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 
-from ping_llm import storage
 from ping_llm.activations.roles import BOS, REAL, SPECIAL
+from ping_llm.activations.store import UnitPrompts
 from ping_llm.data import windows
 from ping_llm.data.rows import SPLITS, ProbeRows, read_metadata
 from ping_llm.errors import ConfigError, DataError
 from ping_llm.extraction import arc
-from ping_llm.extraction.config import ExtractionConfig
-from ping_llm.extraction.records import Records, Unit, describe_files
-from ping_llm.extraction.templates import Tokenizer
+from ping_llm.extraction.records import Records, WorkUnit, describe_files, find_files
+from ping_llm.extraction.settings import ExtractSettings
+from ping_llm.extraction.templates import CheckpointTokenizer
 from ping_llm.tokenizer import LANGUAGE_VERSION
 
 COLUMNS = {"text": ("text",), "chat": ("messages",), "tokens": ("tokens", "input_ids")}
 TEXTS_AT_ONCE = 256
-
-
-@dataclasses.dataclass(frozen=True)
-class Prompts:
-    """The prompts of a work unit, end to end.
-
-    Attributes:
-        tokens: Token ids [n], int32.
-        offsets: Sample s is `[offsets[s]:offsets[s + 1]]` of the rest [S + 1], int64.
-        roles: REAL, SPECIAL or BOS of each token [n], uint8.
-        ids: Id of each sample.
-        overlong: Number of records that were longer than allowed.
-        empty: Number of samples without a token.
-    """
-
-    tokens: np.ndarray
-    offsets: np.ndarray
-    roles: np.ndarray
-    ids: list[str]
-    overlong: int
-    empty: int
 
 
 class PromptSource(Protocol):
@@ -55,29 +32,27 @@ class PromptSource(Protocol):
     """
 
     identity: dict[str, Any]
-    units: list[Unit]
+    units: list[WorkUnit]
 
-    def read(self, unit: Unit) -> Prompts:
+    def read(self, unit: WorkUnit) -> UnitPrompts:
         """Returns the prompts of a unit."""
         ...
 
 
 def open_source(
-    path: str,
-    cfg: ExtractionConfig,
+    cfg: ExtractSettings,
     *,
     model: Path | None,
     vocab_size: int,
-    law: windows.WindowLaw | None = None,
+    law: windows.WindowLaw = windows.USUAL,
 ) -> PromptSource:
-    """Returns the prompts in `path`.
+    """Returns the prompts of an input.
 
     Args:
-        path: The input.
-        cfg: The settings.
-        model: Directory of the checkpoint, for its tokenizer; None: a run of our own.
+        cfg: The settings, nothing left open.
+        model: Directory of the checkpoint, for its tokenizer; None: the model is a run.
         vocab_size: Number of ids the model knows.
-        law: What the windows of a run of our own are like; None: as by default.
+        law: What the windows of a run are like.
 
     Raises:
         ConfigError: The format does not go with the model.
@@ -87,15 +62,13 @@ def open_source(
     if cfg.format == "measurements":
         if model is not None:
             raise ConfigError(f"format='measurements' needs a run of this package; {model} is none")
-        return MeasurementPrompts(Path(path), cfg, law or windows.USUAL)
+        return MeasurementPrompts(cfg, law)
     if model is None and cfg.format != "tokens":
         raise ConfigError(
             f"format={cfg.format!r} needs a language model; a run takes measurements or tokens"
         )
-    if cfg.format == "arc":
-        assert model is not None  # as above
-        return ArcPrompts(path, cfg, model=model, vocab_size=vocab_size)
-    return TextPrompts(path, cfg, model=model, vocab_size=vocab_size)
+    kind = ArcPrompts if cfg.format == "arc" else TextPrompts
+    return kind(cfg, model=model, vocab_size=vocab_size)
 
 
 # --- text, chats, ids -------------------------------------------------------------------------
@@ -104,23 +77,23 @@ def open_source(
 class TextPrompts:
     """Prompts of records that hold text, a chat, or token ids."""
 
-    def __init__(self, path: str, cfg: ExtractionConfig, *, model: Path | None, vocab_size: int):
+    def __init__(self, cfg: ExtractSettings, *, model: Path | None, vocab_size: int):
         self._cfg, self._vocab_size = cfg, vocab_size
         columns = (*COLUMNS[cfg.format], "id", *(("tools",) if cfg.format == "chat" else ()))
         self._records = Records(
-            path, columns=columns, unit_bytes=max(int(cfg.unit_mb * 1e6), 1), limit=cfg.limit
+            cfg.input, columns=columns, unit_bytes=max(int(cfg.unit_mb * 1e6), 1), limit=cfg.limit
         )
         self.units = self._records.units
         self._tokenizer = None
         if cfg.format != "tokens" or (model is not None and (model / "tokenizer.json").is_file()):
             assert model is not None  # open_source saw to it
-            self._tokenizer = Tokenizer(model, chat=cfg.format == "chat")
+            self._tokenizer = CheckpointTokenizer(model, chat=cfg.format == "chat")
         self.identity = {
             "files": self._records.files,
             "tokenizer": self._tokenizer.identity if self._tokenizer else None,
         }
 
-    def read(self, unit: Unit) -> Prompts:
+    def read(self, unit: WorkUnit) -> UnitPrompts:
         """Returns the prompts of a unit.
 
         Raises:
@@ -162,7 +135,11 @@ class TextPrompts:
 
 
 def _tokenized(
-    texts: Iterable[tuple[str, str]], tokenizer: Tokenizer, vocab_size: int, *, add_special: bool
+    texts: Iterable[tuple[str, str]],
+    tokenizer: CheckpointTokenizer,
+    vocab_size: int,
+    *,
+    add_special: bool,
 ) -> Iterator[tuple[str, np.ndarray]]:
     """Yields (sample, token ids) of each (sample, text)."""
     texts = iter(texts)
@@ -179,16 +156,19 @@ def _tokenized(
 
 
 def _gather(
-    encoded: Iterable[tuple[str, np.ndarray]], cfg: ExtractionConfig, tokenizer: Tokenizer | None
-) -> Prompts:
+    encoded: Iterable[tuple[str, np.ndarray]],
+    cfg: ExtractSettings,
+    tokenizer: CheckpointTokenizer | None,
+) -> UnitPrompts:
     """Returns the prompts of each (sample, token ids), those that are too long dealt with."""
     ids: list[str] = []
     parts: list[np.ndarray] = []
     overlong = 0
+    assert cfg.max_length is not None
     for sample, tokens in encoded:
         if len(tokens) > cfg.max_length:
             overlong += 1
-            pieces = _cut(tokens, cfg, sample)
+            pieces = _cut(tokens, cfg.overlong, cfg.max_length, sample)
         else:
             pieces = [tokens]
         parts += pieces
@@ -201,20 +181,19 @@ def _gather(
         if tokenizer.bos is not None:
             roles[tokens == tokenizer.bos] = BOS
     offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
-    return Prompts(tokens, offsets, roles, ids, overlong, int((lengths == 0).sum()))
+    return UnitPrompts(tokens, offsets, roles, ids, overlong, int((lengths == 0).sum()))
 
 
-def _cut(tokens: np.ndarray, cfg: ExtractionConfig, sample: str) -> list[np.ndarray]:
+def _cut(tokens: np.ndarray, overlong: str, max_length: int, sample: str) -> list[np.ndarray]:
     """Returns what becomes of a prompt that is too long."""
-    most = cfg.max_length
-    if cfg.overlong == "truncate-left":
-        return [tokens[-most:]]
-    if cfg.overlong == "truncate-right":
-        return [tokens[:most]]
-    if cfg.overlong == "split":
-        return [tokens[start : start + most] for start in range(0, len(tokens), most)]
+    if overlong == "truncate-left":
+        return [tokens[-max_length:]]
+    if overlong == "truncate-right":
+        return [tokens[:max_length]]
+    if overlong == "split":
+        return [tokens[start : start + max_length] for start in range(0, len(tokens), max_length)]
     raise DataError(
-        f"{sample} has {len(tokens)} tokens, more than max_length={most}; raise it, or choose "
+        f"{sample} has {len(tokens)} tokens, more than {max_length=}; raise it, or choose "
         "another --overlong than `error`: truncate-left, truncate-right, split"
     )
 
@@ -225,33 +204,31 @@ def _cut(tokens: np.ndarray, cfg: ExtractionConfig, sample: str) -> list[np.ndar
 class ArcPrompts:
     """Prompts that ask for the output of a test of an ARC task, each in several augmentations."""
 
-    def __init__(self, path: str, cfg: ExtractionConfig, *, model: Path, vocab_size: int):
-        found = [file for file in storage.find(path) if file.size]
-        self._tasks = arc.read_tasks(found)[: cfg.limit]
+    def __init__(self, cfg: ExtractSettings, *, model: Path | None, vocab_size: int):
+        files = find_files(cfg.input)
+        self._tasks = arc.read_tasks(files)[: cfg.limit]
         if not self._tasks:
-            raise DataError(f"{path} holds no tasks")
+            raise DataError(f"{cfg.input} holds no tasks")
+        assert model is not None  # open_source saw to it
         self._cfg, self._vocab_size = cfg, vocab_size
         self._encoder = arc.parse_encoder(cfg.arc_encoder or "")
-        self._tokenizer = Tokenizer(model, chat=True)
-        self.identity = {
-            "files": describe_files(found),
-            "tokenizer": self._tokenizer.identity,
-        }
+        self._tokenizer = CheckpointTokenizer(model, chat=True)
+        self.identity = {"files": describe_files(files), "tokenizer": self._tokenizer.identity}
         self.units = []
         start, size = 0, 0.0
         for index, task in enumerate(self._tasks):
             if index > start and size >= cfg.unit_mb * 1e6:
-                self.units.append(Unit(0, start, index))
+                self.units.append(WorkUnit(0, start, index))
                 start, size = index, 0.0
             size += sum(map(len, self._plain(task))) * (cfg.arc_augmentations or 1)
-        self.units.append(Unit(0, start, len(self._tasks)))
+        self.units.append(WorkUnit(0, start, len(self._tasks)))
 
-    def _plain(self, task: arc.Task) -> list[str]:
+    def _plain(self, task: arc.ArcTask) -> list[str]:
         """Returns the texts of a task's tests as they are, whose length is that of all others."""
         (same,) = arc.augmentations(task, 1, colors="keep", seed=0)
         return [arc.prompt(task, test, same, self._encoder) for test in range(len(task.tests))]
 
-    def _texts(self, task: arc.Task) -> Iterator[tuple[str, str]]:
+    def _texts(self, task: arc.ArcTask) -> Iterator[tuple[str, str]]:
         assert self._cfg.arc_augmentations is not None
         assert self._cfg.arc_colors is not None
         assert self._cfg.arc_seed is not None
@@ -269,7 +246,7 @@ class ArcPrompts:
                 chat = {"messages": [{"role": "user", "content": text}]}
                 yield sample, self._tokenizer.template.render(chat, sample, generate=True)
 
-    def read(self, unit: Unit) -> Prompts:
+    def read(self, unit: WorkUnit) -> UnitPrompts:
         """Returns the prompts of a unit: a task's tests, each in all its augmentations.
 
         Raises:
@@ -287,11 +264,11 @@ class ArcPrompts:
 class MeasurementPrompts:
     """The contexts that one epoch of training on a directory of probe rows would draw."""
 
-    def __init__(self, directory: Path, cfg: ExtractionConfig, law: windows.WindowLaw):
-        self._law = law
+    def __init__(self, cfg: ExtractSettings, law: windows.WindowLaw):
+        assert cfg.max_length is not None
         windows.check_length(cfg.max_length)
-        self._length = cfg.max_length
-        self._splits = [(split, ProbeRows(directory, split)) for split in SPLITS]
+        self._length, self._law = cfg.max_length, law
+        self._splits = [(split, ProbeRows(cfg.input, split)) for split in SPLITS]
         self._ends = [
             np.cumsum(windows.visits_per_row(rows.n_measurements)) for _, rows in self._splits
         ]
@@ -304,17 +281,16 @@ class MeasurementPrompts:
             stop = total if left is None else min(total, left)
             left = None if left is None else left - stop
             for start in range(0, stop, per_unit):
-                self.units.append(Unit(index, start, min(start + per_unit, stop)))
+                self.units.append(WorkUnit(index, start, min(start + per_unit, stop)))
         if not self.units:
-            raise DataError(f"{directory} holds no measurements")
-        metadata = read_metadata(directory)
+            raise DataError(f"{cfg.input} holds no measurements")
         self.identity = {
-            "data": hashlib.sha256(json.dumps(metadata).encode()).hexdigest()[:32],
+            "data": read_metadata(cfg.input)["fingerprint"],
             "language_version": LANGUAGE_VERSION,
             "windows": dataclasses.asdict(law),
         }
 
-    def read(self, unit: Unit) -> Prompts:
+    def read(self, unit: WorkUnit) -> UnitPrompts:
         """Returns the contexts of a unit, in the order of rows."""
         split, rows = self._splits[unit.file]
         visit = np.arange(unit.start, unit.stop)
@@ -325,7 +301,7 @@ class MeasurementPrompts:
             rows, visits, seed=0, length=self._length, law=self._law
         )
         ids = [f"{split}/{r}/{k}" for r, k in zip(visits.row, visits.k, strict=True)]
-        return Prompts(
+        return UnitPrompts(
             tokens=tokens.astype(np.int32),
             offsets=offsets,
             roles=np.full(len(tokens), REAL, np.uint8),

@@ -11,18 +11,18 @@ from typing import Any, BinaryIO
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from ping_llm import storage
 from ping_llm.errors import DataError
+from ping_llm.storage import Location, StoredFile
 
 JSON_ENDINGS = (".jsonl", ".ndjson", ".json")
 PARQUET_ENDINGS = (".parquet", ".pq")
 COMPRESSIONS = {".gz": "gzip", ".bz2": "bz2", ".zst": "zstd"}
 TO_THE_END = -1
-_PIECES, _PIECE_BYTES = 16, 16384
+_BLOCKS, _BLOCK_BYTES = 16, 16384
 
 
 @dataclasses.dataclass(frozen=True)
-class Unit:
+class WorkUnit:
     """A part of one input file, the unit of work.
 
     Attributes:
@@ -36,21 +36,34 @@ class Unit:
     stop: int
 
 
-def fingerprint(url: str, size: int) -> str:
-    """Returns a hash of a file's size and of pieces of its content spread over all of it."""
-    found = hashlib.sha256(str(size).encode())
-    with storage.open_input(url) as file:
-        for piece in range(_PIECES):
-            file.seek(max(size - _PIECE_BYTES, 0) * piece // (_PIECES - 1))
-            found.update(file.read(_PIECE_BYTES))
-    return found.hexdigest()[:32]
+def sample_fingerprint(file: StoredFile) -> str:
+    """Returns a hash of a file's size and of blocks of its content spread over all of it."""
+    sha256 = hashlib.sha256(str(file.size).encode())
+    with file.location.open_input() as content:
+        for block in range(_BLOCKS):
+            content.seek(max(file.size - _BLOCK_BYTES, 0) * block // (_BLOCKS - 1))
+            sha256.update(content.read(_BLOCK_BYTES))
+    return sha256.hexdigest()[:32]
 
 
-def describe_files(files: list[storage.StoredFile]) -> list[dict[str, Any]]:
+def find_files(path: str) -> list[StoredFile]:
+    """Returns the files of an input that are not empty.
+
+    Raises:
+        StorageError: Nothing is there.
+        DataError: Every file there is empty.
+    """
+    files = [file for file in Location.of(path).find() if file.size]
+    if not files:
+        raise DataError(f"{path}: every file there is empty")
+    return files
+
+
+def describe_files(files: list[StoredFile]) -> list[dict[str, Any]]:
     """Returns name, size and fingerprint of each file, by which an input is known again."""
     names = _short_names([file.url for file in files])
     return [
-        {"name": name, "size": file.size, "fingerprint": fingerprint(file.url, file.size)}
+        {"name": name, "size": file.size, "fingerprint": sample_fingerprint(file)}
         for name, file in zip(names, files, strict=True)
     ]
 
@@ -76,77 +89,73 @@ class Records:
             StorageError: Nothing is there, or it cannot be read.
             DataError: A file is of no known format.
         """
-        found = [file for file in storage.find(path) if file.size]
-        if not found:
-            raise DataError(f"{path}: every file there is empty")
-        self._urls = [file.url for file in found]
-        self._kinds = [_kind(url) for url in self._urls]
+        found = find_files(path)
+        self._locations = [file.location for file in found]
+        self._kinds = [_kind(file.url) for file in found]
         self._columns = columns
         self.files = describe_files(found)
-        self._names = [file["name"] for file in self.files]
-        self.units: list[Unit] = []
+        self.units: list[WorkUnit] = []
         left = limit
         for index, file in enumerate(found):
             if left == 0:
                 break
-            plan = self._plan_parquet if self._kinds[index][0] == "parquet" else self._plan_json
-            left = plan(index, file.size, unit_bytes, left)
+            if self._kinds[index][0] == "parquet":
+                left = self._plan_parquet(index, unit_bytes, left)
+            else:
+                left = self._plan_json(index, file.size, unit_bytes, left)
 
     def _plan_json(self, index: int, size: int, unit_bytes: int, left: int | None) -> int | None:
         compression = self._kinds[index][1]
         stop = TO_THE_END if compression else size
         if left is not None:
-            for offset, line in _lines(self._urls[index], compression, 0, TO_THE_END):
+            for offset, line in _lines(self._locations[index], compression, 0, TO_THE_END):
                 left -= 1
                 if left == 0:
                     stop = offset + len(line)
                     break
         if compression:  # has no middle to begin at
-            self.units.append(Unit(index, 0, stop))
+            self.units.append(WorkUnit(index, 0, stop))
         else:
             for start in range(0, stop, unit_bytes):
-                self.units.append(Unit(index, start, min(start + unit_bytes, stop)))
+                self.units.append(WorkUnit(index, start, min(start + unit_bytes, stop)))
         return left
 
-    def _plan_parquet(self, index: int, size: int, unit_bytes: int, left: int | None) -> int | None:
-        del size
-        with _open_parquet(self._urls[index]) as file:
+    def _plan_parquet(self, index: int, unit_bytes: int, left: int | None) -> int | None:
+        with _open_parquet(self._locations[index]) as file:
             groups = [file.metadata.row_group(i) for i in range(file.num_row_groups)]
-        cuts, at, gathered = [0], 0, 0
+        cuts, rows, gathered = [0], 0, 0
         for group in groups:
             # Groups are gathered up to the size of a unit; one that is larger is divided.
             pieces = -(-group.total_byte_size // unit_bytes)
             if pieces > 1 or gathered + group.total_byte_size > unit_bytes:
-                cuts.append(at)
+                cuts.append(rows)
                 gathered = 0
             if pieces > 1:
-                cuts += [at + group.num_rows * i // pieces for i in range(1, pieces + 1)]
+                cuts += [rows + group.num_rows * i // pieces for i in range(1, pieces + 1)]
             else:
                 gathered += group.total_byte_size
-            at += group.num_rows
-        end = at if left is None else min(at, left)
-        for start, stop in itertools.pairwise([*cuts, at]):
+            rows += group.num_rows
+        end = rows if left is None else min(rows, left)
+        for start, stop in itertools.pairwise([*cuts, rows]):
             if start < min(stop, end):
-                self.units.append(Unit(index, start, min(stop, end)))
+                self.units.append(WorkUnit(index, start, min(stop, end)))
         return None if left is None else left - end
 
-    def read(self, unit: Unit) -> Iterator[tuple[str, dict[str, Any]]]:
+    def read(self, unit: WorkUnit) -> Iterator[tuple[str, dict[str, Any]]]:
         """Yields (id, record) of a unit. The id is the record's own `id`, or its place.
 
         Raises:
             DataError: A record is not a JSON object, or the file cannot be read.
         """
-        url, name = self._urls[unit.file], self._names[unit.file]
+        location, name = self._locations[unit.file], self.files[unit.file]["name"]
         kind, compression = self._kinds[unit.file]
         if kind == "parquet":
-            places = _rows(url, unit.start, unit.stop, self._columns)
-            mark = "#"
+            records, mark = _rows(location, unit.start, unit.stop, self._columns), "#"
         else:
-            places = _objects(url, compression, unit)
-            mark = "@"
-        for at, record in places:
+            records, mark = _objects(location, compression, unit), "@"
+        for position, record in records:
             given = record.get("id")
-            yield (f"{name}{mark}{at}" if given is None else str(given)), record
+            yield (f"{name}{mark}{position}" if given is None else str(given)), record
 
 
 def _kind(url: str) -> tuple[str, str | None]:
@@ -173,66 +182,71 @@ def _short_names(urls: list[str]) -> list[str]:
     return [url.removeprefix(folder) for url in urls]
 
 
-def _open_text(url: str, compression: str | None, start: int) -> BinaryIO:
-    file = storage.open_input(url)
+def _open_text(location: Location, compression: str | None, start: int) -> BinaryIO:
+    file = location.open_input()
     if compression:
         return io.BufferedReader(pa.CompressedInputStream(file, compression))  # pyright: ignore[reportArgumentType]
     file.seek(start)
     return io.BufferedReader(file, 1 << 20)  # pyright: ignore[reportArgumentType]
 
 
-def _lines(url: str, compression: str | None, start: int, stop: int) -> Iterator[tuple[int, bytes]]:
+def _lines(
+    location: Location, compression: str | None, start: int, stop: int
+) -> Iterator[tuple[int, bytes]]:
     """Yields (offset, line) of the lines, not blank, that begin in `start`..`stop`."""
-    at = max(start - 1, 0)
+    offset = max(start - 1, 0)
     try:
-        with _open_text(url, compression, at) as file:
+        with _open_text(location, compression, offset) as file:
             if start:
-                at += len(file.readline())  # the rest of a line that begins before, or its end
-            while at < stop or stop == TO_THE_END:
+                offset += len(file.readline())  # the rest of a line that begins before, or its end
+            while offset < stop or stop == TO_THE_END:
                 line = file.readline()
                 if not line:
                     return
                 if not line.isspace():
-                    yield at, line
-                at += len(line)
+                    yield offset, line
+                offset += len(line)
     except (OSError, EOFError, pa.ArrowException) as error:
-        raise DataError(f"{url} cannot be read after byte {at}: {error}") from None
+        raise DataError(f"{location} cannot be read after byte {offset}: {error}") from None
 
 
-def _objects(url: str, compression: str | None, unit: Unit) -> Iterator[tuple[int, dict[str, Any]]]:
-    for offset, line in _lines(url, compression, unit.start, unit.stop):
+def _objects(
+    location: Location, compression: str | None, unit: WorkUnit
+) -> Iterator[tuple[int, dict[str, Any]]]:
+    for offset, line in _lines(location, compression, unit.start, unit.stop):
+        where = f"{location}, byte {offset}"
         try:
             record = json.loads(line)
         except ValueError as error:
-            raise DataError(f"{url}, byte {offset}: no JSON on this line: {error}") from None
+            raise DataError(f"{where}: no JSON on this line: {error}") from None
         if not isinstance(record, dict):
-            raise DataError(f"{url}, byte {offset}: expected a JSON object, got {line[:40]!r}")
+            raise DataError(f"{where}: expected a JSON object, got {line[:40]!r}")
         yield offset, record
 
 
-def _open_parquet(url: str) -> pq.ParquetFile:
+def _open_parquet(location: Location) -> pq.ParquetFile:
     try:
-        return pq.ParquetFile(storage.open_input(url))
+        return pq.ParquetFile(location.open_input())
     except (OSError, pa.ArrowException) as error:
-        raise DataError(f"{url} is not a readable Parquet file: {error}") from None
+        raise DataError(f"{location} is not a readable Parquet file: {error}") from None
 
 
 def _rows(
-    url: str, start: int, stop: int, columns: tuple[str, ...]
+    location: Location, start: int, stop: int, columns: tuple[str, ...]
 ) -> Iterator[tuple[int, dict[str, Any]]]:
-    with _open_parquet(url) as file:
+    with _open_parquet(location) as file:
         names = [name for name in columns if name in file.schema_arrow.names]
-        counts = [file.metadata.row_group(i).num_rows for i in range(file.num_row_groups)]
-        ends = [sum(counts[: i + 1]) for i in range(len(counts))]
+        groups = [file.metadata.row_group(i).num_rows for i in range(file.num_row_groups)]
+        ends = list(itertools.accumulate(groups))
         wanted = [
-            i for i, end in enumerate(ends) if end > start and end - counts[i] < stop and counts[i]
+            i for i, end in enumerate(ends) if end > start and end - groups[i] < stop and groups[i]
         ]
-        at = ends[wanted[0]] - counts[wanted[0]] if wanted else stop
+        row = ends[wanted[0]] - groups[wanted[0]] if wanted else stop
         try:
             for batch in file.iter_batches(batch_size=1024, row_groups=wanted, columns=names):
-                low, high = max(start - at, 0), min(stop - at, len(batch))
+                low, high = max(start - row, 0), min(stop - row, len(batch))
                 if low < high:
-                    yield from enumerate(batch.slice(low, high - low).to_pylist(), at + low)
-                at += len(batch)
+                    yield from enumerate(batch.slice(low, high - low).to_pylist(), row + low)
+                row += len(batch)
         except (OSError, pa.ArrowException) as error:
-            raise DataError(f"{url} cannot be read after row {at}: {error}") from None
+            raise DataError(f"{location} cannot be read after row {row}: {error}") from None

@@ -11,7 +11,7 @@ from ping_llm.errors import DataError
 from ping_llm.models.huggingface import read_json
 
 
-class Tokenizer:
+class CheckpointTokenizer:
     """A checkpoint's own tokenizer.
 
     Attributes:

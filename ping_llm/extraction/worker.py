@@ -18,13 +18,15 @@ from typing import Any, Protocol, TypeVar
 import numpy as np
 import tensorstore as ts
 
-from ping_llm.activations.claims import Claim, Claims
-from ping_llm.activations.writer import ArraySpec, Part, UnitWriter
+from ping_llm.activations.begin import check_store
+from ping_llm.activations.claims import Claims, UnitClaim
+from ping_llm.activations.store import UnitPrompts, site_arrays
+from ping_llm.activations.writer import ArraySpec, ColumnSlice, UnitWriter
 from ping_llm.errors import StorageError
 from ping_llm.extraction.batches import PackedBatch, make_batches
-from ping_llm.extraction.config import ExtractionConfig
 from ping_llm.extraction.group import Follower
-from ping_llm.extraction.prompts import Prompts, PromptSource
+from ping_llm.extraction.prompts import PromptSource
+from ping_llm.extraction.settings import ExtractSettings
 from ping_llm.progress import Progress, progress
 from ping_llm.storage import KeyValueStore
 
@@ -44,7 +46,7 @@ class Forward(Protocol):
     """
 
     compile_seconds: float
-    part: Part
+    part: ColumnSlice
 
     @property
     def peak_device_bytes(self) -> int: ...  # noqa: D102
@@ -59,11 +61,11 @@ class Forward(Protocol):
 
 
 @dataclasses.dataclass(frozen=True)
-class _Step:
+class _UnitStep:
     """One step of a unit: a batch, or its end, where there is none."""
 
-    claim: Claim
-    prompts: Prompts
+    claim: UnitClaim
+    prompts: UnitPrompts
     batch: PackedBatch | None
 
 
@@ -73,7 +75,7 @@ class Worker:
     def __init__(
         self,
         kv: KeyValueStore,
-        cfg: ExtractionConfig,
+        cfg: ExtractSettings,
         source: PromptSource,
         forward: Forward,
         claims: Claims | Follower,
@@ -96,8 +98,10 @@ class Worker:
         self._kv, self._cfg, self._source = kv, cfg, source
         self._forward, self._claims = forward, claims
         self._identity, self._d_model = store_identity, d_model
+        assert cfg.dtype is not None
         element = np.dtype(ts.dtype(cfg.dtype).numpy_dtype)
-        self._arrays = [ArraySpec(name, d_model, element) for name in cfg.arrays]
+        self._sites = site_arrays(cfg.sites, cfg.kept_layers)
+        self._arrays = [ArraySpec(name, d_model, element) for name in self._sites]
         self._writer: UnitWriter | None = None  # of the unit that is being written
         self._failed = False
         self._computed = self._tokens = 0
@@ -156,12 +160,12 @@ class Worker:
                     writing.submit(self._discard).result()
                 raise
 
-    def _steps(self) -> Iterator[_Step]:
+    def _steps(self) -> Iterator[_UnitStep]:
         for claim in self._claims.available():
             prompts = self._source.read(self._source.units[claim.unit])
             for batch in make_batches(prompts, self._cfg, d_model=self._d_model):
-                yield _Step(claim, prompts, batch)
-            yield _Step(claim, prompts, None)
+                yield _UnitStep(claim, prompts, batch)
+            yield _UnitStep(claim, prompts, None)
 
     # What follows runs in the writing thread.
 
@@ -175,7 +179,7 @@ class Worker:
             self._failed = True
             raise
 
-    def _begun(self, step: _Step) -> UnitWriter:
+    def _begun(self, step: _UnitStep) -> UnitWriter:
         if self._writer is None:
             self._writer = UnitWriter(
                 self._kv,
@@ -189,20 +193,20 @@ class Worker:
             )
         return self._writer
 
-    def _store(self, step: _Step, result: Mapping[str, tuple[Any, Any, Any]]) -> None:
+    def _store(self, step: _UnitStep, result: Mapping[str, tuple[Any, Any, Any]]) -> None:
         assert step.batch is not None
         writer = self._begun(step)
         self._computed += step.batch.tokens.size
         for site, (activations, norms, sums) in self._forward.to_host(result).items():
-            for name, (array_site, place) in self._cfg.arrays.items():
+            for name, (array_site, layer) in self._sites.items():
                 if array_site != site:
                     continue
-                writer.add_sum(name, sums[place])
+                writer.add_sum(name, sums[layer])
                 for row, column, length, start in step.batch.pieces.tolist():
-                    at = place, row, slice(column, column + length)
-                    writer.put(name, start, activations[at], norms[at])
+                    piece = layer, row, slice(column, column + length)
+                    writer.put(name, start, activations[piece], norms[piece])
 
-    def _publish(self, step: _Step) -> None:
+    def _publish(self, step: _UnitStep) -> None:
         now = time.monotonic()
         compiling = self._forward.compile_seconds - self._compiling
         self._compiling += compiling
@@ -217,6 +221,7 @@ class Worker:
             done = writer.finish(notes)
             # Asked once more: a machine that was asleep does not see by its clock for how long.
             if done is not None and self._claims.renew(step.claim):
+                check_store(self._kv, self._identity)
                 published = writer.commit(done)
         if published is None or published["attempt"] != writer.attempt:
             writer.discard()

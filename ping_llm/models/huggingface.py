@@ -7,7 +7,7 @@ tensor at a time.
 import dataclasses
 import functools
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -19,7 +19,7 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from ping_llm.errors import CheckpointError
+from ping_llm.errors import CheckpointError, StorageError
 from ping_llm.models import families
 from ping_llm.models.config import DecoderConfig
 from ping_llm.models.decoder import Decoder
@@ -60,15 +60,15 @@ def resolve(model: str | Path) -> Path:
     return Path(directory)
 
 
-def read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path | Location) -> dict[str, Any]:
     """Returns the JSON object in a file of the checkpoint.
 
     Raises:
         CheckpointError: The file is absent or holds no JSON object.
     """
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        content = json.loads(Location.of(path).read_bytes())
+    except (StorageError, ValueError) as error:
         raise CheckpointError(f"{path} cannot be read as JSON: {error}") from None
     if not isinstance(content, dict):
         raise CheckpointError(f"{path} holds no JSON object")
@@ -153,7 +153,7 @@ class _Tensors:
         self.shapes: dict[str, tuple[int, ...]] = {}
         self.dtypes: dict[str, np.dtype] = {}
         for file in files:
-            with SafetensorsFile(directory / file) as opened:
+            with SafetensorsFile(Location.of(directory).child(file).path) as opened:
                 for name, shape in opened.shapes.items():
                     short = _short(name)
                     if short in self.where:

@@ -68,12 +68,9 @@ def test_a_dry_run_writes_nothing_and_says_how_much_it_would_be(place):
     [
         (["--layers", "7"], "layers: the model has 3, 0..2; 7 is none"),
         (["--layers", "x"], "layers='x'"),
-        (["--sites", "head"], "'head' is not one of"),
-        (["--format", "poem"], "format='poem' is not one of"),
-        (["--overlong", "drop"], "overlong='drop' is not one of"),
-        (["--dtype", "int8"], "dtype='int8' is not one of"),
+        (["--sites", ""], "sites is empty; choose some of embed, attn, mlp"),
         (["--batch-tokens", "10"], "batch_tokens=10 is less than max_length=64"),
-        (["--limit", "0"], "limit=0 must be above 0"),
+        (["--arc-seed", "1"], "arc_seed=1 does not go with format='text'"),
         (["--mesh", "data=3"], "mesh"),
     ],
 )
@@ -82,6 +79,23 @@ def test_a_setting_that_can_not_be_is_one_line_and_exit_code_1(place, arguments,
     assert result.exit_code == 1
     assert message in result.stderr
     assert len(result.stderr.strip().splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--sites", "head"], "sites='head' is not one of embed, attn, mlp, residual, final_norm"),
+        (["--format", "poem"], "'poem' is not one of 'text', 'chat', 'tokens'"),
+        (["--overlong", "drop"], "'drop' is not one of 'error', 'truncate-left'"),
+        (["--dtype", "int8"], "'int8' is not one of 'float32', 'bfloat16', 'float16'"),
+        (["--limit", "0"], "limit=0 must be above 0"),
+        (["--lease-seconds", "0"], "lease_seconds=0.0 must be above 0"),
+    ],
+)
+def test_a_value_that_no_extraction_may_have_is_wrong_usage(place, arguments, message):
+    result = extract(place, *arguments, output="never")
+    assert result.exit_code == 2
+    assert message in result.stderr
 
 
 def test_parity_is_shown_by_site(place):

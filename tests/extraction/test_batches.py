@@ -3,15 +3,15 @@ from extraction_settings import settings
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ping_llm.extraction.batches import make_batches
-from ping_llm.extraction.prompts import Prompts
+from ping_llm.activations.store import UnitPrompts
+from ping_llm.extraction.batches import make_batches, row_widths
 
 
 def prompts_of(lengths):
     offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
     tokens = np.arange(1, offsets[-1] + 1, dtype=np.int32)
     roles = np.zeros(len(tokens), np.uint8)
-    return Prompts(tokens, offsets, roles, [str(i) for i in range(len(lengths))], 0, 0)
+    return UnitPrompts(tokens, offsets, roles, [str(i) for i in range(len(lengths))], 0, 0)
 
 
 @given(
@@ -23,7 +23,7 @@ def test_every_token_is_in_one_place_with_its_position_and_its_own_segment(lengt
     cfg = settings(max_length=100, batch_tokens=batch_tokens)
     seen = np.zeros(len(prompts.tokens), int)
     for batch in make_batches(prompts, cfg, d_model=8):
-        assert batch.tokens.shape[1] in cfg.row_widths
+        assert batch.tokens.shape[1] in row_widths(cfg)
         assert batch.tokens.size <= batch_tokens
         real = np.zeros(batch.tokens.shape, bool)
         for row, column, length, start in batch.pieces.tolist():

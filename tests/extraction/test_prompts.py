@@ -23,7 +23,7 @@ CHAT = [
 def prompts_of(tmp_path, records, model, **changes):
     path = tmp_path / "in.jsonl"
     path.write_text("".join(json.dumps(record) + "\n" for record in records))
-    source = open_source(str(path), settings(**changes), model=model, vocab_size=288)
+    source = open_source(settings(input=path, **changes), model=model, vocab_size=288)
     (unit,) = source.units
     return source.read(unit)
 
@@ -141,16 +141,16 @@ def test_templates_in_a_file_or_by_name_are_found(tmp_path):
 def test_a_tokenizer_of_another_model_is_refused(tmp_path, checkpoint):
     path = tmp_path / "in.jsonl"
     path.write_text('{"text": "a<|im_end|>"}\n')
-    source = open_source(str(path), settings(), model=checkpoint, vocab_size=100)
+    source = open_source(settings(input=path), model=checkpoint, vocab_size=100)
     with pytest.raises(DataError, match="vocab_size=100"):
         source.read(source.units[0])
 
 
 def test_a_format_that_does_not_go_with_the_model_is_refused(tmp_path, checkpoint):
     with pytest.raises(ConfigError, match="needs a run"):
-        open_source("x", settings(format="measurements"), model=checkpoint, vocab_size=1)
+        open_source(settings(format="measurements"), model=checkpoint, vocab_size=1)
     with pytest.raises(ConfigError, match="needs a language model"):
-        open_source("x", settings(), model=None, vocab_size=1)
+        open_source(settings(), model=None, vocab_size=1)
 
 
 @pytest.fixture(scope="module")
@@ -163,8 +163,8 @@ def rows(tmp_path_factory):
 
 def test_measurements_are_the_contexts_of_training_whatever_the_units_are(rows):
     def read(**changes):
-        cfg = settings(format="measurements", max_length=200, **changes)
-        source = open_source(str(rows), cfg, model=None, vocab_size=267)
+        cfg = settings(input=rows, format="measurements", max_length=200, **changes)
+        source = open_source(cfg, model=None, vocab_size=267)
         return source, [source.read(unit) for unit in source.units]
 
     whole, parts = read(unit_mb=1.0)
@@ -176,8 +176,8 @@ def test_measurements_are_the_contexts_of_training_whatever_the_units_are(rows):
     assert [sample for part in many for sample in part.ids] == ids
     assert max(np.diff(part.offsets).max() for part in parts) <= 200
     law = WindowLaw(result_last_fraction=1.0, hidden_source_fraction=1.0)
-    cfg = settings(format="measurements", max_length=200)
-    own = open_source(str(rows), cfg, model=None, vocab_size=267, law=law)
+    cfg = settings(input=rows, format="measurements", max_length=200)
+    own = open_source(cfg, model=None, vocab_size=267, law=law)
     assert own.identity != whole.identity
     part = own.read(own.units[0])
     shown, _ = tokenizer.decode(part.tokens[: part.offsets[1]])

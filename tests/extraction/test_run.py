@@ -3,6 +3,7 @@ import itertools
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,16 +18,17 @@ import zarr
 from hf_checkpoints import make_checkpoint
 from stores import assert_equal_stores, everything
 
-from ping_llm import storage
-from ping_llm.activations import store, writer
+from ping_llm.activations import store
+from ping_llm.activations.arrays import create_array
 from ping_llm.activations.inspection import inspect_activations
 from ping_llm.activations.reader import ActivationReader
-from ping_llm.errors import ConfigError, DataError, StorageError
+from ping_llm.activations.statistics import unit_statistics
+from ping_llm.errors import CheckpointError, ConfigError, DataError, StorageError
 from ping_llm.extraction import parity
 from ping_llm.extraction.run import extract_activations
 from ping_llm.ingest.prepare import prepare_data
 from ping_llm.simulation.simulate import simulate
-from ping_llm.storage import KeyValueStore
+from ping_llm.storage import KeyValueStore, Location
 
 
 def test_every_row_is_what_transformers_gives_for_its_prompt_alone(finished, checkpoint, documents):
@@ -62,11 +64,12 @@ def test_a_finished_store_is_left_as_it_is_and_gives_the_same_result(
 @pytest.mark.parametrize(
     ("change", "name"),
     [
-        ({"layers": "1"}, "layers was"),
-        ({"max_length": 200}, "max_length was 128, now 200"),
-        ({"dtype": "bfloat16"}, "dtype was 'float32', now 'bfloat16'"),
-        ({"limit": 5}, "limit was None, now 5"),
-        ({"batch_tokens": 512}, "batch_tokens"),
+        ({"layers": "1"}, r"layers=\[1\], was \[0, 2\]"),
+        ({"max_length": 200}, "max_length=200, was 128"),
+        ({"dtype": "bfloat16"}, "dtype='bfloat16', was 'float32'"),
+        ({"limit": 5}, "limit=5, was None"),
+        ({"batch_tokens": 512}, "batch_tokens=512, was 256"),
+        ({"lease_seconds": 3.0}, "lease_seconds=3.0, was 2.0"),
     ],
 )
 def test_other_settings_are_refused_by_their_names(
@@ -81,11 +84,28 @@ def test_another_model_and_another_input_are_refused(
 ):
     changed = tmp_path / documents.name
     changed.write_bytes(documents.read_bytes().replace(b"dog", b"cat"))
-    with pytest.raises(ConfigError, match="files was"):
+    with pytest.raises(ConfigError, match="input files="):
         extract_activations(checkpoint, changed, finished, **small)
     other = make_checkpoint(tmp_path / "other", rms_norm_eps=1e-5)
-    with pytest.raises(ConfigError, match="config was"):
+    with pytest.raises(ConfigError, match="model config="):
         extract_activations(other, documents, finished, **small | {"format": "tokens"})
+
+
+def test_a_start_that_failed_before_anything_was_published_does_not_block_the_next_one(
+    checkpoint, documents, small, tmp_path
+):
+    wrong = tmp_path / "wrong.jsonl"
+    wrong.write_text('{"words": "the cat"}\n')
+    with pytest.raises(DataError, match="no string `text`"):
+        extract_activations(checkpoint, wrong, tmp_path / "s", **small)
+    cut = shutil.copytree(checkpoint, tmp_path / "cut")
+    weights = cut / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1])
+    with pytest.raises(CheckpointError):
+        extract_activations(cut, documents, tmp_path / "s", **small)
+    extract_activations(checkpoint, documents, tmp_path / "s", **small | {"limit": 3})
+    with pytest.raises(ConfigError, match="limit=4, was 3"):
+        extract_activations(checkpoint, documents, tmp_path / "s", **small | {"limit": 4})
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
@@ -119,7 +139,7 @@ def test_a_value_that_does_not_fit_float16_is_an_error_that_names_it(
         extract_activations(big, documents, tmp_path / "s", **settings)
     # Units come in a random order; one whose values fit may have been published before.
     kv = KeyValueStore(tmp_path / "s")
-    units = len(store.read_manifest(kv)["units"])
+    units = len(store.open_manifest(kv)["units"])
     done = store.read_all_done(kv, units)
     assert len(done) < units
     found = {tuple(key.split("/")[1:3]) for key in kv.keys("units/")}
@@ -149,7 +169,7 @@ def test_statistics_are_those_of_the_rows(finished):
 
 def test_sinks_are_counted_by_position():
     norms = np.array([1, 1, 50, 1, 40, 1, 1, 1], np.float32)
-    found = writer.statistics(norms, np.array([0, 1, 2, 3, 0, 1, 2, 3]), np.zeros(4))
+    found = unit_statistics(norms, np.array([0, 1, 2, 3, 0, 1, 2, 3]), np.zeros(4))
     assert (found["sink_tokens"], found["sink_tokens_at_first"]) == (2, 1)
 
 
@@ -302,9 +322,7 @@ def test_a_file_that_is_gone_is_named_and_never_read_as_zeros(finished, tmp_path
 
 def test_chunks_of_zeros_are_stored(tmp_path):
     kv = KeyValueStore(tmp_path)
-    array, _ = writer._create_array(
-        kv, "zeros", (300, 4), np.dtype(np.float32), zstd=False, shard=1 << 20
-    )
+    array, _ = create_array(kv, "zeros", (300, 4), np.dtype(np.float32), zstd=False, shard=1 << 20)
     array.write(np.zeros((300, 4), np.float32)).result()
     assert (tmp_path / "zeros" / "c" / "0" / "0").stat().st_size > 300 * 4 * 4
 
@@ -366,7 +384,7 @@ def test_a_signal_ends_it_with_its_code_and_leaves_whole_units_only(
     _, shown = process.communicate()
     assert process.returncode == code, shown
     kv = KeyValueStore(output)
-    done = store.read_all_done(kv, len(store.read_manifest(kv)["units"]))
+    done = store.read_all_done(kv, len(store.open_manifest(kv)["units"]))
     attempts = {(unit, entry["attempt"]) for unit, entry in done.items()}
     found = {(int(key.split("/")[1]), key.split("/")[2]) for key in kv.keys("units/")}
     assert {pair for pair in found if pair[1] != "done.json"} == attempts
@@ -378,7 +396,7 @@ def test_attempts_that_were_not_published_go_once_they_are_old(finished, tmp_pat
     copy = tmp_path / "copy"
     subprocess.run(["cp", "-r", finished, copy], check=True)
     kv = KeyValueStore(copy)
-    done = store.read_all_done(kv, len(store.read_manifest(kv)["units"]))
+    done = store.read_all_done(kv, len(store.open_manifest(kv)["units"]))
     old, new = "20200101T000000Z-00000000", store.new_attempt()
     for attempt in (old, new):
         kv.write(f"units/00000/{attempt}/tokens/zarr.json", b"{}")
@@ -406,43 +424,77 @@ def test_an_error_in_the_input_leaves_what_was_finished(checkpoint, documents, s
 # --- other places and models ------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", ["s3", "gs"])
-def test_an_object_store_holds_the_same(
-    kind, finished, checkpoint, documents, small, tmp_path, monkeypatch
-):
+@pytest.fixture
+def bucket(request, tmp_path, monkeypatch):
+    """The URL of a bucket in the emulator that the test asks for."""
     import emulators
 
-    emulator = {"s3": emulators.s3, "gs": emulators.gcs}[kind]
+    emulator = {"s3": emulators.s3, "gs": emulators.gcs}[request.param]
     with open(tmp_path / "log", "wb") as log, emulator(log) as environment:
         for key, value in environment.items():
             monkeypatch.setenv(key, value)
-        bucket = {"s3": "s3://bucket", "gs": "gs://anonymous@bucket"}[kind]
-        url = storage.join(bucket, "store")
-        extract_activations(checkpoint, documents, url, **small)
-        assert_equal_stores(url, finished)
-        assert inspect_activations(url, verify=True).errors == []
+        yield {"s3": "s3://bucket", "gs": "gs://anonymous@bucket"}[request.param]
 
 
-def test_a_run_of_our_own_is_extracted(tmp_path):
+def upload(directory, url):
+    for path in directory.iterdir():
+        (Location(url) / path.name).upload(path)
+
+
+@pytest.mark.parametrize("bucket", ["s3", "gs"], indirect=True)
+def test_an_object_store_holds_the_same(
+    bucket, finished, checkpoint, documents, small, tmp_path, monkeypatch
+):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    model, inputs, url = (f"{bucket}/{name}" for name in ("model", "inputs", "store"))
+    upload(checkpoint, model)
+    upload(documents.parent, inputs)
+    extract_activations(model, inputs, url, **small)
+    assert_equal_stores(url, finished)
+    assert inspect_activations(url, verify=True).errors == []
+
+
+SMALL_RUN = {"steps": 2, "batch_size": 4, "seq_len": 128}
+SMALL_MODEL = ["model.n_layers=2", "model.d_model=32", "model.d_ff=48", "model.head_dim=8"]
+FROM_RUN = {"format": "measurements", "batch_tokens": 512, "sites": "residual,attn"}
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A directory with measurements, their rows, a run on them, and a store of the two."""
     from ping_llm.training.loop import train
 
-    simulate(tmp_path / "p.parquet", probes=8, days=2.0, measurements=800, seed=0)
-    prepare_data([str(tmp_path / "p.parquet")], output=str(tmp_path / "rows"))
-    small_model = ["model.n_layers=2", "model.d_model=32", "model.d_ff=48", "model.head_dim=8"]
-    train(
-        tmp_path / "rows",
-        tmp_path / "run",
-        overrides=small_model,
-        steps=2,
-        batch_size=4,
-        seq_len=128,
-    )
-    settings = {"format": "measurements", "batch_tokens": 512, "sites": "residual,attn"}
-    result = extract_activations(tmp_path / "run", tmp_path / "rows", tmp_path / "s", **settings)
-    reader = ActivationReader(str(tmp_path / "s"), layer=1)
-    assert reader.shape == (result.tokens, 32)
+    place = tmp_path_factory.mktemp("trained")
+    simulate(place / "p.parquet", probes=8, days=2.0, measurements=800, seed=0)
+    prepare_data([str(place / "p.parquet")], output=str(place / "rows"))
+    train(place / "rows", place / "run", overrides=SMALL_MODEL, **SMALL_RUN)
+    extract_activations(place / "run", place / "rows", place / "store", **FROM_RUN)
+    return place
+
+
+def test_a_run_of_our_own_is_extracted(trained):
+    found = inspect_activations(trained / "store", verify=True)
+    reader = ActivationReader(trained / "store", layer=1)
+    assert reader.shape == (found.tokens, 32)
     assert reader.rows(slice(0, 1)).samples == ["train/0/0"]
-    assert inspect_activations(str(tmp_path / "s"), verify=True).errors == []
+    assert found.errors == []
+
+
+def test_rows_that_were_prepared_again_are_the_same_input(trained, tmp_path):
+    prepare_data([str(trained / "p.parquet")], output=str(tmp_path / "rows"))
+    path = tmp_path / "rows" / "dataset.json"
+    metadata = json.loads(path.read_text())
+    path.write_text(json.dumps(metadata | {"seconds": 99.0, "peak_rss_bytes": 99}))
+    again = extract_activations(trained / "run", tmp_path / "rows", trained / "store", **FROM_RUN)
+    assert again.units_done == again.units
+
+
+@pytest.mark.parametrize("bucket", ["s3", "gs"], indirect=True)
+def test_rows_are_read_from_object_stores(bucket, trained, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    upload(trained / "rows", f"{bucket}/rows")
+    extract_activations(trained / "run", f"{bucket}/rows", tmp_path / "s", **FROM_RUN)
+    assert_equal_stores(tmp_path / "s", trained / "store")
 
 
 MESH_SCRIPT = """

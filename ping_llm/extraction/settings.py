@@ -1,0 +1,178 @@
+"""The settings of `ping-llm extract-activations` and `ping-llm verify-parity`."""
+
+import dataclasses
+from collections.abc import Iterable
+from typing import Literal, get_args
+
+from ping_llm.errors import ConfigError
+from ping_llm.models.config import Dtype, Site
+from ping_llm.settings import Settings, field
+
+DEFAULT_BATCH_TOKENS = 8192
+_ARC_DEFAULTS = {
+    "arc_encoder": "minimal",
+    "arc_augmentations": 1,
+    "arc_colors": "foreground",
+    "arc_seed": 0,
+}
+
+
+class ExtractSettings(Settings):
+    """Write a model's activations over a data set into a store.
+
+    Run it again with the same OUTPUT to go on where it stopped. Any number of workers may run the
+    same command on one OUTPUT.
+    """
+
+    model: str = field(
+        location=True, stored=False, help="Checkpoint directory, hub id, or run directory."
+    )
+    input: str = field(
+        location=True, stored=False, help="File, directory or glob; local, gs:// or s3://."
+    )
+    output: str = field(location=True, stored=False, help="The store; local, gs:// or s3://.")
+    format: Literal["text", "chat", "tokens", "arc", "measurements"] = field(
+        default="text", help="What a record of the input is."
+    )
+    layers: str = field(default="all", help="all, or numbers such as 0,5; -1 is the last layer.")
+    sites: tuple[Site, ...] = field(default=("residual",), help="Where to read activations.")
+    max_length: int | None = field(
+        default=None, gt=0, default_text="2048, or that of the run", help="Tokens per prompt."
+    )
+    overlong: Literal["error", "truncate-left", "truncate-right", "split"] = field(
+        default="error", help="What to do with longer prompts."
+    )
+    batch_tokens: int | None = field(
+        default=None, gt=0, default_text="8192", help="Tokens to compute at once, with padding."
+    )
+    dtype: Dtype | None = field(
+        default=None, default_text="the model's", help="Dtype of the stored activations."
+    )
+    compression: Literal["none", "zstd"] = field(
+        default="none", help="Compression of the stored activations."
+    )
+    unit_mb: float = field(default=1.0, gt=0, help="MB of input per work unit.")
+    lease_seconds: float = field(
+        default=60.0,
+        gt=0,
+        stored=False,
+        help="Seconds without a sign of life after which other workers may take over a unit. "
+        "Equal for all workers of a store.",
+    )
+    worker_id: str | None = field(
+        default=None, stored=False, default_text="made up", help="Name of this worker."
+    )
+    arc_encoder: str | None = field(
+        default=None,
+        default_text="minimal",
+        help="How to write grids: minimal or separated, with + and any of row-numbers, "
+        "shape-header, code-block.",
+    )
+    arc_augmentations: int | None = field(
+        default=None, gt=0, default_text="1", help="Prompts per test of an ARC task."
+    )
+    arc_colors: Literal["keep", "foreground", "all"] | None = field(
+        default=None,
+        default_text="foreground",
+        help="Colours that augmentations permute: none, all but 0, or all.",
+    )
+    arc_seed: int | None = field(default=None, default_text="0", help="Seed of the augmentations.")
+    mesh: str = field(
+        default="",
+        default_text="data=-1",
+        stored=False,
+        help="Devices per axis, such as data=-1,fsdp=1,tensor=1.",
+    )
+    coordinator: str | None = field(
+        default=None, stored=False, help="One model in several processes: HOST:PORT of process 0."
+    )
+    num_processes: int | None = field(
+        default=None, stored=False, help="One model in several processes: how many."
+    )
+    process_id: int | None = field(
+        default=None,
+        stored=False,
+        help="One model in several processes: which one this is, from 0.",
+    )
+    limit: int | None = field(default=None, gt=0, help="Take only so many records, the first ones.")
+    dry_run: bool = field(default=False, stored=False, help="Only say what would be done.")
+
+    def check(self) -> None:
+        """Raises a `ConfigError` if a setting does not go with the format, or a batch is small."""
+        given = [name for name in _ARC_DEFAULTS if getattr(self, name) is not None]
+        if self.format != "arc" and given:
+            value = getattr(self, given[0])
+            raise ConfigError(f"{given[0]}={value!r} does not go with format={self.format!r}")
+        if self.arc_encoder is not None:
+            from ping_llm.extraction.arc import parse_encoder
+
+            parse_encoder(self.arc_encoder)
+        if not self.sites:
+            raise ConfigError(f"sites is empty; choose some of {', '.join(get_args(Site))}")
+        if self.batch_tokens is not None and self.batch_tokens < (self.max_length or 0):
+            raise ConfigError(
+                f"batch_tokens={self.batch_tokens} is less than max_length={self.max_length}, so "
+                "the longest prompt does not fit a batch; raise the one or lower the other"
+            )
+
+    def for_model(self, *, n_layers: int, max_length: int, dtype: str) -> "ExtractSettings":
+        """Returns these settings with nothing left open.
+
+        Args:
+            n_layers: Number of layers of the model.
+            max_length: What prompts of the model are limited to by default.
+            dtype: The model's own dtype.
+
+        Raises:
+            ConfigError: `layers` are not layers of the model, or a prompt may not fit a batch.
+        """
+        max_length = self.max_length or max_length
+        left_open = {
+            "max_length": max_length,
+            "batch_tokens": max(DEFAULT_BATCH_TOKENS, max_length),
+            "dtype": dtype,
+            **(_ARC_DEFAULTS if self.format == "arc" else {}),
+        }
+        filled = {name: value for name, value in left_open.items() if getattr(self, name) is None}
+        layers = ",".join(map(str, layer_numbers(self.layers, n_layers)))
+        return dataclasses.replace(self, layers=layers, sites=in_order(self.sites), **filled)
+
+    @property
+    def kept_layers(self) -> tuple[int, ...]:
+        """The layers to keep, ascending, once `for_model` has numbered them."""
+        return tuple(map(int, self.layers.split(",")))
+
+
+def in_order(sites: Iterable[Site]) -> tuple[Site, ...]:
+    """Returns the sites, each once, in the order of the decoder."""
+    return tuple(site for site in get_args(Site) if site in sites)
+
+
+def layer_numbers(text: str, n_layers: int) -> tuple[int, ...]:
+    """Returns the layers in `text`, `all` or numbers such as `0,5`; -1 is the last one.
+
+    Raises:
+        ConfigError: One is not a number, or not a layer of the model.
+    """
+    if text.strip() == "all":
+        return tuple(range(n_layers))
+    try:
+        given = {int(part) for part in text.split(",")}
+    except ValueError:
+        raise ConfigError(f"layers={text!r}: expected `all` or numbers such as 0,5") from None
+    if wrong := sorted(layer for layer in given if not -n_layers <= layer < n_layers):
+        raise ConfigError(
+            f"layers: the model has {n_layers}, 0..{n_layers - 1}; {wrong[0]} is none"
+        )
+    return tuple(sorted({layer % n_layers for layer in given}))
+
+
+class VerifyParitySettings(Settings):
+    """Compare a checkpoint's activations with those of transformers.
+
+    In float32, on prompts of random token ids, packed and alone. Needs the extra [parity].
+    """
+
+    model: str = field(location=True, help="Checkpoint directory or hub id.")
+    layers: str = field(default="all", help="all, or numbers such as 0,5; -1 is the last layer.")
+    sites: tuple[Site, ...] = field(default=get_args(Site), help="Sites to compare.")
