@@ -21,10 +21,10 @@ MODULES = {
 # A part may import the parts of earlier levels, and itself; never one of its own level.
 LEVELS = [
     {"errors", "text"},
-    {"hashing", "progress", "packing", "addresses"},
-    {"storage", "settings", "sharding", "report", "columns"},
+    {"hashing", "progress", "resources", "packing", "addresses"},
+    {"storage", "settings", "sharding", "columns"},
     {"measurements", "outputs"},
-    {"tokenizer", "models"},
+    {"tokenizer", "models", "report"},
     {"activations", "estimators", "simulation"},
     {"data", "checkpoints"},
     {"ingest", "training", "extraction"},
@@ -37,8 +37,17 @@ LEVEL_OF = {part: level for level, parts in enumerate(LEVELS) for part in parts}
 
 # Parts that never load JAX, not even inside a function.
 WITHOUT_JAX = {
-    *("errors", "text", "hashing", "progress", "packing", "addresses", "storage", "settings"),
-    *("report", "columns", "measurements", "outputs", "tokenizer", "estimators", "simulation"),
+    *("errors", "text", "hashing", "progress", "resources", "packing", "addresses", "storage"),
+    *(
+        "settings",
+        "report",
+        "columns",
+        "measurements",
+        "outputs",
+        "tokenizer",
+        "estimators",
+        "simulation",
+    ),
     *("data", "ingest", "inspection"),
 }
 
@@ -96,7 +105,9 @@ def test_imports_point_one_way(path):
         if names[0] != "ping_llm" or names[1] in {part, "__version__"}:
             continue
         if part in {"__init__", "__main__"}:
-            assert not at_top or module == "ping_llm.cli.main", f"{part} imports {module} at its top"
+            assert not at_top or module == "ping_llm.cli.main", (
+                f"{part} imports {module} at its top"
+            )
             continue
         assert LEVEL_OF[names[1]] < LEVEL_OF[part], f"{part} may not import {module}"
 

@@ -1,11 +1,19 @@
+import contextlib
 import os
+import signal
+import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import emulators
 import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
 
 from ping_llm import storage
-from ping_llm.errors import StorageError
+from ping_llm.errors import DataError, StorageError
+from ping_llm.storage import Location
 
 BUCKETS = {"s3": "s3://bucket", "gs": "gs://anonymous@bucket"}
 
@@ -33,96 +41,190 @@ def upload(root, tmp_path):
     def upload(name, **files):
         local = tmp_path / name
         local.mkdir()
+        location = Location.of(root) / name
+        if location.is_local:
+            os.makedirs(location.path)
         for key, content in files.items():
-            (local / key.replace("_", ".")).write_bytes(content)
-        url = storage.join(root, name)
-        if not storage.is_remote(url):
-            os.makedirs(url)
-        storage.upload_directory(local, url, last=next(iter(files)).replace("_", "."))
-        return url
+            path = local / key.replace("_", ".")
+            path.write_bytes(content)
+            (location / path.name).upload(path)
+        return location
 
     return upload
 
 
 def test_what_was_written_is_found_with_its_size_and_read_back(upload):
     content = os.urandom(3_000_000)
-    url = upload("bulk", done_json=b"{}", a_arrow=content)
-    found = {f.url.rpartition("/")[2]: f.size for f in storage.find(url)}
+    location = upload("bulk", done_json=b"{}", a_arrow=content)
+    found = {f.location.name: f.size for f in location.find()}
     assert found == {"a.arrow": len(content), "done.json": 2}
-    with storage.open_input(storage.join(url, "a.arrow")) as file:
-        assert file.read() == content
+    assert (location / "a.arrow").read_bytes() == content
+    assert (location / "a.arrow").size() == len(content)
+    assert (location / "done.json").read_text() == "{}"
 
 
 def test_a_file_can_be_read_from_its_end_as_parquet_is(upload):
-    url = upload("range", a_bin=bytes(range(256)))
-    with storage.open_input(storage.join(url, "a.bin")) as file:
+    location = upload("range", a_bin=bytes(range(256)))
+    with (location / "a.bin").open_input() as file:
         file.seek(-6, 2)
         assert file.read(4) == bytes([250, 251, 252, 253])
 
 
+def test_bytes_that_are_not_text_are_an_error_that_names_the_file(upload):
+    location = upload("text", a_txt=b"caf\xe9")
+    with pytest.raises(DataError, match=r"text/a\.txt cannot be read as UTF-8"):
+        (location / "a.txt").read_text()
+
+
 def test_globs_match_as_in_a_shell(upload, root):
     upload("globs", a_csv=b"1", b_csv=b"2", c_txt=b"3")
-    found = storage.find(f"{root}/glo*/[ab].csv")
-    assert [f.url.rpartition("/")[2] for f in found] == ["a.csv", "b.csv"]
+    found = Location.of(f"{root}/glo*/[ab].csv").find()
+    assert [f.location.name for f in found] == ["a.csv", "b.csv"]
     with pytest.raises(StorageError, match="no file there"):
-        storage.find(f"{root}/*/none*.csv")
+        Location.of(f"{root}/*/none*.csv").find()
 
 
-def test_hidden_files_are_not_part_of_a_directory(upload):
-    url = upload("hidden", seen_csv=b"1")
-    names = [f.url for f in storage.find(url)]
-    assert names == [storage.join(url, "seen.csv")]
+def test_hidden_files_are_not_part_of_a_directory_but_among_its_names(upload):
+    location = upload("hidden", seen_csv=b"1", _csv=b"2")
+    assert [f.location for f in location.find()] == [location / "seen.csv"]
+    assert location.names() == [".csv", "seen.csv"]
 
 
-def test_exists_says_whether_a_file_is_there(upload):
-    url = upload("there", a_csv=b"1")
-    assert storage.exists(storage.join(url, "a.csv"))
-    assert not storage.exists(storage.join(url, "b.csv"))
+def test_a_location_says_what_is_there(upload, root):
+    location = upload("there", a_csv=b"1")
+    file, absent = location / "a.csv", location / "b.csv"
+    assert (file.is_file(), file.is_dir(), file.exists()) == (True, False, True)
+    assert (location.is_file(), location.is_dir(), location.exists()) == (False, True, True)
+    assert (absent.is_file(), absent.is_dir(), absent.exists()) == (False, False, False)
+    assert absent.names() == []
+    with pytest.raises(StorageError, match=r"b\.csv: there is no file of that name"):
+        absent.size()
+
+
+def test_what_is_removed_is_gone_and_nothing_else(upload):
+    location = upload("removed", a_csv=b"1", b_csv=b"2")
+    beside = upload("removed2", a_csv=b"3")
+    (location / "a.csv").remove()
+    (location / "a.csv").remove()
+    assert location.names() == ["b.csv"]
+    location.remove()
+    assert not location.exists()
+    assert beside.names() == ["a.csv"]
 
 
 def test_what_is_absent_is_an_error_that_names_it(root):
-    for call in (storage.find, storage.open_input):
+    for call in (Location.find, Location.open_input):
         with pytest.raises(StorageError, match="none/at-all"):
-            call(f"{root}/none/at-all")
+            call(Location.of(f"{root}/none/at-all"))
 
 
 def test_a_local_directory_is_used_as_it_is(tmp_path):
-    assert storage.local_directory(tmp_path, identity="x") == tmp_path
+    assert Location.of(tmp_path).local_copy(identity="x") == tmp_path
 
 
 def test_a_remote_directory_is_copied_once_and_again_when_it_changes(
     upload, root, tmp_path, monkeypatch
 ):
-    if not storage.is_remote(root):
+    if Location.of(root).is_local:
         pytest.skip("only remote directories are copied")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    url = upload("rows", dataset_json=b"1", a_arrow=b"first")
-    first = storage.local_directory(url, identity="dataset.json")
+    location = upload("rows", a_arrow=b"first", dataset_json=b"1")
+    (location / "below" / "b.arrow").upload(tmp_path / "rows" / "a.arrow")
+    first = location.local_copy(identity="dataset.json")
     assert (first / "a.arrow").read_bytes() == b"first"
-    assert storage.local_directory(url, identity="dataset.json") == first
+    assert (first / "below" / "b.arrow").read_bytes() == b"first"
+    assert location.local_copy(identity="dataset.json") == first
     (tmp_path / "rows" / "dataset.json").write_bytes(b"2")
-    storage.upload_directory(tmp_path / "rows", url, last="dataset.json")
-    assert storage.local_directory(url, identity="dataset.json") != first
+    (location / "dataset.json").upload(tmp_path / "rows" / "dataset.json")
+    assert location.local_copy(identity="dataset.json") != first
 
 
 @pytest.mark.parametrize(
     ("url", "message"),
     [
-        ("ftp://host/file", "unknown scheme"),
+        ("ftp://host/file", "unknown scheme; expected a local path, gs:// or s3://"),
+        (Path("gs://bucket/x"), "unknown scheme"),
         ("s3://", "no bucket"),
         ("gs:///x", "no bucket"),
+        ("gs://anonymous@/x", "no bucket"),
+        ("", "is no path"),
+        ("a\0b", "is no path"),
         ("/no/such/file", "does not exist"),
         ("/no/such/*.csv", "no file there"),
     ],
 )
 def test_a_url_that_cannot_be_says_why(url, message):
     with pytest.raises(StorageError, match=message):
-        storage.find(url)
+        Location.of(url).find()
+
+
+@pytest.mark.parametrize("text", ["a/b", "/a/b", "./data:/b", "s3://bucket/a/b", "gs://u@k/a//b"])
+def test_a_location_is_its_text_and_joins_and_splits_like_one(text):
+    location = Location.of(text)
+    assert str(location) == text
+    assert location == Location.of(location) == Location.of(text + "/")
+    assert location.name == "b"
+    assert location / "c" == Location.of(text + "/c")
+    assert (location / "c").parent == location
+    assert len({location, Location.of(text)}) == 1
+
+
+def test_the_top_is_its_own_parent():
+    for top in ("/", "s3://bucket"):
+        assert Location.of(top).parent == Location.of(top)
+        assert (Location.of(top) / "x").parent == Location.of(top)
+    assert Location.of("x").parent == Location.of(".")
+
+
+def test_only_a_local_location_has_a_path():
+    assert Location.of("a/b").path == Path("a/b")
+    with pytest.raises(StorageError, match="s3://bucket/a is remote"):
+        _ = Location.of("s3://bucket/a").path
+
+
+@given(st.text(max_size=8) | st.sampled_from(["..", ".", "a/b", "/etc", "..\\x", "\x1b[2J", "\0"]))
+@example("../../../etc/passwd")
+def test_a_name_from_a_file_is_refused_or_stays_right_below(name):
+    for text in ("/base/here", "s3://bucket/here"):
+        location, child = Location.of(text), None
+        with contextlib.suppress(StorageError):
+            child = location.child(name)
+        if child is not None:
+            assert os.path.normpath(str(child)) == os.path.normpath(f"{text}/{name}")
+            assert child.parent == location
+            assert child.name == name
+
+
+@pytest.mark.parametrize("name", ["..", ".", "", "a/b", "/etc", "a\\b", "a\nb", "\ud800", None, 7])
+def test_names_that_leave_a_directory_are_refused(name):
+    with pytest.raises(StorageError, match="is not the name of a file there") as caught:
+        Location.of("/base").child(name)
+    assert str(caught.value).isprintable()
+
+
+def test_an_upload_that_a_signal_interrupts_still_leaves_a_whole_object(
+    root, tmp_path, monkeypatch
+):
+    if Location.of(root).is_local:
+        pytest.skip("only object stores take uploads")
+    (tmp_path / "big").write_bytes(os.urandom(20_000_000))
+    location = Location.of(root) / "interrupted"
+    copy, main = storage.shutil.copyfileobj, threading.get_ident()
+
+    def interrupted(*args):
+        signal.pthread_kill(main, signal.SIGINT)
+        time.sleep(0.1)
+        copy(*args)
+
+    monkeypatch.setattr(storage.shutil, "copyfileobj", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        location.upload(tmp_path / "big")
+    assert location.read_bytes() == (tmp_path / "big").read_bytes()
 
 
 @pytest.fixture
 def pairs(root, request):
-    return storage.KeyValueStore(storage.join(root, f"kv-{request.node.name.partition('[')[0]}"))
+    return (Location.of(root) / f"kv-{request.node.name.partition('[')[0]}").kv()
 
 
 def test_a_value_is_read_back_and_an_absent_one_is_none(pairs):
@@ -154,6 +256,16 @@ def test_a_value_is_swapped_only_by_who_saw_the_newest(pairs):
     assert pairs.swap("claim", b"c", seen) is None
     assert pairs.swap("claim", b"d", newer)
     assert pairs.read("claim")[0] == b"d"
+
+
+def test_a_value_is_removed_only_by_who_saw_the_newest(pairs):
+    pairs.write("claim", b"a")
+    _, seen = pairs.read("claim")
+    newer = pairs.swap("claim", b"b", seen)
+    pairs.remove("claim", seen)
+    assert pairs.read("claim")[0] == b"b"
+    pairs.remove("claim", newer)
+    assert pairs.read("claim")[0] is None
 
 
 def test_keys_are_listed_and_deleted_by_their_beginning(pairs):
