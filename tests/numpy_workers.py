@@ -10,11 +10,11 @@ from extraction_settings import settings
 from stores import assert_equal_stores
 
 from ping_llm.activations import store
+from ping_llm.activations.arrays import ColumnSlice
 from ping_llm.activations.begin import open_store
 from ping_llm.activations.claims import Claims
 from ping_llm.activations.inspection import inspect_activations
 from ping_llm.activations.store import UnitPrompts, site_arrays
-from ping_llm.activations.writer import ColumnSlice
 from ping_llm.errors import StorageError
 from ping_llm.extraction.records import WorkUnit
 from ping_llm.extraction.worker import Worker
@@ -49,7 +49,7 @@ class NumpyForward:
 
     compile_seconds = 0.0
     peak_device_bytes = 1
-    part = ColumnSlice()
+    columns = ColumnSlice()
 
     def to_host(self, result):
         return result

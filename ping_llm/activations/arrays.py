@@ -1,5 +1,6 @@
 """The Zarr arrays of a store: created, written shard by shard, opened and verified."""
 
+import dataclasses
 import zlib
 from collections.abc import Mapping
 from typing import Any
@@ -12,6 +13,7 @@ from ping_llm.errors import StorageError
 from ping_llm.storage import KeyValueStore, Location
 
 CHUNK_BYTES = 1 << 20  # what a reader reads at once
+SHARD_BYTES = 32 << 20  # one file
 
 
 def _chunking(rows: int, row_bytes: int, shard_bytes: int) -> tuple[int, int]:
@@ -24,101 +26,110 @@ def _chunking(rows: int, row_bytes: int, shard_bytes: int) -> tuple[int, int]:
     return chunk, chunk * shard
 
 
-def create_array(
-    kv: KeyValueStore,
-    key: str,
-    shape: tuple[int, ...],
-    dtype: np.dtype,
-    *,
-    zstd: bool,
-    shard: int,
-    parts: int = 1,
-) -> tuple[ts.TensorStore, int]:
-    """Returns (a new Zarr v3 array, rows per shard).
+@dataclasses.dataclass(frozen=True)
+class ColumnSlice:
+    """What one process of a group writes: some columns of every activation array.
 
-    Args:
-        kv: The store.
-        key: Its name there.
-        shape: Its shape; it is cut into shards along its rows, and its columns into `parts`.
-        dtype: Of its elements.
-        zstd: Whether it is compressed.
-        shard: Bytes of a shard, at most.
-        parts: How many equal parts its columns are stored in.
-
-    Raises:
-        StorageError: It cannot be created.
+    Attributes:
+        index: Which of the equal parts of the columns.
+        count: How many there are, one a process.
+        leads: Whether this process also writes everything else, and commits.
     """
-    width = [columns // parts for columns in shape[1:]]
-    row_bytes = int(np.prod(width)) * dtype.itemsize
-    chunk_rows, shard_rows = _chunking(shape[0], row_bytes, shard)
-    little = {"name": "bytes", "configuration": {"endian": "little"}}
-    codecs = [little if dtype.itemsize > 1 else {"name": "bytes"}]
-    if zstd:
-        codecs.append({"name": "zstd", "configuration": {"level": 1, "checksum": False}})
-    codecs.append({"name": "crc32c"})
-    sharding = {
-        "chunk_shape": [chunk_rows, *width],
-        "codecs": codecs,
-        "index_codecs": [little, {"name": "crc32c"}],
-        "index_location": "end",
-    }
-    grid = {"name": "regular", "configuration": {"chunk_shape": [shard_rows, *width]}}
-    spec = {
-        "driver": "zarr3",
-        "kvstore": kv.spec(key),
-        "metadata": {
-            "shape": list(shape),
-            "data_type": dtype.name,
-            "fill_value": 0,
-            "chunk_grid": grid,
-            "chunk_key_encoding": {"name": "default"},
-            "codecs": [{"name": "sharding_indexed", "configuration": sharding}],
-        },
-        # A chunk of zeros is stored like any other: a missing one is an error, never zeros.
-        "store_data_equal_to_fill_value": True,
-        # It may be there: made by another process of the group, or by a request whose answer was
-        # lost.
-        "create": True,
-        "open": True,
-    }
-    try:
-        return ts.open(spec, context=kv.context).result(), shard_rows
-    except (ValueError, OSError, RuntimeError) as error:
-        raise StorageError(f"{kv.url}/{key} cannot be created: {first_line(error)}") from None
+
+    index: int = 0
+    count: int = 1
+    leads: bool = True
+
+
+ALL_COLUMNS = ColumnSlice()
 
 
 class ShardedArray:
-    """An array that is written shard by shard, each as soon as all its rows are known.
+    """A Zarr v3 array that is written shard by shard, each as soon as all its rows are known.
 
     Rows may come in any order.
 
     Attributes:
-        shard_rows: Rows per shard.
+        shape: Its shape.
         dtype: Of its elements.
-        checksums: CRC-32 of each shard, 0 until it is written.
+        shard_shape: Shape of a shard; the last ones may have fewer rows.
+        checksums: CRC-32 of each shard that this process writes, 0 until it is written.
+        missing: Number of rows that were not put yet.
     """
 
-    def __init__(self, array: ts.TensorStore, shard_rows: int, dtype: np.dtype):
-        self._array, self.shard_rows, self.dtype = array, shard_rows, dtype
+    def __init__(
+        self,
+        kv: KeyValueStore,
+        key: str,
+        shape: tuple[int, ...],
+        dtype: np.dtype,
+        *,
+        zstd: bool = False,
+        shard_bytes: int = SHARD_BYTES,
+        columns: ColumnSlice = ALL_COLUMNS,
+    ):
+        """Creates the array.
+
+        Args:
+            kv: The store.
+            key: Its name there.
+            shape: Its shape.
+            dtype: Of its elements.
+            zstd: Whether it is compressed.
+            shard_bytes: Size of a shard, at most.
+            columns: Those that this process writes, in shards of their own.
+
+        Raises:
+            StorageError: It cannot be created.
+        """
+        width = [size // columns.count for size in shape[1:]]
+        row_bytes = int(np.prod(width)) * dtype.itemsize
+        chunk_rows, shard_rows = _chunking(shape[0], row_bytes, shard_bytes)
+        self.shape, self.dtype, self.shard_shape = shape, dtype, [shard_rows, *width]
+        self.missing, self.checksums = shape[0], [0] * -(-shape[0] // shard_rows)
         self._open: dict[int, tuple[np.ndarray, int]] = {}  # by shard: (rows, how many are there)
-        self.checksums = [0] * -(-array.shape[0] // shard_rows)
-        self._missing = array.shape[0]
+        metadata = _metadata(shape, dtype, [chunk_rows, *width], self.shard_shape, zstd=zstd)
+        spec = {
+            "driver": "zarr3",
+            "kvstore": kv.spec(key),
+            "metadata": metadata,
+            # A chunk of zeros is stored like any other: a missing one is an error, never zeros.
+            "store_data_equal_to_fill_value": True,
+            # It may be there: made by another process of the group, or by a request whose answer
+            # was lost.
+            "create": True,
+            "open": True,
+        }
+        try:
+            array = ts.open(spec, context=kv.context).result()
+        except (ValueError, OSError, RuntimeError) as error:
+            raise StorageError(f"{kv.url}/{key} cannot be created: {first_line(error)}") from None
+        first = [columns.index * size for size in width]
+        self._array = array[
+            (slice(None), *(slice(c, c + n) for c, n in zip(first, width, strict=True)))
+        ]
+
+    @property
+    def nbytes(self) -> int:
+        """Size of the whole array, before compression."""
+        return int(np.prod(self.shape)) * self.dtype.itemsize
 
     def put(self, start: int, rows: np.ndarray) -> list[tuple[ts.WriteFutures, int]]:
         """Takes rows that begin at `start`; returns (write, bytes) of each shard that is full."""
         writes = []
-        self._missing -= len(rows)
+        self.missing -= len(rows)
+        shard_rows = self.shard_shape[0]
         while len(rows):
-            shard, within = divmod(start, self.shard_rows)
-            first = shard * self.shard_rows
-            size = min(self.shard_rows, self._array.shape[0] - first)
+            shard, within = divmod(start, shard_rows)
+            first = shard * shard_rows
+            size = min(shard_rows, self.shape[0] - first)
             if shard not in self._open:
-                self._open[shard] = np.empty((size, *self._array.shape[1:]), self.dtype), 0
+                self._open[shard] = np.empty((size, *self.shard_shape[1:]), self.dtype), 0
             buffer, present = self._open[shard]
-            part = rows[: size - within]
-            buffer[within : within + len(part)] = part
-            present += len(part)
-            if present == size:
+            taken = rows[: size - within]
+            buffer[within : within + len(taken)] = taken
+            self._open[shard] = buffer, present + len(taken)
+            if present + len(taken) == size:
                 del self._open[shard]
                 self.checksums[shard] = zlib.crc32(buffer.view(np.uint8).data)
                 # The buffer is never touched again, so TensorStore need not copy it.
@@ -126,20 +137,32 @@ class ShardedArray:
                     buffer, can_reference_source_data_indefinitely=True
                 )
                 writes.append((write, buffer.nbytes))
-            else:
-                self._open[shard] = buffer, present
-            rows, start = rows[len(part) :], start + len(part)
+            rows, start = rows[len(taken) :], start + len(taken)
         return writes
 
-    @property
-    def complete(self) -> bool:
-        """Whether every row was put."""
-        return not self._missing
 
-    @property
-    def width(self) -> list[int]:
-        """Its shape without the rows."""
-        return list(self._array.shape[1:])
+def _metadata(
+    shape: tuple[int, ...], dtype: np.dtype, chunk: list[int], shard: list[int], *, zstd: bool
+) -> dict[str, Any]:
+    """Returns what `zarr.json` says of an array in shards, each of chunks with a CRC-32C."""
+    little = {"name": "bytes", "configuration": {"endian": "little"}}
+    codecs = [little if dtype.itemsize > 1 else {"name": "bytes"}]
+    if zstd:
+        codecs.append({"name": "zstd", "configuration": {"level": 1, "checksum": False}})
+    sharding = {
+        "chunk_shape": chunk,
+        "codecs": [*codecs, {"name": "crc32c"}],
+        "index_codecs": [little, {"name": "crc32c"}],
+        "index_location": "end",
+    }
+    return {
+        "shape": list(shape),
+        "data_type": dtype.name,
+        "fill_value": 0,
+        "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": shard}},
+        "chunk_key_encoding": {"name": "default"},
+        "codecs": [{"name": "sharding_indexed", "configuration": sharding}],
+    }
 
 
 def _published_key(kv: KeyValueStore, done: Mapping[str, Any], name: str) -> str:
@@ -180,18 +203,15 @@ def verify_array(kv: KeyValueStore, done: Mapping[str, Any], name: str) -> list[
     if metadata is None or zlib.crc32(metadata) != entry["zarr_crc32"]:
         return [f"{kv.url}/{key}/zarr.json is {'gone' if metadata is None else 'damaged'}"]
     array = open_array(kv, done, name)
-    errors, shard = [], entry["shard_shape"]
-    places = np.ndindex(
-        *(-(-size // step) for size, step in zip(entry["shape"], shard, strict=True))
-    )
-    for place, expected in zip(places, entry["crc32"], strict=True):
-        file = "/".join(["c", *map(str, place)])
-        part = tuple(
-            slice(at * step, min((at + 1) * step, size))
-            for at, step, size in zip(place, shard, entry["shape"], strict=True)
+    errors, shape, shard = [], entry["shape"], entry["shard_shape"]
+    grid = np.ndindex(*(-(-size // step) for size, step in zip(shape, shard, strict=True)))
+    for index, expected in zip(grid, entry["crc32"], strict=True):
+        file = "/".join(["c", *map(str, index)])
+        region = tuple(
+            slice(i * step, (i + 1) * step) for i, step in zip(index, shard, strict=True)
         )
         try:
-            content = np.ascontiguousarray(read_result(array[part].read(), f"{kv.url}/{key}"))
+            content = np.ascontiguousarray(read_result(array[region].read(), f"{kv.url}/{key}"))
         except StorageError as error:
             errors.append(f"{kv.url}/{key}/{file} is damaged: {error}")
             continue

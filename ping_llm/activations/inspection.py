@@ -144,12 +144,12 @@ def inspect_activations(chosen: InspectActivationsSettings) -> InspectActivation
 def _by_worker(
     done: list[dict[str, Any]], holders: Mapping[int, Holder], stale: list[int] | None
 ) -> dict[str, WorkerProgress]:
-    found = {}
+    workers = {}
     names = {entry["worker"] for entry in done} | {holder.worker for holder in holders.values()}
     for name in sorted(names):
         own = [entry for entry in done if entry["worker"] == name]
         leased = [unit for unit, holder in holders.items() if holder.worker == name]
-        found[name] = WorkerProgress(
+        workers[name] = WorkerProgress(
             units=len(own),
             samples=sum(entry["samples"] for entry in own),
             tokens=sum(entry["tokens"] for entry in own),
@@ -157,7 +157,7 @@ def _by_worker(
             leased=leased,
             stale=None if stale is None else [unit for unit in leased if unit in stale],
         )
-    return found
+    return workers
 
 
 def _eta(workers: Mapping[str, WorkerProgress], *, left: int) -> float | None:

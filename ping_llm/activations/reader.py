@@ -185,11 +185,8 @@ class ActivationReader:
         row_bytes = self.shape[1] * self.dtype.itemsize
         per_buffer = max(int(buffer_mb * 1e6 / (row_bytes * max(n for _, _, n in pieces))), 1)
         left = np.empty((0, self.shape[1]), self.dtype)
-        rounds = itertools.count() if epochs is None else range(epochs)
-        orders = (
-            (np.random.Generator(np.random.Philox(key=[seed, epoch])), epoch) for epoch in rounds
-        )
-        for rng, _ in orders:
+        for epoch in itertools.count() if epochs is None else range(epochs):
+            rng = np.random.Generator(np.random.Philox(key=[seed, epoch]))
             order = rng.permutation(len(pieces))
             groups = [order[i : i + per_buffer] for i in range(0, len(order), per_buffer)]
             ahead = self._start([pieces[i] for i in groups[0]], real_only)
@@ -221,9 +218,9 @@ class ActivationReader:
         """Begins to read pieces; returns (activations, roles or None) to come."""
         started = []
         for unit, start, rows in pieces:
-            part = slice(start, start + rows)
-            roles = self._array(unit, "roles")[part].read() if real_only else None
-            started.append((self._array(unit, self._name)[part].read(), roles))
+            chunk = slice(start, start + rows)
+            roles = self._array(unit, "roles")[chunk].read() if real_only else None
+            started.append((self._array(unit, self._name)[chunk].read(), roles))
         return started
 
 

@@ -85,8 +85,8 @@ def read_manifest(kv: KeyValueStore) -> dict[str, Any] | None:
     if manifest is None:
         raise StorageError(f"{kv.url}/{MANIFEST} is damaged: its checksum does not fit")
     if manifest["schema_version"] != SCHEMA_VERSION:
-        found = manifest["schema_version"]
-        raise StorageError(f"{kv.url} has schema_version {found}; expected {SCHEMA_VERSION}")
+        version = manifest["schema_version"]
+        raise StorageError(f"{kv.url} has schema_version {version}; expected {SCHEMA_VERSION}")
     return manifest
 
 
@@ -108,8 +108,8 @@ def read_done(kv: KeyValueStore, unit: int) -> dict[str, Any] | None:
 def read_all_done(kv: KeyValueStore, units: int) -> dict[int, dict[str, Any]]:
     """Returns {unit: what its commit marker says} of the units that are published."""
     with ThreadPoolExecutor(16) as pool:  # many small reads
-        found = enumerate(pool.map(lambda unit: read_done(kv, unit), range(units)))
-        return {unit: done for unit, done in found if done is not None}
+        markers = enumerate(pool.map(lambda unit: read_done(kv, unit), range(units)))
+        return {unit: done for unit, done in markers if done is not None}
 
 
 def new_attempt() -> str:
@@ -122,8 +122,8 @@ def remove_stale(
 ) -> None:
     """Deletes what a complete store does not need and began long ago: attempts, groups' lists."""
     limit = time.strftime("%Y%m%dT%H%M%SZ", time.gmtime(time.time() - older_than_s))
-    found = {tuple(key.split("/")[1:3]) for key in kv.keys("units/") if key.count("/") > 2}
-    for unit, attempt in sorted(found):
+    attempts = {tuple(key.split("/")[1:3]) for key in kv.keys("units/") if key.count("/") > 2}
+    for unit, attempt in sorted(attempts):
         if attempt < limit and done.get(int(unit), {}).get("attempt") != attempt:
             kv.delete(attempt_prefix(int(unit), attempt))
     for group in sorted({key.split("/")[1] for key in kv.keys("groups/")}):

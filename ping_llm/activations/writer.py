@@ -1,6 +1,7 @@
 """Writing a unit: its arrays in shards as their rows arrive, then the commit marker."""
 
 import dataclasses
+import itertools
 import time
 import zlib
 from collections import deque
@@ -10,14 +11,19 @@ from typing import Any
 import numpy as np
 import tensorstore as ts
 
-from ping_llm.activations.arrays import ShardedArray, create_array, first_line
+from ping_llm.activations.arrays import (
+    ALL_COLUMNS,
+    SHARD_BYTES,
+    ColumnSlice,
+    ShardedArray,
+    first_line,
+)
 from ping_llm.activations.statistics import unit_statistics
 from ping_llm.activations.store import UnitPrompts, attempt_prefix, done_key, read_done
 from ping_llm.errors import DataError, StorageError
 from ping_llm.hashing import seal, unseal
 from ping_llm.storage import KeyValueStore
 
-SHARD_BYTES = 32 << 20  # one file
 OPEN_BYTES = 512 << 20  # of all shards that a unit is writing side by side
 IN_FLIGHT_BYTES = 256 << 20  # handed to TensorStore and not yet on disk
 PART_POLL_S, PART_DEADLINE_S = 0.1, 600.0  # for the parts of other processes
@@ -38,21 +44,6 @@ class ArraySpec:
     dtype: np.dtype
 
 
-@dataclasses.dataclass(frozen=True)
-class ColumnSlice:
-    """What one process of a group writes: some columns of every activation array.
-
-    Attributes:
-        index: Which of the equal parts of the columns.
-        count: How many there are, one a process.
-        leads: Whether this process also writes everything else, and commits.
-    """
-
-    index: int = 0
-    count: int = 1
-    leads: bool = True
-
-
 class UnitWriter:
     """Writes one attempt at one unit, or its part of it, and publishes it."""
 
@@ -66,7 +57,7 @@ class UnitWriter:
         *,
         zstd: bool,
         store_identity: str,
-        part: ColumnSlice = ColumnSlice(),
+        columns: ColumnSlice = ALL_COLUMNS,
     ):
         """Begins the arrays.
 
@@ -78,46 +69,32 @@ class UnitWriter:
             prompts: The unit's prompts.
             zstd: Whether activations are compressed.
             store_identity: Hash of what decides the store's content.
-            part: What of the arrays this process writes.
+            columns: Those of the arrays that this process writes.
 
         Raises:
             StorageError: They cannot be made.
         """
-        self._kv, self._unit, self._prompts, self._zstd = kv, unit, prompts, zstd
-        self._identity, self._part = store_identity, part
-        self.attempt = attempt
+        self._kv, self._unit, self._prompts = kv, unit, prompts
+        self._identity, self._slice, self.attempt = store_identity, columns, attempt
         self._prefix = attempt_prefix(unit, attempt)
         self._writes: deque[tuple[ts.WriteFutures, int]] = deque()
         self._in_flight = 0
         n = len(prompts.tokens)
-        shard = min(SHARD_BYTES, OPEN_BYTES // len(arrays))
-        self._shapes: dict[str, tuple[list[int], str]] = {}
-        self._columns = {
-            spec.name: self._column(spec.name, (n, spec.width), spec.dtype, shard, part, zstd=zstd)
+        shard_bytes = min(SHARD_BYTES, OPEN_BYTES // len(arrays))
+        self._arrays = {
+            spec.name: ShardedArray(
+                kv,
+                self._prefix + spec.name,
+                (n, spec.width),
+                spec.dtype,
+                zstd=zstd,
+                shard_bytes=shard_bytes,
+                columns=columns,
+            )
             for spec in arrays
         }
         self._norms = {spec.name: np.zeros(n, np.float32) for spec in arrays}
         self._sums = {spec.name: np.zeros(spec.width, np.float64) for spec in arrays}
-
-    def _column(
-        self,
-        name: str,
-        shape: tuple[int, ...],
-        dtype: np.dtype,
-        shard: int,
-        part: ColumnSlice,
-        *,
-        zstd: bool,
-    ) -> ShardedArray:
-        key = self._prefix + name
-        array, rows = create_array(
-            self._kv, key, shape, dtype, zstd=zstd, shard=shard, parts=part.count
-        )
-        self._shapes[name] = list(shape), dtype.name
-        if part.count > 1:
-            width = shape[1] // part.count
-            array = array[:, part.index * width : (part.index + 1) * width]
-        return ShardedArray(array, rows, dtype)
 
     def put(self, name: str, start: int, rows: np.ndarray, norms: np.ndarray) -> None:
         """Takes the activations of tokens `start`... of the unit, this part's, and whole norms.
@@ -129,11 +106,11 @@ class UnitWriter:
             offsets = self._prompts.offsets
             sample = self._prompts.ids[int(np.searchsorted(offsets, row, "right")) - 1]
             raise DataError(
-                f"{name} of sample {sample} is not finite in {self._columns[name].dtype}; "
+                f"{name} of sample {sample} is not finite in {self._arrays[name].dtype}; "
                 "store bfloat16 or float32, or look at the model's weights"
             )
         self._norms[name][start : start + len(rows)] = norms
-        self._send(self._columns[name].put(start, rows))
+        self._send(self._arrays[name].put(start, rows))
 
     def add_sum(self, name: str, total: np.ndarray) -> None:
         """Takes the sum of some tokens' activations [D]; of every token once."""
@@ -163,10 +140,10 @@ class UnitWriter:
         Raises:
             StorageError: A write failed, or another process of the group did not write its part.
         """
-        if not self._part.leads:
+        if not self._slice.leads:
             self._wait_for_all()
-            sums = {name: column.checksums for name, column in self._columns.items()}
-            self._kv.write(self._part_key(self._part.index), seal(sums))
+            sums = {name: array.checksums for name, array in self._arrays.items()}
+            self._kv.write(self._part_key(self._slice.index), seal(sums))
             return None
         prompts, lengths = self._prompts, np.diff(self._prompts.offsets)
         encoded = [sample.encode() for sample in prompts.ids]
@@ -183,19 +160,13 @@ class UnitWriter:
             "sample_id_offsets": id_offsets.astype(np.int64),
             "means": means.astype(np.float32),
         }
-        activations = list(self._columns)
+        activations = list(self._arrays)
         for name, values in small.items():
-            column = self._column(
-                name, values.shape, values.dtype, SHARD_BYTES, ColumnSlice(), zstd=False
-            )
-            self._columns[name] = column
-            self._send(column.put(0, values))
+            array = ShardedArray(self._kv, self._prefix + name, values.shape, values.dtype)
+            self._arrays[name] = array
+            self._send(array.put(0, values))
         self._wait_for_all()
-        checksums = self._checksums(activations)
-        sizes = [
-            int(np.prod(shape)) * ts.dtype(kind).numpy_dtype.itemsize
-            for shape, kind in self._shapes.values()
-        ]
+        self._join_checksums(activations)
         return {
             "unit": self._unit,
             "attempt": self.attempt,
@@ -204,9 +175,9 @@ class UnitWriter:
             "tokens": len(prompts.tokens),
             "overlong": prompts.overlong,
             "empty": prompts.empty,
-            "bytes": sum(sizes),
+            "bytes": sum(array.nbytes for array in self._arrays.values()),
             **notes,
-            "arrays": {name: self._entry(name, checksums[name]) for name in self._columns},
+            "arrays": {name: self._entry(name) for name in self._arrays},
             "statistics": {
                 name: unit_statistics(self._norms[name], positions, mean)
                 for name, mean in zip(activations, means, strict=True)
@@ -230,23 +201,21 @@ class UnitWriter:
     def _wait_for_all(self) -> None:
         while self._writes:
             self._wait_for_oldest()
-        assert all(column.complete for column in self._columns.values())
+        assert not any(array.missing for array in self._arrays.values())
 
     def _part_key(self, index: int) -> str:
         return f"{self._prefix}part-{index:05d}.json"
 
-    def _checksums(self, activations: list[str]) -> dict[str, list[int]]:
-        """Returns {array: checksums of its shards, in the order of rows, then columns}."""
-        own = {name: column.checksums for name, column in self._columns.items()}
-        parts = [
-            own if i == self._part.index else self._wait_for_part(i)
-            for i in range(self._part.count)
+    def _join_checksums(self, activations: list[str]) -> None:
+        """Puts the checksums of all processes' shards in the order of rows, then columns."""
+        own = {name: self._arrays[name].checksums for name in activations}
+        by_process = [
+            own if index == self._slice.index else self._wait_for_part(index)
+            for index in range(self._slice.count)
         ]
         for name in activations:
-            own[name] = [
-                crc for shard in zip(*(part[name] for part in parts), strict=True) for crc in shard
-            ]
-        return own
+            by_row = zip(*(checksums[name] for checksums in by_process), strict=True)
+            self._arrays[name].checksums = list(itertools.chain.from_iterable(by_row))
 
     def _wait_for_part(self, index: int) -> dict[str, list[int]]:
         until = time.monotonic() + PART_DEADLINE_S
@@ -258,22 +227,21 @@ class UnitWriter:
                     "a process of the group failed"
                 )
             time.sleep(PART_POLL_S)
-        part = unseal(data)
-        if part is None:
+        checksums = unseal(data)
+        if checksums is None:
             raise StorageError(f"{self._kv.url}/{key} is damaged: its checksum does not fit")
-        return part
+        return checksums
 
-    def _entry(self, name: str, checksums: list[int]) -> dict[str, Any]:
+    def _entry(self, name: str) -> dict[str, Any]:
         metadata, _ = self._kv.read(f"{self._prefix}{name}/zarr.json")
         if metadata is None:
             raise StorageError(f"{self._kv.url}/{self._prefix}{name}/zarr.json is gone")
-        shape, dtype = self._shapes[name]
-        column = self._columns[name]
+        array = self._arrays[name]
         return {
-            "shape": shape,
-            "dtype": dtype,
-            "shard_shape": [column.shard_rows, *column.width],
-            "crc32": checksums,
+            "shape": list(array.shape),
+            "dtype": array.dtype.name,
+            "shard_shape": array.shard_shape,
+            "crc32": array.checksums,
             "zarr_crc32": zlib.crc32(metadata),
         }
 
@@ -281,5 +249,5 @@ class UnitWriter:
         """Deletes the attempt, after a failure; of a group, its leader does."""
         for write, _ in self._writes:
             write.exception()  # waits; whatever it is, the attempt goes
-        if self._part.leads:
+        if self._slice.leads:
             self._kv.delete(self._prefix)

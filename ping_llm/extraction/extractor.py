@@ -15,7 +15,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from ping_llm import sharding
-from ping_llm.activations.writer import ColumnSlice
+from ping_llm.activations.arrays import ColumnSlice
 from ping_llm.errors import ConfigError
 from ping_llm.extraction.batches import PackedBatch
 from ping_llm.extraction.model import ModelSource
@@ -27,13 +27,13 @@ class Extractor:
 
     Attributes:
         compile_seconds: Time spent on compiling so far.
-        part: The columns of activations that this process holds.
+        columns: Those of the activations that this process holds.
     """
 
     def __init__(self, source: ModelSource, cfg: ExtractSettings, mesh: Mesh):
         self._mesh = mesh
         self._exact = source.compute_dtype(cfg.dtype) == "float32"
-        self.part = _column_slice(mesh, source.cfg.d_model)
+        self.columns = _column_slice(mesh, source.cfg.d_model)
         self._multiple = mesh.shape["data"] * mesh.shape["fsdp"]  # of the rows of a batch
         graphdef, self._params = source.load(cfg, mesh)
         self._forward = _make_forward(graphdef, cfg, mesh)
@@ -69,7 +69,7 @@ class Extractor:
         return result
 
     def to_host(self, result: Mapping[str, tuple[jax.Array, ...]]) -> dict[str, list[np.ndarray]]:
-        """Returns what a call returned, of D only this process's part."""
+        """Returns what a call returned, of D only this process's columns."""
         return {
             site: [_own_columns(activations), *map(np.asarray, replicated)]
             for site, (activations, *replicated) in result.items()

@@ -35,14 +35,14 @@ class ModelSource:
         checkpoint: Directory of a Hugging Face checkpoint; None: it is a run of this package.
         cfg: Its shape; `dtype` is its own.
         max_length: What prompts are limited to unless asked.
-        law: What the windows of a run are like.
+        sampling: How windows were sampled for a run.
     """
 
     name: str
     checkpoint: Path | None
     cfg: DecoderConfig
     max_length: int
-    law: windows.WindowLaw = windows.USUAL
+    sampling: windows.WindowLaw = windows.USUAL
 
     def fill_in(self, chosen: ExtractSettings) -> ExtractSettings:
         """Returns the settings with what they leave to the model filled in."""

@@ -1,14 +1,13 @@
 """Prompts: what the model is given, in token ids, of text, chats, ids, tasks or measurements."""
 
 import dataclasses
-import itertools
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 
-from ping_llm.activations.roles import BOS, REAL, SPECIAL
+from ping_llm.activations.roles import REAL
 from ping_llm.activations.store import UnitPrompts
 from ping_llm.data import windows
 from ping_llm.data.rows import SPLITS, ProbeRows, read_metadata
@@ -20,7 +19,6 @@ from ping_llm.extraction.templates import CheckpointTokenizer
 from ping_llm.tokenizer import LANGUAGE_VERSION
 
 COLUMNS = {"text": ("text",), "chat": ("messages",), "tokens": ("tokens", "input_ids")}
-TEXTS_AT_ONCE = 256
 
 
 class PromptSource(Protocol):
@@ -44,7 +42,7 @@ def open_source(
     *,
     model: Path | None,
     vocab_size: int,
-    law: windows.WindowLaw = windows.USUAL,
+    sampling: windows.WindowLaw = windows.USUAL,
 ) -> PromptSource:
     """Returns the prompts of an input.
 
@@ -52,7 +50,7 @@ def open_source(
         cfg: The settings, nothing left open.
         model: Directory of the checkpoint, for its tokenizer; None: the model is a run.
         vocab_size: Number of ids the model knows.
-        law: What the windows of a run are like.
+        sampling: How windows were sampled for the run.
 
     Raises:
         ConfigError: The format does not go with the model.
@@ -62,7 +60,7 @@ def open_source(
     if cfg.format == "measurements":
         if model is not None:
             raise ConfigError(f"format='measurements' needs a run of this package; {model} is none")
-        return MeasurementPrompts(cfg, law)
+        return MeasurementPrompts(cfg, sampling)
     if model is None and cfg.format != "tokens":
         raise ConfigError(
             f"format={cfg.format!r} needs a language model; a run takes measurements or tokens"
@@ -87,7 +85,8 @@ class TextPrompts:
         self._tokenizer = None
         if cfg.format != "tokens" or (model is not None and (model / "tokenizer.json").is_file()):
             assert model is not None  # open_source saw to it
-            self._tokenizer = CheckpointTokenizer(model, chat=cfg.format == "chat")
+            chat = cfg.format == "chat"
+            self._tokenizer = CheckpointTokenizer(model, chat=chat, vocab_size=vocab_size)
         self.identity = {
             "files": self._records.files,
             "tokenizer": self._tokenizer.identity if self._tokenizer else None,
@@ -107,7 +106,7 @@ class TextPrompts:
             texts = ((sample, self._text(record, sample)) for sample, record in records)
             # A chat template writes the special tokens itself.
             special = self._cfg.format == "text"
-            encoded = _tokenized(texts, self._tokenizer, self._vocab_size, add_special=special)
+            encoded = self._tokenizer.encode(texts, add_special=special)
         return _gather(encoded, self._cfg, self._tokenizer)
 
     def _text(self, record: dict[str, Any], sample: str) -> str:
@@ -118,8 +117,8 @@ class TextPrompts:
             # A template takes what is missing for empty, and says nothing.
             if not all(isinstance(m, dict) and m.get("role") for m in messages):
                 raise DataError(f"{sample}: each of its `messages` must be an object with a `role`")
-            assert self._tokenizer is not None
-            assert self._tokenizer.template is not None
+            assert self._tokenizer
+            assert self._tokenizer.template
             return self._tokenizer.template.render(record, sample)
         if not isinstance(record.get("text"), str):
             raise DataError(f"{sample}: it has no string `text`; its keys are {list(record)}")
@@ -134,27 +133,6 @@ class TextPrompts:
         return np.array(ids, np.int32)
 
 
-def _tokenized(
-    texts: Iterable[tuple[str, str]],
-    tokenizer: CheckpointTokenizer,
-    vocab_size: int,
-    *,
-    add_special: bool,
-) -> Iterator[tuple[str, np.ndarray]]:
-    """Yields (sample, token ids) of each (sample, text)."""
-    texts = iter(texts)
-    while batch := list(itertools.islice(texts, TEXTS_AT_ONCE)):
-        encoded = tokenizer.encode([text for _, text in batch], add_special=add_special)
-        for (sample, _), ids in zip(batch, encoded, strict=True):
-            tokens = np.array(ids, np.int32)
-            if len(tokens) and tokens.max() >= vocab_size:
-                raise DataError(
-                    f"{sample}: token id {tokens.max()} is not below the model's {vocab_size=}; "
-                    "the tokenizer is not this model's"
-                )
-            yield sample, tokens
-
-
 def _gather(
     encoded: Iterable[tuple[str, np.ndarray]],
     cfg: ExtractSettings,
@@ -162,7 +140,7 @@ def _gather(
 ) -> UnitPrompts:
     """Returns the prompts of each (sample, token ids), those that are too long dealt with."""
     ids: list[str] = []
-    parts: list[np.ndarray] = []
+    prompts: list[np.ndarray] = []
     overlong = 0
     assert cfg.max_length is not None
     for sample, tokens in encoded:
@@ -171,15 +149,11 @@ def _gather(
             pieces = _cut(tokens, cfg.overlong, cfg.max_length, sample)
         else:
             pieces = [tokens]
-        parts += pieces
+        prompts += pieces
         ids += [sample] if len(pieces) == 1 else [f"{sample}/{n}" for n in range(len(pieces))]
-    lengths = np.array([len(part) for part in parts], np.int64)
-    tokens = np.concatenate([np.zeros(0, np.int32), *parts])
-    roles = np.full(len(tokens), REAL, np.uint8)
-    if tokenizer is not None:
-        roles[np.isin(tokens, tokenizer.special)] = SPECIAL
-        if tokenizer.bos is not None:
-            roles[tokens == tokenizer.bos] = BOS
+    lengths = np.array([len(prompt) for prompt in prompts], np.int64)
+    tokens = np.concatenate([np.zeros(0, np.int32), *prompts])
+    roles = np.full(len(tokens), REAL, np.uint8) if tokenizer is None else tokenizer.roles(tokens)
     offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
     return UnitPrompts(tokens, offsets, roles, ids, overlong, int((lengths == 0).sum()))
 
@@ -210,9 +184,8 @@ class ArcPrompts:
         if not self._tasks:
             raise DataError(f"{cfg.input} holds no tasks")
         assert model is not None  # open_source saw to it
-        self._cfg, self._vocab_size = cfg, vocab_size
-        self._encoder = arc.parse_encoder(cfg.arc_encoder or "")
-        self._tokenizer = CheckpointTokenizer(model, chat=True)
+        self._cfg, self._encoder = cfg, arc.parse_encoder(cfg.arc_encoder or "")
+        self._tokenizer = CheckpointTokenizer(model, chat=True, vocab_size=vocab_size)
         self.identity = {"files": describe_files(files), "tokenizer": self._tokenizer.identity}
         self.units = []
         start, size = 0, 0.0
@@ -229,22 +202,20 @@ class ArcPrompts:
         return [arc.prompt(task, test, same, self._encoder) for test in range(len(task.tests))]
 
     def _texts(self, task: arc.ArcTask) -> Iterator[tuple[str, str]]:
-        assert self._cfg.arc_augmentations is not None
-        assert self._cfg.arc_colors is not None
-        assert self._cfg.arc_seed is not None
-        assert self._tokenizer.template is not None
+        cfg, template = self._cfg, self._tokenizer.template
+        assert cfg.arc_augmentations
+        assert cfg.arc_colors
+        assert cfg.arc_seed is not None
+        assert template
         changes = arc.augmentations(
-            task,
-            self._cfg.arc_augmentations,
-            colors=self._cfg.arc_colors,
-            seed=self._cfg.arc_seed,
+            task, cfg.arc_augmentations, colors=cfg.arc_colors, seed=cfg.arc_seed
         )
         for test in range(len(task.tests)):
             for number, augmentation in enumerate(changes):
                 sample = arc.sample_id(task, test, number, augmentation)
                 text = arc.prompt(task, test, augmentation, self._encoder)
                 chat = {"messages": [{"role": "user", "content": text}]}
-                yield sample, self._tokenizer.template.render(chat, sample, generate=True)
+                yield sample, template.render(chat, sample, generate=True)
 
     def read(self, unit: WorkUnit) -> UnitPrompts:
         """Returns the prompts of a unit: a task's tests, each in all its augmentations.
@@ -254,7 +225,7 @@ class ArcPrompts:
         """
         tasks = self._tasks[unit.start : unit.stop]
         texts = (pair for task in tasks for pair in self._texts(task))
-        encoded = _tokenized(texts, self._tokenizer, self._vocab_size, add_special=False)
+        encoded = self._tokenizer.encode(texts, add_special=False)
         return _gather(encoded, self._cfg, self._tokenizer)
 
 
@@ -264,10 +235,10 @@ class ArcPrompts:
 class MeasurementPrompts:
     """The contexts that one epoch of training on a directory of probe rows would draw."""
 
-    def __init__(self, cfg: ExtractSettings, law: windows.WindowLaw):
+    def __init__(self, cfg: ExtractSettings, sampling: windows.WindowLaw):
         assert cfg.max_length is not None
         windows.check_length(cfg.max_length)
-        self._length, self._law = cfg.max_length, law
+        self._length, self._sampling = cfg.max_length, sampling
         self._splits = [(split, ProbeRows(cfg.input, split)) for split in SPLITS]
         self._ends = [
             np.cumsum(windows.visits_per_row(rows.n_measurements)) for _, rows in self._splits
@@ -287,7 +258,7 @@ class MeasurementPrompts:
         self.identity = {
             "data": read_metadata(cfg.input)["fingerprint"],
             "language_version": LANGUAGE_VERSION,
-            "windows": dataclasses.asdict(law),
+            "windows": dataclasses.asdict(sampling),
         }
 
     def read(self, unit: WorkUnit) -> UnitPrompts:
@@ -298,7 +269,7 @@ class MeasurementPrompts:
         first = np.concatenate([[0], self._ends[unit.file]])[row]
         visits = windows.Visits(np.zeros_like(visit), row, visit - first)
         tokens, offsets = windows.encode_visits(
-            rows, visits, seed=0, length=self._length, law=self._law
+            rows, visits, seed=0, length=self._length, law=self._sampling
         )
         ids = [f"{split}/{r}/{k}" for r, k in zip(visits.row, visits.k, strict=True)]
         return UnitPrompts(

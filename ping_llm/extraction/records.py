@@ -89,14 +89,14 @@ class Records:
             StorageError: Nothing is there, or it cannot be read.
             DataError: A file is of no known format.
         """
-        found = find_files(path)
-        self._locations = [file.location for file in found]
-        self._kinds = [_kind(file.url) for file in found]
+        files = find_files(path)
+        self._locations = [file.location for file in files]
+        self._kinds = [_kind(file.url) for file in files]
         self._columns = columns
-        self.files = describe_files(found)
+        self.files = describe_files(files)
         self.units: list[WorkUnit] = []
         left = limit
-        for index, file in enumerate(found):
+        for index, file in enumerate(files):
             if left == 0:
                 break
             if self._kinds[index][0] == "parquet":

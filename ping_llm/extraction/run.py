@@ -101,7 +101,7 @@ def extract_activations(chosen: ExtractSettings) -> ExtractResult | DryRunResult
     model = open_model(chosen.model)
     cfg, d_model = model.fill_in(chosen), model.cfg.d_model
     prompts = open_source(
-        cfg, model=model.checkpoint, vocab_size=model.cfg.vocab_size, law=model.law
+        cfg, model=model.checkpoint, vocab_size=model.cfg.vocab_size, sampling=model.sampling
     )
     if cfg.dry_run:
         return _dry_run(cfg, prompts, d_model=d_model)

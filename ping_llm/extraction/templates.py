@@ -1,14 +1,19 @@
 """A checkpoint's own tokenizer and chat template."""
 
 import hashlib
+import itertools
 import json
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from ping_llm.activations.roles import BOS, REAL, SPECIAL
 from ping_llm.errors import DataError
 from ping_llm.models.huggingface import read_json
+
+TEXTS_AT_ONCE = 256
 
 
 class CheckpointTokenizer:
@@ -16,13 +21,13 @@ class CheckpointTokenizer:
 
     Attributes:
         identity: Hash of what decides the token ids.
-        special: Ids of special tokens.
-        bos: Id of the token that begins a sequence, or None.
+        template: Its chat template, or None.
     """
 
-    def __init__(self, directory: Path, *, chat: bool):
+    def __init__(self, directory: Path, *, chat: bool, vocab_size: int):
         import tokenizers
 
+        self._vocab_size = vocab_size
         path = directory / "tokenizer.json"
         if not path.is_file():
             raise DataError(f"{path} does not exist; the checkpoint needs its fast tokenizer")
@@ -37,17 +42,38 @@ class CheckpointTokenizer:
         path = directory / "tokenizer_config.json"
         settings = read_json(path) if path.is_file() else {}
         added = self._tokenizer.get_added_tokens_decoder()
-        self.special = np.array([i for i, token in added.items() if token.special], np.int64)
+        self._special = np.array([i for i, token in added.items() if token.special], np.int64)
         bos = _content(settings.get("bos_token"))
-        self.bos = None if bos is None else self._tokenizer.token_to_id(bos)
+        self._bos = None if bos is None else self._tokenizer.token_to_id(bos)
         self.template = ChatTemplate(directory, settings) if chat else None
         parts = content + (self.template.source.encode() if self.template else b"")
         self.identity = hashlib.sha256(parts).hexdigest()[:32]
 
-    def encode(self, texts: list[str], *, add_special: bool) -> list[list[int]]:
-        """Returns the ids of each text."""
-        encoded = self._tokenizer.encode_batch_fast(texts, add_special_tokens=add_special)
-        return [one.ids for one in encoded]
+    def encode(
+        self, texts: Iterable[tuple[str, str]], *, add_special: bool
+    ) -> Iterator[tuple[str, np.ndarray]]:
+        """Yields (sample, token ids) of each (sample, text).
+
+        Raises:
+            DataError: The model does not know a token id.
+        """
+        encode, texts = self._tokenizer.encode_batch_fast, iter(texts)
+        while batch := list(itertools.islice(texts, TEXTS_AT_ONCE)):
+            encoded = encode([text for _, text in batch], add_special_tokens=add_special)
+            for (sample, _), one in zip(batch, encoded, strict=True):
+                tokens, vocab_size = np.array(one.ids, np.int32), self._vocab_size
+                if len(tokens) and tokens.max() >= vocab_size:
+                    raise DataError(
+                        f"{sample}: token id {tokens.max()} is not below the model's "
+                        f"{vocab_size=}; the tokenizer is not this model's"
+                    )
+                yield sample, tokens
+
+    def roles(self, tokens: np.ndarray) -> np.ndarray:
+        """Returns REAL, SPECIAL or BOS of each token [n], uint8."""
+        roles = np.where(np.isin(tokens, self._special), SPECIAL, REAL).astype(np.uint8)
+        roles[tokens == (-1 if self._bos is None else self._bos)] = BOS
+        return roles
 
 
 def _content(token: Any) -> str | None:
@@ -64,16 +90,15 @@ class ChatTemplate:
         from jinja2.sandbox import ImmutableSandboxedEnvironment
 
         path = directory / "chat_template.jinja"
-        found = (
-            path.read_text(encoding="utf-8") if path.is_file() else settings.get("chat_template")
-        )
-        if isinstance(found, list):  # several, by name
-            found = {entry["name"]: entry["template"] for entry in found}.get("default")
-        if not isinstance(found, str):
+        has_file = path.is_file()
+        source = path.read_text(encoding="utf-8") if has_file else settings.get("chat_template")
+        if isinstance(source, list):  # several, by name
+            source = {entry["name"]: entry["template"] for entry in source}.get("default")
+        if not isinstance(source, str):
             raise DataError(
                 f"{directory} has no chat template; use an instruct model or --format text"
             )
-        self.source = found
+        self.source = source
 
         def tojson(value: Any, indent: int | None = None) -> str:
             return json.dumps(value, ensure_ascii=False, indent=indent)
@@ -92,7 +117,7 @@ class ChatTemplate:
         }
         self._error = jinja2.TemplateError
         try:
-            self._template = environment.from_string(found)
+            self._template = environment.from_string(source)
         except jinja2.TemplateError as error:
             raise DataError(f"{directory}: its chat template cannot be used: {error}") from None
 

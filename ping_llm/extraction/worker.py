@@ -18,10 +18,11 @@ from typing import Any, Protocol, TypeVar
 import numpy as np
 import tensorstore as ts
 
+from ping_llm.activations.arrays import ColumnSlice
 from ping_llm.activations.begin import check_store
 from ping_llm.activations.claims import Claims, UnitClaim
 from ping_llm.activations.store import UnitPrompts, site_arrays
-from ping_llm.activations.writer import ArraySpec, ColumnSlice, UnitWriter
+from ping_llm.activations.writer import ArraySpec, UnitWriter
 from ping_llm.errors import StorageError
 from ping_llm.extraction.batches import PackedBatch, make_batches
 from ping_llm.extraction.group import Follower
@@ -42,11 +43,11 @@ class Forward(Protocol):
     Attributes:
         compile_seconds: Time spent on compiling so far.
         peak_device_bytes: Most memory used on one device so far.
-        part: What of the activations this process gets.
+        columns: Those of the activations that this process gets.
     """
 
     compile_seconds: float
-    part: ColumnSlice
+    columns: ColumnSlice
 
     @property
     def peak_device_bytes(self) -> int: ...  # noqa: D102
@@ -56,7 +57,7 @@ class Forward(Protocol):
         ...
 
     def to_host(self, result: Mapping[str, tuple[Any, Any, Any]]) -> dict[str, list[np.ndarray]]:
-        """Returns what a call returned, once it is there, of D only this process's part."""
+        """Returns what a call returned, once it is there, of D only this process's columns."""
         ...
 
 
@@ -143,7 +144,7 @@ class Worker:
                     if step.batch is None:
                         write(self._publish, step)
                     # A group runs all batches of a unit, as its processes cannot tell each other.
-                    elif self._forward.part.count > 1 or self._claims.holds(step.claim):
+                    elif self._forward.columns.count > 1 or self._claims.holds(step.claim):
                         write(self._store, step, self._forward(step.batch))
                         self._tokens += int(step.batch.pieces[:, 2].sum())
                         rate = self._tokens / (time.monotonic() - started)
@@ -189,7 +190,7 @@ class Worker:
                 step.prompts,
                 zstd=self._cfg.compression == "zstd",
                 store_identity=self._identity,
-                part=self._forward.part,
+                columns=self._forward.columns,
             )
         return self._writer
 
@@ -197,14 +198,14 @@ class Worker:
         assert step.batch is not None
         writer = self._begun(step)
         self._computed += step.batch.tokens.size
-        for site, (activations, norms, sums) in self._forward.to_host(result).items():
-            for name, (array_site, layer) in self._sites.items():
-                if array_site != site:
-                    continue
-                writer.add_sum(name, sums[layer])
-                for row, column, length, start in step.batch.pieces.tolist():
-                    piece = layer, row, slice(column, column + length)
-                    writer.put(name, start, activations[piece], norms[piece])
+        kept = self._forward.to_host(result)
+        pieces = step.batch.pieces.tolist()
+        for name, (site, layer) in self._sites.items():
+            activations, norms, sums = kept[site]
+            writer.add_sum(name, sums[layer])
+            for row, column, length, start in pieces:
+                piece = layer, row, slice(column, column + length)
+                writer.put(name, start, activations[piece], norms[piece])
 
     def _publish(self, step: _UnitStep) -> None:
         now = time.monotonic()

@@ -132,11 +132,6 @@ def _weights(family: ModuleType, cfg: DecoderConfig) -> Iterator[_Weight]:
         yield _Weight(path, names, leaf.shape, spec, stacked, transposed)
 
 
-def _short(name: str) -> str:
-    """Returns a tensor's name as base checkpoints spell it."""
-    return name.removeprefix("model.")
-
-
 class _Tensors:
     """All tensors of a checkpoint, whichever files they are in, by their short names."""
 
@@ -155,7 +150,7 @@ class _Tensors:
         for file in files:
             with SafetensorsFile(Location.of(directory).child(file).path) as opened:
                 for name, shape in opened.shapes.items():
-                    short = _short(name)
+                    short = name.removeprefix("model.")  # as base checkpoints spell it
                     if short in self.where:
                         raise CheckpointError(
                             f"{directory}: {name} is in {self.where[short][0]} and in {file}"

@@ -177,7 +177,7 @@ def test_measurements_are_the_contexts_of_training_whatever_the_units_are(rows):
     assert max(np.diff(part.offsets).max() for part in parts) <= 200
     law = WindowLaw(result_last_fraction=1.0, hidden_source_fraction=1.0)
     cfg = settings(input=rows, format="measurements", max_length=200)
-    own = open_source(cfg, model=None, vocab_size=267, law=law)
+    own = open_source(cfg, model=None, vocab_size=267, sampling=law)
     assert own.identity != whole.identity
     part = own.read(own.units[0])
     shown, _ = tokenizer.decode(part.tokens[: part.offsets[1]])

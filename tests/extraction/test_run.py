@@ -19,7 +19,7 @@ from hf_checkpoints import make_checkpoint
 from stores import assert_equal_stores, everything
 
 from ping_llm.activations import store
-from ping_llm.activations.arrays import create_array
+from ping_llm.activations.arrays import ShardedArray
 from ping_llm.activations.inspection import inspect_activations
 from ping_llm.activations.reader import ActivationReader
 from ping_llm.activations.statistics import unit_statistics
@@ -322,8 +322,9 @@ def test_a_file_that_is_gone_is_named_and_never_read_as_zeros(finished, tmp_path
 
 def test_chunks_of_zeros_are_stored(tmp_path):
     kv = KeyValueStore(tmp_path)
-    array, _ = create_array(kv, "zeros", (300, 4), np.dtype(np.float32), zstd=False, shard=1 << 20)
-    array.write(np.zeros((300, 4), np.float32)).result()
+    zeros = np.zeros((300, 4), np.float32)
+    ((write, _),) = ShardedArray(kv, "zeros", zeros.shape, zeros.dtype).put(0, zeros)
+    write.result()
     assert (tmp_path / "zeros" / "c" / "0" / "0").stat().st_size > 300 * 4 * 4
 
 
