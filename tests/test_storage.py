@@ -130,13 +130,18 @@ def test_a_remote_directory_is_copied_once_and_again_when_it_changes(
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     location = upload("rows", a_arrow=b"first", dataset_json=b"1")
     (location / "below" / "b.arrow").upload(tmp_path / "rows" / "a.arrow")
+    whole = location.local_copy()  # by names, sizes and times
     first = location.local_copy(identity="dataset.json")
     assert (first / "a.arrow").read_bytes() == b"first"
     assert (first / "below" / "b.arrow").read_bytes() == b"first"
     assert location.local_copy(identity="dataset.json") == first
-    (tmp_path / "rows" / "dataset.json").write_bytes(b"2")
+    (tmp_path / "rows" / "dataset.json").write_bytes(b"22")
     (location / "dataset.json").upload(tmp_path / "rows" / "dataset.json")
     assert location.local_copy(identity="dataset.json") != first
+    again = location.local_copy()
+    assert again != whole
+    assert (again / "dataset.json").read_bytes() == b"22"
+    assert location.local_copy() == again
 
 
 @pytest.mark.parametrize(
