@@ -10,13 +10,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from stores import assert_equal_stores
 
-from ping_llm import storage
 from ping_llm.activations.inspection import inspect_activations
 from ping_llm.activations.reader import ActivationReader
 from ping_llm.errors import ConfigError, DataError
 from ping_llm.extraction import arc
 from ping_llm.extraction.prompts import open_source
 from ping_llm.extraction.run import extract_activations
+from ping_llm.storage import Location
 
 ENCODERS = [
     "+".join(filter(None, (cells, *around)))
@@ -51,7 +51,7 @@ def make_task(seed, *, tests=1):
 
 
 def read(path):
-    return arc.read_tasks(storage.find(path))
+    return arc.read_tasks(Location.of(path).find())
 
 
 # --- grids as text ----------------------------------------------------------------------------

@@ -84,7 +84,7 @@ def test_workers_killed_at_random_leave_every_unit_published_once(seed, prompts,
 def test_on_object_stores_too(kind, prompts, alone, emulator):
     bucket, _ = emulator(kind)
     for seed in range(max(ROUNDS // 5, 1)):
-        url = storage.join(bucket, f"store{seed}")
+        url = f"{bucket}/store{seed}"
         assert_round_leaves_the_same(url, prompts, alone, seed=seed, lease_s=3.0)
 
 
@@ -101,7 +101,7 @@ def test_faults_on_the_way_lose_and_double_nothing(kind, prompts, alone, emulato
         timers = [threading.Timer(1.0, proxy.away.set), threading.Timer(5.0, proxy.away.clear)]
         for timer in timers:
             timer.start()
-        url = storage.join(bucket, "store")
+        url = f"{bucket}/store"
         created, _ = round_of_killing(url, prompts, seed=0, workers=4, kills=0, lease_s=3.0)
         for timer in timers:
             timer.join()
