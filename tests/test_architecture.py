@@ -21,7 +21,7 @@ MODULES = {
 # A part may import the parts of earlier levels, and itself; never one of its own level.
 LEVELS = [
     {"errors", "text"},
-    {"hashing", "progress", "packing", "addresses"},
+    {"hashing", "progress", "packing", "addresses", "environment"},
     {"storage", "settings", "sharding", "report", "columns"},
     {"measurements", "outputs"},
     {"tokenizer", "models"},
@@ -37,8 +37,17 @@ LEVEL_OF = {part: level for level, parts in enumerate(LEVELS) for part in parts}
 
 # Parts that never load JAX, not even inside a function.
 WITHOUT_JAX = {
-    *("errors", "text", "hashing", "progress", "packing", "addresses", "storage", "settings"),
-    *("report", "columns", "measurements", "outputs", "tokenizer", "estimators", "simulation"),
+    *("errors", "text", "hashing", "progress", "packing", "addresses", "environment", "storage"),
+    *(
+        "settings",
+        "report",
+        "columns",
+        "measurements",
+        "outputs",
+        "tokenizer",
+        "estimators",
+        "simulation",
+    ),
     *("data", "ingest", "inspection"),
 }
 
@@ -96,7 +105,9 @@ def test_imports_point_one_way(path):
         if names[0] != "ping_llm" or names[1] in {part, "__version__"}:
             continue
         if part in {"__init__", "__main__"}:
-            assert not at_top or module == "ping_llm.cli.main", f"{part} imports {module} at its top"
+            assert not at_top or module == "ping_llm.cli.main", (
+                f"{part} imports {module} at its top"
+            )
             continue
         assert LEVEL_OF[names[1]] < LEVEL_OF[part], f"{part} may not import {module}"
 
@@ -160,8 +171,9 @@ def test_the_top_of_the_cli_imports_only_what_is_light(path):
     for module, at_top in imports(path):
         name = module.split(".")[0]
         light = name == "click" or name in sys.stdlib_module_names
-        own = module.startswith(("ping_llm.cli", "ping_llm.errors", "ping_llm.__version__"))
-        own = own or module.startswith("ping_llm.") and ".settings" in module
+        light_parts = ("ping_llm.cli", "ping_llm.errors", "ping_llm.environment")
+        own = module.startswith((*light_parts, "ping_llm.__version__"))
+        own = own or (module.startswith("ping_llm.") and ".settings" in module)
         assert not at_top or light or own, f"{path.name} imports {module} at its top"
 
 

@@ -2,13 +2,14 @@
 
 import importlib
 import signal
+import sys
 from typing import Any
 
 import click
 
-from ping_llm import __version__
+from ping_llm import __version__, environment
 from ping_llm.cli.options import debug_option
-from ping_llm.errors import PingLLMError, Stopped
+from ping_llm.errors import ConfigError, PingLLMError, Stopped
 
 # Each command: the module here that defines it as `command`, and its line in `ping-llm --help`.
 # The lines are repeated here, under a test, so that `--help` need not import the modules.
@@ -91,4 +92,8 @@ def _terminate(signum: int, frame: object) -> None:
 def main() -> None:
     """Runs the command line; the console script."""
     signal.signal(signal.SIGTERM, _terminate)
+    try:
+        environment.prepare()
+    except ConfigError as error:
+        sys.exit(f"error: {error}")
     cli()
