@@ -1,4 +1,7 @@
-"""What all tests share. Four devices stand in for a mesh; JAX must be told before it starts."""
+"""What all tests share. Four devices stand in for a mesh; JAX must be told before it starts.
+
+No test reads or writes the user's cache of compiled programs: what passes must not hang on it.
+"""
 
 import json
 import os
@@ -11,6 +14,7 @@ from sized_rows import write_sized_rows
 from ping_llm.addresses import from_bytes
 from ping_llm.data.rows import SCHEMA_VERSION, SPLITS, FlatRows, RowWriter
 
+os.environ["PING_LLM_COMPILATION_CACHE"] = "off"
 os.environ["XLA_FLAGS"] = " ".join(
     [os.environ.get("XLA_FLAGS", ""), "--xla_force_host_platform_device_count=4"]
 ).strip()

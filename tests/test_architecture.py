@@ -21,7 +21,7 @@ MODULES = {
 # A part may import the parts of earlier levels, and itself; never one of its own level.
 LEVELS = [
     {"errors", "text"},
-    {"hashing", "progress", "resources", "packing", "addresses"},
+    {"hashing", "progress", "resources", "packing", "addresses", "environment"},
     {"storage", "settings", "sharding", "columns"},
     {"measurements", "outputs"},
     {"tokenizer", "models", "report"},
@@ -38,6 +38,7 @@ LEVEL_OF = {part: level for level, parts in enumerate(LEVELS) for part in parts}
 # Parts that never load JAX, not even inside a function.
 WITHOUT_JAX = {
     *("errors", "text", "hashing", "progress", "resources", "packing", "addresses", "storage"),
+    "environment",
     *(
         "settings",
         "report",
@@ -173,8 +174,9 @@ def test_the_top_of_the_cli_imports_only_what_is_light(path):
     for module, at_top in imports(path):
         name = module.split(".")[0]
         light = name == "click" or name in sys.stdlib_module_names
-        own = module.startswith(("ping_llm.cli", "ping_llm.errors", "ping_llm.__version__"))
-        own = own or module.startswith("ping_llm.") and ".settings" in module
+        light_parts = ("ping_llm.cli", "ping_llm.errors", "ping_llm.environment")
+        own = module.startswith((*light_parts, "ping_llm.__version__"))
+        own = own or (module.startswith("ping_llm.") and ".settings" in module)
         assert not at_top or light or own, f"{path.name} imports {module} at its top"
 
 

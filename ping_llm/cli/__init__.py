@@ -2,13 +2,14 @@
 
 import importlib
 import signal
+import sys
 from typing import Any
 
 import click
 
-from ping_llm import __version__
+from ping_llm import __version__, environment
 from ping_llm.cli.options import debug_option
-from ping_llm.errors import PingLLMError, Stopped
+from ping_llm.errors import ConfigError, PingLLMError, Stopped
 
 # The first line of each command's help text. It is repeated here, under a test: `ping-llm --help`
 # imports no command, which would take longer than all the rest.
@@ -85,4 +86,8 @@ def _terminate(signum: int, frame: object) -> None:
 def main() -> None:
     """Runs the command line; the console script."""
     signal.signal(signal.SIGTERM, _terminate)
+    try:
+        environment.prepare()
+    except ConfigError as error:
+        sys.exit(f"error: {error}")
     cli()
