@@ -71,7 +71,7 @@ def _inspect_measurements(path: str, samples: int) -> InspectDataResult:
             shown.update(len(table))
     stats.finish()
     checks = measurement_checks(stats, rejected, ordered=False)
-    return _result(path, "measurements", stats, rejected, checks, samples=contexts)
+    return _result(path, "measurements", stats, rejected, checks, {}, None, contexts)
 
 
 def _first_contexts(table: MeasurementTable, count: int) -> list[SampleContext]:
@@ -116,9 +116,7 @@ def _inspect_rows(path: str, samples: int) -> InspectDataResult:
         except DataError as error:
             checks.append(Check("rows encode", False, 0, str(error)))
     counts = {split: len(rows[split]) for split in SPLITS}
-    return _result(
-        path, "rows", stats, rejected, checks, counts, windows=window_statistics, samples=contexts
-    )
+    return _result(path, "rows", stats, rejected, checks, counts, window_statistics, contexts)
 
 
 def _tables(rows: ProbeRows) -> Iterator[MeasurementTable]:
@@ -172,25 +170,25 @@ def _result(
     stats: Statistics,
     rejected: Mapping[str, int],
     checks: list[Check],
-    rows: dict[str, int] | None = None,
-    *,
-    windows: dict[str, Any] | None = None,
+    rows: dict[str, int],
+    windows: dict[str, Any] | None,
     samples: list[SampleContext],
 ) -> InspectDataResult:
-    total = int(stats.measurements.sum())
+    by_outcome = stats.time.counts.sum(axis=0).reshape(2, 2)  # [family, answered or failed]
+    by_family, failed, total = by_outcome.sum(axis=1), by_outcome[:, 1], int(by_outcome.sum())
     tables = {
         "probes": stats.sources,
         "destinations": stats.destinations,
         "pairs": stats.pairs,
         "duplicates": stats.records,
     }
-    by_split = dict(zip(SPLITS, stats.measurements.tolist(), strict=True))
+    by_split = {split: int(n) for split, n in zip(rows, stats.measurements, strict=False)}
     return InspectDataResult(
         path=path,
         kind=kind,
         measurements=total,
-        failed_fraction=_ratio(stats.failed.sum(), total),
-        ipv6_fraction=_ratio(stats.by_family[1], total),
+        failed_fraction=_ratio(failed.sum(), total),
+        ipv6_fraction=_ratio(by_family[1], total),
         probes=stats.sources.distinct(),
         destinations=stats.destinations.distinct(),
         pairs=stats.pairs.distinct(),
@@ -201,14 +199,14 @@ def _result(
         rtt_ms=_rtt_quantiles(stats.rtt.sum(axis=0)),
         families={
             name: {
-                "measurements": int(stats.by_family[i]),
-                "failed_fraction": _ratio(stats.failed[i], stats.by_family[i]),
+                "measurements": int(by_family[i]),
+                "failed_fraction": _ratio(failed[i], by_family[i]),
                 "rtt_ms": _rtt_quantiles(stats.rtt[i]),
             }
             for i, name in enumerate(("ipv4", "ipv6"))
         },
-        rows=rows or {},
-        measurements_by_split=by_split if rows else {},
+        rows=rows,
+        measurements_by_split=by_split,
         rejected=dict(rejected),
         checks=checks,
         distributions={
@@ -232,27 +230,27 @@ def _rtt_quantiles(histogram: np.ndarray) -> dict[str, float | None]:
 
 
 def _quantiles(values: np.ndarray) -> dict[str, float]:
+    if len(values) == 0:
+        return {}
     quantiles = np.quantile(values, np.array(QUANTILES) / 100, method="inverted_cdf")
     return {f"p{q}": float(v) for q, v in zip(QUANTILES, quantiles, strict=True)}
 
 
-def _log_histogram(values: np.ndarray, weights: np.ndarray, per_decade: int):
-    """Returns (edges, counts [..., bins]) of positive values in bins of equal width in the log."""
-    low = int(np.floor(np.log10(values.min()) * per_decade))
-    high = int(np.floor(np.log10(values.max()) * per_decade)) + 1
-    index = np.clip(np.floor(np.log10(values) * per_decade).astype(int) - low, 0, high - low - 1)
-    rows = [np.bincount(index, row, high - low) for row in np.atleast_2d(weights)]
-    return 10.0 ** (np.arange(low, high + 1) / per_decade), np.rint(rows).astype(np.int64)
+def _log_histogram(values: np.ndarray, weights: np.ndarray) -> tuple[list, list[list[int]]]:
+    """Returns (edges, counts for each row of `weights`) of positive values in bins of the log."""
+    if len(values) == 0:
+        return [], [[] for _ in weights]
+    bins = np.floor(np.log10(values) * BINS_PER_DECADE).astype(int)
+    low, n = int(bins.min()), int(np.ptp(bins)) + 1
+    counts = [np.rint(np.bincount(bins - low, row, n)).astype(int).tolist() for row in weights]
+    return (10.0 ** (np.arange(low, low + n + 1) / BINS_PER_DECADE)).tolist(), counts
 
 
-def _rtt_distribution(histograms: np.ndarray) -> dict[str, list[float]]:
+def _rtt_distribution(histograms: np.ndarray) -> dict[str, list]:
     """Returns a histogram in log scale by family; an RTT of 0, which is wrong, is left out."""
     used = np.flatnonzero(histograms[:, 1:].sum(axis=0)) + 1
-    if len(used) == 0:
-        return {"edges": [], "ipv4": [], "ipv6": []}
-    edges, counts = _log_histogram(rtt_of_bin(used), histograms[:, used], BINS_PER_DECADE)
-    names = ("edges", "ipv4", "ipv6")
-    return dict(zip(names, [edges.tolist(), *counts.tolist()], strict=True))
+    edges, (ipv4, ipv6) = _log_histogram(rtt_of_bin(used), histograms[:, used])
+    return {"edges": edges, "ipv4": ipv4, "ipv6": ipv6}
 
 
 def _time_distribution(stats: Statistics) -> dict[str, Any]:
@@ -273,14 +271,12 @@ def _per_probe(sources: HashTable) -> dict[str, Any]:
     """Returns how many measurements a source has: quantiles, and a histogram in log scale."""
     kept = sources.sampled()
     counts = sources.sums[kept, 0]
-    if len(counts) == 0:
-        return {"quantiles": {}, "failed_fraction": {}, "edges": [], "probes": []}
-    edges, probes = _log_histogram(counts, np.ones_like(counts) / sources.fraction, BINS_PER_DECADE)
+    edges, (probes,) = _log_histogram(counts, np.full((1, len(counts)), 1 / sources.fraction))
     return {
         "quantiles": _quantiles(counts),
         "failed_fraction": _quantiles(sources.sums[kept, 1] / counts),
-        "edges": edges.tolist(),
-        "probes": probes[0].tolist(),
+        "edges": edges,
+        "probes": probes,
     }
 
 

@@ -4,7 +4,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ping_llm import tokenizer
 from ping_llm.inspection import cells
 from ping_llm.inspection.result import InspectDataResult
 from ping_llm.report import COLOURS, Html, figure, log_axis, markup, page, picture, span, table
@@ -12,9 +11,13 @@ from ping_llm.report import COLOURS, Html, figure, log_axis, markup, page, pictu
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-_TOKEN_COLOURS = dict(
-    zip(tokenizer.FIELDS, ("#777", "#0072B2", "#00734f", "#a05a00", "#a0307a"), strict=True)
-)
+_TOKEN_COLOURS = {
+    "structure": "#777",
+    "source": "#0072B2",
+    "destination": "#00734f",
+    "time": "#a05a00",
+    "rtt": "#a0307a",
+}
 
 
 def html_page(result: InspectDataResult) -> str:

@@ -12,5 +12,5 @@ class InspectDataSettings(Settings):
     """
 
     path: str = field(argument=True, location=True, metavar="PATH", help="What to inspect.")
-    samples: int = field(default=0, ge=0, help="Contexts to show, decoded.")
+    samples: int = field(default=0, ge=0, help="Show this many contexts, decoded.")
     report: str | None = field(default=None, location=True, help="Write an HTML page as well.")

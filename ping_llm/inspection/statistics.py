@@ -177,8 +177,6 @@ class Statistics:
         measurements: How many, by split [N_SPLITS].
         first_time: Earliest time, by split [N_SPLITS]; means nothing where a split is empty.
         last_time: Latest time, like `first_time`.
-        failed: How many failed, by family: IPv4, IPv6 [2].
-        by_family: How many, by family [2].
         rtt: Histogram of the RTTs that are numbers, by family [2, RTT_BINS].
         time: Counts over time; classes are IPv4 answered, IPv4 failed, IPv6 answered, IPv6 failed.
         sources: Sums by source: measurements, failed, total ms, measurements in each split.
@@ -193,7 +191,6 @@ class Statistics:
         self.measurements = np.zeros(N_SPLITS, np.int64)
         self.first_time = np.full(N_SPLITS, np.iinfo(np.int64).max)
         self.last_time = np.full(N_SPLITS, np.iinfo(np.int64).min)
-        self.failed, self.by_family = np.zeros(2, np.int64), np.zeros(2, np.int64)
         self.rtt = np.zeros((2, RTT_BINS), np.int64)
         self.time = TimeHistogram(4)
         width = 3 + N_SPLITS
@@ -218,8 +215,6 @@ class Statistics:
         self.measurements[split] += n
         self.first_time[split] = min(self.first_time[split], times.min())
         self.last_time[split] = max(self.last_time[split], times.max())
-        self.by_family += np.bincount(is_v6, minlength=2)
-        self.failed += np.bincount(is_v6[failed], minlength=2)
         self.time.add(times, is_v6 * 2 + failed)
         self._add_rtts(rtt, failed, is_v6)
 
@@ -280,10 +275,10 @@ class Statistics:
         self.problems["rtt_not_finite"] += int(np.count_nonzero(~finite))
         self.problems["rtt_zero"] += int(np.count_nonzero(rtt == 0))
         self.problems["rtt_huge"] += int(np.count_nonzero(finite & (rtt > IMPLAUSIBLE_RTT_MS)))
-        for family in (0, 1):
-            chosen = rtt[finite & ~failed & (is_v6 == bool(family))]
-            bins = np.abs(chosen).astype(np.float32).view(np.uint32) >> RTT_SHIFT
-            self.rtt[family] += np.bincount(bins, minlength=RTT_BINS)
+        answered = finite & ~failed
+        bins = np.abs(rtt[answered]).view(np.uint32) >> RTT_SHIFT
+        bins += is_v6[answered] * np.uint32(RTT_BINS)
+        self.rtt += np.bincount(bins, minlength=2 * RTT_BINS).reshape(2, RTT_BINS)
 
     def _add_order(self, source: np.ndarray, time: np.ndarray, split: int) -> None:
         """Counts steps back and leaps in the times of each source, which is sorted stably."""

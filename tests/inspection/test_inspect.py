@@ -181,6 +181,7 @@ A, B = "10.0.0.1", "10.0.1.1"
         ([*GOOD, (A, B, 4, 61_000.0, T0 + 9)], "RTTs plausible", 1),
         ([*GOOD, (A, B, 4, 5.0, 3)], "times plausible", 1),
         ([*GOOD, (A, B, 4, 5.0, 4_102_444_800)], "times plausible", 1),
+        ([*GOOD, *((A, B, 4, 5.0, 631_152_000 - t) for t in range(3))], "times plausible", 2),
         ([*GOOD, (A, B, 4, 5.0, T0 - 10**8)], "no clock jumps", 1),
         ([*GOOD, (A, A, 4, 5.0, T0 + 9)], "no self-pings", 1),
         ([*GOOD, (A, "fd00::1", 4, 5.0, T0 + 9)], "records usable", 1),
