@@ -71,7 +71,7 @@ class HashTable:
     def repeats(self) -> int:
         """Returns how many additions of 1 repeated a key; an estimate like `distinct`."""
         counts = self.sums[self.sampled(), 0]
-        return round((counts.sum(dtype=float) - len(counts)) / self.fraction)
+        return round((int(counts.sum()) - len(counts)) / self.fraction)
 
     def top(self, n: int) -> np.ndarray:
         """Returns where in `keys` the `n` with the largest first sums stand, largest first."""
@@ -106,12 +106,12 @@ class HashTable:
             self.keys, self.sums, self.labels = self.keys[kept], self.sums[kept], self.labels[kept]
 
 
-def group(keys: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Returns (a stable order that sorts `keys` [n], where each group of equal keys starts in it).
+def group(keys: np.ndarray, *, stable: bool = False) -> tuple[np.ndarray, np.ndarray]:
+    """Returns (the order that sorts `keys` [n], where each group of equal keys starts in it).
 
-    For [7, 2, 7]: ([1, 0, 2], [0, 1]).
+    For [7, 2, 7]: ([1, 0, 2], [0, 1]). A stable order takes NumPy 4 to 6 times as long.
     """
-    order = np.argsort(keys, kind="stable")
+    order = np.argsort(keys, stable=stable)
     ordered = keys[order]
     return order, np.flatnonzero(np.append(True, ordered[1:] != ordered[:-1])[: len(keys)])
 
@@ -220,7 +220,7 @@ class Statistics:
 
         answered_ms = np.where(failed | ~np.isfinite(rtt), 0, rtt).astype(float)
         source, destination = hash_addresses(table.src), hash_addresses(table.dst)
-        by_source, by_destination = group(source), group(destination)
+        by_source, by_destination = group(source, stable=True), group(destination)
         for sums_by_address, keys, of_table, (order, starts) in (
             (self.sources, source, table.src, by_source),
             (self.destinations, destination, table.dst, by_destination),
