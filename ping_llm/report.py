@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from ping_llm.outputs import publish_file, publish_text
 from ping_llm.storage import Location
+from ping_llm.text import safe_html
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -124,8 +125,8 @@ class Html(str):
 
 
 def markup(value: object) -> Html:
-    """Returns `value` as markup: itself where it is `Html`, else its text, escaped."""
-    return value if isinstance(value, Html) else Html(html.escape(str(value)))
+    """Returns `value` as markup: itself where it is `Html`, else its text, made safe."""
+    return value if isinstance(value, Html) else Html(safe_html(value))
 
 
 def span(text: object, css_class: str) -> Html:

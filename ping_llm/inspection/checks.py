@@ -1,8 +1,6 @@
 """What may be wrong with measurements and with probe rows, each as one named check."""
 
-import dataclasses
-import itertools
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -10,180 +8,124 @@ import numpy as np
 from ping_llm import addresses
 from ping_llm.data.rows import ProbeRows
 from ping_llm.hashing import hash_addresses
+from ping_llm.inspection.result import Check
 from ping_llm.inspection.statistics import IMPLAUSIBLE_RTT_MS, Statistics
 
-EARLIEST_PLAUSIBLE = 631_152_000  # 1990-01-01: a clock that was never set says 1970
+# Of a check that wants a count of 0: what is counted, and what is said where there is none.
+_TEXTS = {
+    "no duplicates": ("repeat another in full", "none"),
+    "times plausible": ("before 1990 or in the future", "all from 1990 to now"),
+    "no clock jumps": ("steps of more than a year within one source", "none"),
+    "families agree": (
+        "have an address of the other family than ip_version",
+        "every address is of the family stated",
+    ),
+    "no self-pings": ("have the same source and destination", "none"),
+    "rows not empty": ("rows hold no measurement", "none"),
+    "one source a row": (
+        "rows stand apart from others of their source",
+        "each source's rows stand together",
+    ),
+    "rows in order": ("stand before a row of a lower family or address", "by family, then address"),
+}
 
 
-@dataclasses.dataclass(frozen=True)
-class Check:
-    """One question put to the data.
-
-    Attributes:
-        name: What is asked.
-        ok: Whether the answer is as it should be.
-        count: How many offend, or 0.
-        detail: The answer in words.
-    """
-
-    name: str
-    ok: bool
-    count: int
-    detail: str
-
-
-def _none(name: str, count: int, bad: str, good: str = "none") -> Check:
-    """Returns a check that wants a count of zero."""
-    return Check(name, count == 0, count, bad if count else good)
-
-
-def duplicates(stats: Statistics) -> int:
-    """Returns how many records repeat another in every field; an estimate beyond the capacity."""
-    kept = stats.records.sampled()
-    repeats = int(stats.records.sums[kept].sum()) - int(np.count_nonzero(kept))
-    return round(repeats / stats.records.fraction)
+def _none(name: str, count: int, more: str = "") -> Check:
+    bad, good = _TEXTS[name]
+    return Check(name, count == 0, count, f"{count:,} {bad}{more}" if count else good)
 
 
 def measurement_checks(
-    stats: Statistics, rejected: Mapping[str, int], *, now: int, ordered: bool
+    stats: Statistics, rejected: Mapping[str, int], *, ordered: bool
 ) -> list[Check]:
-    """Returns the checks that any measurements must stand, whatever they are stored in.
+    """Returns the checks that any measurements must pass, whatever they are stored in.
 
     Args:
         stats: Statistics of all of them.
         rejected: Records that were no measurements, by reason.
-        now: Present time, in seconds since 1970.
-        ordered: Whether each source's measurements ought to come in time order.
+        ordered: Whether each source's measurements should come in time order.
     """
     problems, total = stats.problems, int(stats.measurements.sum())
-    n_rejected = sum(rejected.values())
     reasons = ", ".join(f"{reason} {n:,}" for reason, n in sorted(rejected.items()))
-    n_duplicates = duplicates(stats)
-    fraction = stats.records.fraction
+    n_rejected, fraction = sum(rejected.values()), stats.records.fraction
     exact = "" if fraction == 1 else f" (estimated from 1 in {1 / fraction:.0f})"
-    rtts = problems["rtt_zero"] + problems["rtt_huge"] + problems["rtt_not_finite"]
-    early_late = implausible_times(stats, now)
+    zero, huge, nan = (problems[name] for name in ("rtt_zero", "rtt_huge", "rtt_not_finite"))
+    n_rtts, longest = zero + huge + nan, f"{IMPLAUSIBLE_RTT_MS / 1000:.0f} s"
+    rtts = f"{zero:,} are 0 ms, {huge:,} above {longest}, {nan:,} no number"
+    rtts = rtts if n_rtts else f"all within 0 to {longest}"
     backwards = problems["backwards"]
     order = f"{backwards:,} stand behind a later one of the same source"
-    order = (order if ordered else f"{order}; prepare-data sorts them") if backwards else "in order"
+    order += "" if ordered else "; prepare-data sorts them"
+    in_order = not (ordered and backwards)
     return [
         Check("not empty", total > 0, 0, f"{total:,} measurements"),
-        _none("records usable", n_rejected, reasons, "none was rejected"),
-        _none("no duplicates", n_duplicates, f"{n_duplicates:,} repeat another in full{exact}"),
-        _none(
-            "RTTs plausible",
-            rtts,
-            f"{problems['rtt_zero']:,} are 0 ms, {problems['rtt_huge']:,} above "
-            f"{IMPLAUSIBLE_RTT_MS / 1000:.0f} s, {problems['rtt_not_finite']:,} no number",
-            "all within 0 to 60 s",
-        ),
-        _none(
-            "times plausible",
-            early_late,
-            f"{early_late:,} before 1990 or in the future",
-            "all from 1990 to now",
-        ),
-        _none(
-            "no clock jumps",
-            problems["jumps"],
-            f"{problems['jumps']:,} steps of more than a year within one source",
-        ),
-        Check("time order", not (ordered and backwards), backwards, order),
-        _none(
-            "families agree",
-            problems["family"],
-            f"{problems['family']:,} have an address of the other family than ip_version",
-            "every address is of the family stated",
-        ),
-        _none(
-            "no self-pings",
-            problems["self"],
-            f"{problems['self']:,} have the same source and destination",
-        ),
+        Check("records usable", n_rejected == 0, n_rejected, reasons or "none was rejected"),
+        _none("no duplicates", stats.records.repeats(), exact),
+        Check("RTTs plausible", n_rtts == 0, n_rtts, rtts),
+        _none("times plausible", problems["time"]),
+        _none("no clock jumps", problems["jumps"]),
+        Check("time order", in_order, backwards, order if backwards else "in order"),
+        _none("families agree", problems["family"]),
+        _none("no self-pings", problems["self"]),
     ]
 
 
-def implausible_times(stats: Statistics, now: int) -> int:
-    """Returns how many measurements lie before 1990 or after `now`, by the bins of the histogram.
+def row_checks(
+    splits: Iterable[ProbeRows], stats: Statistics, metadata: Mapping[str, Any]
+) -> list[Check]:
+    """Returns the checks of probe rows.
 
-    A bin counts where all of it is implausible; the ends of the time range are looked at exactly.
+    Args:
+        splits: The rows of each split.
+        stats: Statistics of their measurements.
+        metadata: The content of `dataset.json`.
     """
-    histogram = stats.time
-    starts = (histogram.first + np.arange(len(histogram.counts))) * float(histogram.width)
-    outside = (starts + histogram.width <= EARLIEST_PLAUSIBLE) | (starts > now)
-    count = int(histogram.counts[outside].sum())
-    ranges = [r for r in stats.time_range if r]
-    ends_outside = any(low < EARLIEST_PLAUSIBLE or high > now for low, high in ranges)
-    return max(count, int(ends_outside))
+    empty, out_of_order, apart = np.sum([_row_problems(rows) for rows in splits], axis=0).tolist()
+    stated, n = metadata.get("measurements"), int(stats.measurements.sum())
+    counts = f"dataset.json says {stated} measurements, the files hold {n}"
+    counts = "files and dataset.json agree" if stated == n else counts
+    return [
+        _none("rows not empty", empty),
+        _none("one source a row", apart),
+        _none("rows in order", out_of_order),
+        Check("counts match", stated == n, int(stated != n), counts),
+        split_leakage(stats, metadata),
+    ]
 
 
-class RowChecks:
-    """Checks of probe rows that need the rows themselves; feed it each split once."""
-
-    def __init__(self) -> None:
-        self._measurements = 0
-        self._empty = self._out_of_order = self._apart = 0
-
-    def add(self, rows: ProbeRows) -> None:
-        """Looks at the rows of one split, but not at their measurements."""
-        self._measurements += int(rows.n_measurements.sum())
-        self._empty += int(np.count_nonzero(rows.n_measurements == 0))
-        if len(rows) == 0:
-            return
-        src = np.concatenate([batch.src_addr for batch in rows.batches])
-        key = (rows.ip_version, *addresses.words(src))
-        changes, ascends = np.zeros(len(rows) - 1, bool), np.zeros(len(rows) - 1, bool)
-        for column in key:
-            ascends |= ~changes & (column[1:] > column[:-1])
-            changes |= column[1:] != column[:-1]
-        self._out_of_order += int(np.count_nonzero(changes & ~ascends))
-        runs = 1 + int(np.count_nonzero(changes))
-        self._apart += runs - len(np.unique(hash_addresses(src)))
-
-    def checks(self, stats: Statistics, metadata: Mapping[str, Any]) -> list[Check]:
-        """Returns the checks, once every split was added and `stats` is finished."""
-        stated = metadata.get("measurements")
-        return [
-            _none("rows not empty", self._empty, f"{self._empty:,} rows hold no measurement"),
-            _none(
-                "one source a row",
-                self._apart,
-                f"{self._apart:,} rows stand apart from others of their source",
-                "each source's rows stand together",
-            ),
-            _none(
-                "rows in order",
-                self._out_of_order,
-                f"{self._out_of_order:,} stand before a row of a lower family or address",
-                "by family, then address",
-            ),
-            _none(
-                "counts match",
-                int(stated != self._measurements),
-                f"dataset.json says {stated} measurements, the files hold {self._measurements}",
-                "files and dataset.json agree",
-            ),
-            split_leakage(stats, metadata),
-        ]
+def _row_problems(rows: ProbeRows) -> list[int]:
+    """Returns how many rows are empty, before a lower one, and apart from others of a source."""
+    if len(rows) == 0:
+        return [0, 0, 0]
+    sources = np.concatenate([batch.src_addr for batch in rows.batches])
+    high, low = addresses.words(sources)
+    same = high[1:] == high[:-1]
+    descends = (high[1:] < high[:-1]) | (same & (low[1:] < low[:-1]))
+    runs = 1 + int(np.count_nonzero(~same | (low[1:] != low[:-1])))
+    empty = int(np.count_nonzero(rows.n_measurements == 0))
+    apart = runs - len(np.unique(hash_addresses(sources)))
+    return [empty, int(np.count_nonzero(descends)), apart]
 
 
 def split_leakage(stats: Statistics, metadata: Mapping[str, Any]) -> Check:
-    """Returns whether the splits are apart in the way that `metadata["split"]` promises."""
-    kind, name = metadata.get("split"), "splits apart"
+    """Returns whether the splits are as far apart as `metadata["split"]` promises."""
+    kind, count = metadata.get("split"), 0
     if kind == "pair":
         in_splits = (stats.pairs.sums[stats.pairs.sampled()] > 0).sum(axis=1)
-        count = int((in_splits > 1).sum() / stats.pairs.fraction)
+        count = int(np.count_nonzero(in_splits > 1) / stats.pairs.fraction)
         bad, good = f"{count:,} unordered address pairs are in two splits", "no pair in two splits"
-        return _none(name, count, bad, good)
-    if kind == "probe":
-        count = stats.known_ends
+    elif kind == "probe":
+        count = stats.both_in_train
         bad = f"{count:,} held-out measurements have both addresses in train"
-        return _none(name, count, bad, "each held-out measurement has an address unknown in train")
-    if kind == "time":
-        if len(metadata.get("settings", {}).get("inputs", ())) != 1:
-            return Check(name, True, 0, "by time within each input, which rows do not tell apart")
-        known = [r for r in stats.time_range if r]
-        overlaps = [a for a, b in itertools.pairwise(known) if a[1] > b[0]]
+        good = "each held-out measurement has an address unknown in train"
+    elif kind == "time":
+        if len(metadata.get("settings", {}).get("inputs", ())) == 1:
+            used = stats.measurements > 0
+            count = int(np.sum(stats.last_time[used][:-1] > stats.first_time[used][1:]))
+            good = "each ends before the next begins"
+        else:
+            good = "by time within each input, which rows do not tell apart"
         bad = "an earlier split reaches into the time of a later one"
-        return _none(name, len(overlaps), bad, "each ends before the next begins")
-    return Check(name, False, 0, f"dataset.json has no known split, but {kind!r}")
+    else:
+        return Check("splits apart", False, 0, f"dataset.json has no known split, but {kind!r}")
+    return Check("splits apart", count == 0, count, bad if count else good)

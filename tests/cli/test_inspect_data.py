@@ -43,10 +43,9 @@ def test_the_text_fits_80_columns(raw):
     [
         (["{tmp}/none.parquet"], 1, "does not exist"),
         (["{tmp}"], 1, "{tmp}"),
-        (["{raw}", "--samples", "-1"], 1, "samples=-1 must be 0 or more"),
-        (["{raw}", "--report", "{tmp}/no/r.html"], 1, "there is no directory"),
-        (["{raw}", "--samples", "x"], 2, "not a valid integer"),
-        (["{raw}", "--report", "{tmp}"], 2, "is a directory"),
+        (["{raw}", "--report", "{tmp}"], 1, "report={tmp} is a directory; name a file"),
+        (["{raw}", "--samples", "-1"], 2, "samples=-1 must be at least 0"),
+        (["{raw}", "--samples", "x"], 2, "samples='x' is not a whole number"),
         (["{raw}", "--html", "x"], 2, "No such option"),
         ([], 2, "Missing argument 'PATH'"),
     ],

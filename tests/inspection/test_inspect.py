@@ -1,9 +1,11 @@
 import contextlib
 import dataclasses
+import html
 import json
 import re
 from pathlib import Path
 
+import emulators
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -14,8 +16,10 @@ from ping_llm.data.rows import SPLITS, FlatRows, RowWriter
 from ping_llm.errors import ConfigError, PingLLMError, StorageError
 from ping_llm.ingest.prepare import prepare_data
 from ping_llm.inspection.dataset import inspect_data
-from ping_llm.inspection.view import bars, terminal_text
+from ping_llm.inspection.page import html_page
+from ping_llm.inspection.terminal import bars, terminal_text
 from ping_llm.simulation.simulate import SCHEMA, simulate
+from ping_llm.storage import Location
 
 N = 20_000
 T0 = 1_700_000_000
@@ -177,6 +181,7 @@ A, B = "10.0.0.1", "10.0.1.1"
         ([*GOOD, (A, B, 4, 61_000.0, T0 + 9)], "RTTs plausible", 1),
         ([*GOOD, (A, B, 4, 5.0, 3)], "times plausible", 1),
         ([*GOOD, (A, B, 4, 5.0, 4_102_444_800)], "times plausible", 1),
+        ([*GOOD, *((A, B, 4, 5.0, 631_152_000 - t) for t in range(3))], "times plausible", 2),
         ([*GOOD, (A, B, 4, 5.0, T0 - 10**8)], "no clock jumps", 1),
         ([*GOOD, (A, A, 4, 5.0, T0 + 9)], "no self-pings", 1),
         ([*GOOD, (A, "fd00::1", 4, 5.0, T0 + 9)], "records usable", 1),
@@ -455,12 +460,10 @@ def test_rows_damaged_anywhere_give_figures_or_an_error_but_never_a_crash(tmp_pa
 
 
 def test_impossible_arguments_are_refused_before_reading(raw, tmp_path):
-    with pytest.raises(ConfigError, match="samples=-1"):
+    with pytest.raises(ConfigError, match="samples=-1 must be at least 0"):
         inspect_data(raw, samples=-1)
-    with pytest.raises(ConfigError, match=r"there is no directory .*gone"):
-        inspect_data(raw, report=tmp_path / "gone" / "r.html")
-    with pytest.raises(StorageError, match="cannot write"):
-        inspect_data(raw, report=tmp_path)
+    with pytest.raises(ConfigError, match="is a directory; name a file"):
+        inspect_data("nowhere at all", report=tmp_path)
     with pytest.raises(StorageError, match="does not exist"):
         inspect_data("nowhere at all")
 
@@ -504,16 +507,43 @@ def test_the_page_holds_everything_and_fetches_nothing(rows, tmp_path):
     assert list(tmp_path.iterdir()) == [path]
 
 
-def test_hostile_names_and_records_are_escaped(tmp_path):
-    path = tmp_path / "<img src=x onerror=alert(1)>.csv"
-    path.write_text(f"{','.join(SCHEMA.names)}\n{T0},{A},<b>x</b>,4,5.0\n{T0},{A},{B},4,5\n")
-    inspect_data(path, samples=1, report=tmp_path / "r.html")
-    page = (tmp_path / "r.html").read_text()
+def test_data_and_report_may_be_in_an_object_store(raw, tmp_path, monkeypatch):
+    with (tmp_path / "log").open("wb") as log, emulators.s3(log) as environment:
+        for name, value in environment.items():
+            monkeypatch.setenv(name, value)
+        Location("s3://bucket/in.parquet").upload(raw)
+        result = inspect_data("s3://bucket/in.parquet", report="s3://bucket/new/r.html")
+        page = Location("s3://bucket/new/r.html").read_text()
+    assert result == dataclasses.replace(inspect_data(raw), path="s3://bucket/in.parquet")
+    assert page == html_page(result)
+
+
+MARKUP = "<img src=x onerror=alert(1)>"
+CONTROLS = "\x1b]0;owned\x07\r\u202e\x9b31m"
+
+
+def shown_both_ways(path):
+    """Returns the terminal text, without colours, and the page of what `path` holds."""
+    result = inspect_data(path, samples=1)
+    return terminal_text(result, width=120, colour=False), html_page(result)
+
+
+@pytest.mark.parametrize("hostile", [MARKUP, CONTROLS], ids=["markup", "control characters"])
+@pytest.mark.parametrize("place", ["file name", "rejected", "split", "measurements"])
+def test_text_from_files_is_shown_and_never_obeyed(tmp_path, hostile, place):
+    if place == "file name":
+        path = tmp_path / f"{hostile}.csv"
+        lines = [",".join(SCHEMA.names), f"{T0},{A},{hostile},4,5.0", f"{T0},{A},{B},4,5"]
+        path.write_text("\n".join(lines) + "\n", newline="")
+    else:
+        content = {hostile: 1} if place == "rejected" else hostile
+        path = write_rows(tmp_path / "rows", [row()], **{place: content})
+    text, page = shown_both_ways(path)
     assert "<img src=x" not in page
-    assert "&lt;img src=x" in page
-    hostile = {"<script>alert(2)</script>": 1}
-    rows_path = write_rows(tmp_path / "rows", [row()], rejected=hostile, split="<b>")
-    inspect_data(rows_path, report=tmp_path / "r2.html")
-    page = (tmp_path / "r2.html").read_text()
-    assert "<script" not in page
-    assert "<b>" not in page
+    for shown in (text, page):
+        assert not set(shown) & set("\x1b\x07\r\u202e\x9b")
+    if hostile == MARKUP:
+        assert html.escape(MARKUP) in page
+        assert MARKUP in text.replace("\n", "")
+    else:
+        assert r"\x1b]0;owned\x07\r\u202e\x9b31m" in page
