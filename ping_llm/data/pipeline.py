@@ -8,8 +8,6 @@ the data, the seed, B, the length and the step, and not on processes, workers or
 
 import atexit
 import dataclasses
-import hashlib
-import json
 import signal
 import weakref
 from collections.abc import Sequence
@@ -21,7 +19,7 @@ import numpy as np
 from absl import flags
 
 from ping_llm.data import windows
-from ping_llm.data.rows import ProbeRows, read_metadata
+from ping_llm.data.rows import ProbeRows, data_fingerprint
 from ping_llm.data.windows import WindowLaw
 from ping_llm.errors import ConfigError, DataError
 from ping_llm.hashing import hash_addresses
@@ -35,13 +33,6 @@ MAX_CHUNK_VISITS = 16384
 PREFETCHED_STEPS = 4
 EVAL_SEED = 20_130_101
 _ORDER = 201  # what the random order of a chunk's sequences is drawn for
-
-
-def data_fingerprint(data: str | Path) -> str:
-    """Returns a name for the content of a data set: `dataset.json`, less what making it cost."""
-    metadata = read_metadata(data)
-    content = {k: v for k, v in metadata.items() if k not in ("seconds", "peak_rss_bytes")}
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -405,5 +396,5 @@ def eval_batches(
 
 def _sources(rows: ProbeRows) -> np.ndarray:
     """Returns a hash of the source of each row [R], uint64."""
-    hashes = [hash_addresses(batch.src_addr) for batch in rows.batches]
+    hashes = [hash_addresses(batch.src) for batch in rows.batches]
     return np.concatenate([np.zeros(0, np.uint64), *hashes])

@@ -332,21 +332,21 @@ def gather(rows: ProbeRows, row: np.ndarray, selection: Selection) -> Measuremen
     batches = [rows.batches[b] for b in rows.batch_index[row].tolist()]
     starts = np.empty(len(row), np.int64)
     for i, (batch, r) in enumerate(zip(batches, rows.row_in_batch[row].tolist(), strict=True)):
-        starts[i], src[i] = batch.offsets[r], batch.src_addr[r]
+        starts[i], src[i] = batch.offsets[r], batch.src[r]
     hidden = selection.hidden_source
-    src[hidden] = addresses.unspecified(rows.ip_version[row[hidden]])
+    src[hidden] = addresses.unspecified(rows.family[row[hidden]])
     index = np.repeat(starts, counts) + selection.index
     bounds = offsets.tolist()
     for batch, start, stop in zip(batches, bounds, bounds[1:], strict=False):
         at = index[start:stop]
-        time[start:stop] = batch.event_time[at]
-        dst[start:stop] = batch.dst_addr[at]
+        time[start:stop] = batch.time[at]
+        dst[start:stop] = batch.dst[at]
         rtt[start:stop] = batch.rtt[at]
     return MeasurementTable(
         time=np.where(selection.has_time, time, NO_TIME),
         src=np.repeat(src, counts),
         dst=dst,
-        family=np.repeat(rows.ip_version[row], counts),
+        family=np.repeat(rows.family[row], counts),
         rtt=rtt,
     )
 
@@ -372,7 +372,7 @@ def encode_visits(
         DataError: A row is not in time order or has an RTT without a code.
     """
     keys = make_keys(seed, visits.epoch, visits.row, visits.k)
-    counts, families = rows.n_measurements[visits.row], rows.ip_version[visits.row]
+    counts, families = rows.n_measurements[visits.row], rows.family[visits.row]
     selection = select(keys, counts, families, length, law)
     measurements = gather(rows, visits.row, selection)
     return tokenizer.encode(

@@ -130,8 +130,8 @@ class RowChecks:
         self._empty += int(np.count_nonzero(rows.n_measurements == 0))
         if len(rows) == 0:
             return
-        src = np.concatenate([batch.src_addr for batch in rows.batches])
-        key = (rows.ip_version, *addresses.words(src))
+        src = np.concatenate([batch.src for batch in rows.batches])
+        key = (rows.family, *addresses.words(src))
         changes, ascends = np.zeros(len(rows) - 1, bool), np.zeros(len(rows) - 1, bool)
         for column in key:
             ascends |= ~changes & (column[1:] > column[:-1])

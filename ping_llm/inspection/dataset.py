@@ -153,7 +153,7 @@ def _inspect_measurements(path: str | Path, samples: int) -> InspectResult:
         for file in files:
             for unit in cut_into_units(file):
                 for part in read_unit(unit):
-                    table = part.chunk.to_table()
+                    table = part.table
                     stats.add(table)
                     rejected.update(part.rejected["reason"].to_pylist())
                     if len(contexts) < samples:
@@ -249,7 +249,7 @@ def _windows(rows: ProbeRows, split: str, samples: int) -> tuple[list[Sample], d
     for i in range(min(samples, n_visits)):
         row = int(visits.row[i])
         at = rows.row_in_batch[row]
-        (src,) = addresses.to_text(rows.batches[rows.batch_index[row]].src_addr[at : at + 1])
+        (src,) = addresses.to_text(rows.batches[rows.batch_index[row]].src[at : at + 1])
         found.append(Sample(src, split, tokens[offsets[i] : offsets[i + 1]].tolist()))
     return found, {
         "visits": n_visits,

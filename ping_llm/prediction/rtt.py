@@ -410,5 +410,5 @@ def _trained_addresses(data: dict[str, Any]) -> Nodes | None:
     except PingLLMError:
         return None
     # Batch by batch: not all measurements at once.
-    parts = [Nodes(b.src_addr, b.dst_addr).addresses for b in ProbeRows(path, "train").batches]
+    parts = [Nodes(b.src, b.dst).addresses for b in ProbeRows(path, "train").batches]
     return Nodes(*parts, np.zeros(0, addresses.ADDRESS))

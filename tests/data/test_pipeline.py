@@ -12,7 +12,7 @@ import pytest
 from ping_llm import addresses, tokenizer
 from ping_llm.data import pipeline, windows
 from ping_llm.data.pipeline import TrainLoader, eval_batches, merge_states
-from ping_llm.data.rows import FlatRows, ProbeRows, RowWriter
+from ping_llm.data.rows import ProbeRows, Rows, RowWriter
 from ping_llm.data.windows import WindowLaw
 from ping_llm.errors import ConfigError, DataError
 from ping_llm.ingest.prepare import prepare_data
@@ -299,12 +299,12 @@ def test_rows_out_of_time_order_that_overfill_a_sequence_are_an_error(tmp_path):
     n, writer = 400, RowWriter(tmp_path, "train")
     address = addresses.from_bytes(np.full((n, 16), 7, np.uint8))
     writer.append(
-        FlatRows(
-            src_addr=address[:1],
-            ip_version=np.array([4], np.int8),
+        Rows(
+            src=address[:1],
+            family=np.array([4], np.int8),
             offsets=np.array([0, n]),
-            event_time=np.arange(n)[::-1] * 3600,
-            dst_addr=address,
+            time=np.arange(n)[::-1] * 3600,
+            dst=address,
             rtt=np.ones(n, np.float32),
         )
     )
@@ -379,12 +379,8 @@ def test_of_data_split_by_probe_evaluation_shows_new_sources_and_hides_them_if_a
         ]
         return {bytes(address) for part in decoded for address in part}
 
-    trained = {
-        bytes(row) for b in ProbeRows(tmp_path / "rows", "train").batches for row in b.src_addr
-    }
-    held_out = {
-        bytes(row) for b in ProbeRows(tmp_path / "rows", "test").batches for row in b.src_addr
-    }
+    trained = {bytes(row) for b in ProbeRows(tmp_path / "rows", "train").batches for row in b.src}
+    held_out = {bytes(row) for b in ProbeRows(tmp_path / "rows", "test").batches for row in b.src}
     assert held_out & trained  # they measured to destinations that were held out
     assert sources("test") == held_out - trained
     hidden = sources("test", hide_unseen=True)

@@ -351,7 +351,7 @@ def test_a_hidden_source_is_unspecified_in_its_family_and_the_rest_is_as_it_was(
     for i, (a, b) in enumerate(itertools.pairwise(offsets)):
         seen, problems = tokenizer.decode(hidden[a:b])
         assert not problems
-        version = rows.ip_version[visits.row[i]]
+        version = rows.family[visits.row[i]]
         address = ipaddress.ip_address("::ffff:0.0.0.0" if version == 4 else "::")
         assert np.all(seen.src == addresses.from_packed([address.packed]))
         before, _ = tokenizer.decode(shown[a:b])
@@ -381,11 +381,11 @@ def test_encoded_visits_decode_to_measurements_of_their_row(write_rows):
         assert len(decoded) > 0
         row = visits.row[i]
         flat, r = rows.batches[rows.batch_index[row]], rows.row_in_batch[row]
-        assert np.all(decoded.src == flat.src_addr[r])
-        assert np.all(decoded.family == flat.ip_version[r])
+        assert np.all(decoded.src == flat.src[r])
+        assert np.all(decoded.family == flat.family[r])
         # The fixture numbers the destinations of a row.
         at = flat.offsets[r] + addresses.as_bytes(decoded.dst)[:, 14:].astype(np.int64) @ [256, 1]
-        np.testing.assert_array_equal(decoded.dst, flat.dst_addr[at])
+        np.testing.assert_array_equal(decoded.dst, flat.dst[at])
         timed = decoded.has_time
-        np.testing.assert_array_equal(decoded.time[timed], flat.event_time[at][timed])
+        np.testing.assert_array_equal(decoded.time[timed], flat.time[at][timed])
         np.testing.assert_allclose(decoded.rtt, flat.rtt[at], rtol=0.0005, atol=0.001)
