@@ -9,7 +9,7 @@ import pytest
 from sized_rows import write_sized_rows
 
 from ping_llm.addresses import from_bytes
-from ping_llm.data.rows import SCHEMA_VERSION, SPLITS, Rows, RowWriter
+from ping_llm.data.rows import SCHEMA_VERSION, SPLITS, RowBatch, RowWriter
 
 os.environ["XLA_FLAGS"] = " ".join(
     [os.environ.get("XLA_FLAGS", ""), "--xla_force_host_platform_device_count=4"]
@@ -29,7 +29,7 @@ def probe_rows(tmp_path_factory) -> Path:
     return directory
 
 
-def _rows(*, seed: int, probes: int, measurements: int) -> Rows:
+def _rows(*, seed: int, probes: int, measurements: int) -> RowBatch:
     rng = np.random.default_rng(seed)
     count = probes * measurements
     mapped = np.zeros((256, 16), np.uint8)  # 198.18.0.0 to 198.18.255.0
@@ -38,7 +38,7 @@ def _rows(*, seed: int, probes: int, measurements: int) -> Rows:
     source, destination = np.arange(probes), rng.integers(0, 20, count)
     distance = np.abs(np.repeat(source, measurements) - destination)
     times = 1_700_000_000 + np.sort(rng.integers(0, 86_400, (probes, measurements)))
-    return Rows(
+    return RowBatch(
         src=from_bytes(mapped)[source],
         family=np.full(probes, 4, np.int8),
         offsets=np.arange(probes + 1, dtype=np.int64) * measurements,

@@ -5,7 +5,7 @@ import json
 import numpy as np
 
 from ping_llm.addresses import MAPPED_PREFIX, from_bytes
-from ping_llm.data.rows import SPLITS, Rows, RowWriter
+from ping_llm.data.rows import SPLITS, RowBatch, RowWriter
 
 
 def make_row(rng, n, *, version=4, source=0):
@@ -16,7 +16,7 @@ def make_row(rng, n, *, version=4, source=0):
     address[:, 12] = version
     address[:, 13] = source
     address[1:, 14:] = np.arange(n, dtype=">u2").view(np.uint8).reshape(-1, 2)
-    return Rows(
+    return RowBatch(
         src=from_bytes(address[:1] | np.uint8(128) * (np.arange(16) == 12)),
         family=np.array([version], np.int8),
         offsets=np.array([0, n]),

@@ -172,7 +172,7 @@ def test_the_top_of_the_cli_imports_only_what_is_light(path):
         name = module.split(".")[0]
         light = name == "click" or name in sys.stdlib_module_names
         own = module.startswith(("ping_llm.cli", "ping_llm.errors", "ping_llm.__version__"))
-        own = own or module.startswith("ping_llm.") and ".settings" in module
+        own = own or (module.startswith("ping_llm.") and ".settings" in module)
         assert not at_top or light or own, f"{path.name} imports {module} at its top"
 
 

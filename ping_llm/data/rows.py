@@ -31,7 +31,7 @@ BATCH_BYTES = 1_000_000
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Rows:
+class RowBatch:
     """Some probe rows with their measurements end to end; views, not copies, where from disk.
 
     The columns are those of `MeasurementTable`, the source and its family once a row.
@@ -63,7 +63,7 @@ class Rows:
     @classmethod
     def grouped(
         cls, source: np.ndarray, sources: np.ndarray, measured: Mapping[str, np.ndarray]
-    ) -> "Rows":
+    ) -> "RowBatch":
         """Returns measurements as one row a source, however long.
 
         Args:
@@ -77,17 +77,17 @@ class Rows:
         return cls(src=src, family=addresses.family(src), offsets=offsets, **measured)
 
     @classmethod
-    def concat(cls, pieces: Sequence["Rows"]) -> "Rows":
+    def concat(cls, pieces: Sequence["RowBatch"]) -> "RowBatch":
         """Returns the rows of `pieces` end to end, as a copy."""
         counts = np.concatenate([np.diff(piece.offsets) for piece in pieces])
         names = ("src", "family", *MEASURED)
         columns = {name: np.concatenate([getattr(p, name) for p in pieces]) for name in names}
         return cls(offsets=np.append(0, np.cumsum(counts)), **columns)
 
-    def slice(self, start: int, stop: int) -> "Rows":
+    def slice(self, start: int, stop: int) -> "RowBatch":
         """Returns rows [start, stop) as views."""
         first, last = int(self.offsets[start]), int(self.offsets[stop])
-        return Rows(
+        return RowBatch(
             src=self.src[start:stop],
             family=self.family[start:stop],
             offsets=self.offsets[start : stop + 1] - first,
@@ -98,10 +98,10 @@ class Rows:
         """Returns which row each measurement is in [M], int64."""
         return np.repeat(np.arange(len(self)), np.diff(self.offsets))
 
-    def take(self, index: np.ndarray) -> "Rows":
+    def take(self, index: np.ndarray) -> "RowBatch":
         """Returns the measurements at `index`, ascending; one row a source that has any."""
         measured = {name: values[index] for name, values in self.measured.items()}
-        return Rows.grouped(self.row_of_each()[index], self.src, measured)
+        return RowBatch.grouped(self.row_of_each()[index], self.src, measured)
 
     def to_table(self) -> MeasurementTable:
         """Returns the measurements, sources one after the other."""
@@ -119,7 +119,7 @@ class Rows:
         return pa.RecordBatch.from_arrays([*sources, *lists], schema=ROW_SCHEMA)
 
     @classmethod
-    def from_arrow(cls, batch: pa.RecordBatch) -> "Rows":
+    def from_arrow(cls, batch: pa.RecordBatch) -> "RowBatch":
         """Returns the rows of a record batch of `ROW_SCHEMA` as views.
 
         `offsets` start at 0 and every flat array is cut to the batch, also for a sliced batch.
@@ -134,7 +134,7 @@ class Rows:
         )
 
 
-MEASURED = tuple(f.name for f in dataclasses.fields(Rows) if f.name in COLUMNS)[2:]
+MEASURED = tuple(f.name for f in dataclasses.fields(RowBatch) if f.name in COLUMNS)[2:]
 BYTES_PER_MEASUREMENT = sum(COLUMNS[name].dtype.itemsize for name in MEASURED)
 ROW_SCHEMA = pa.schema(
     [(COLUMNS[name].arrow, COLUMNS[name].arrow_type()) for name in ("src", "family")]
@@ -201,7 +201,7 @@ class ProbeRows:
 
     Attributes:
         metadata: The content of `dataset.json`.
-        batches: The rows, one `Rows` a record batch, in order.
+        batches: The rows, one `RowBatch` a record batch, in order.
         batch_index: Which of `batches` a row is in [R], int32.
         row_in_batch: Which row of that batch it is [R], int32.
         family: 4 or 6 of each row [R], int8.
@@ -211,7 +211,7 @@ class ProbeRows:
     def __init__(self, data: str | Path | Location, split: str):
         directory = Location.of(data).local_copy(identity=METADATA)
         self.metadata = read_metadata(directory)
-        self.batches: list[Rows] = []
+        self.batches: list[RowBatch] = []
         for path in split_files(directory, split):
             self.batches.extend(read_rows(path))
         rows = [len(batch) for batch in self.batches]
@@ -256,8 +256,8 @@ def split_files(directory: Path, split: str) -> list[Path]:
     return files
 
 
-def read_rows(path: Path) -> list[Rows]:
-    """Returns the rows of one file, memory-mapped, one `Rows` a record batch.
+def read_rows(path: Path) -> list[RowBatch]:
+    """Returns the rows of one file, memory-mapped, one `RowBatch` a record batch.
 
     Raises:
         DataError: It is no intact Arrow file of probe rows.
@@ -274,7 +274,7 @@ def read_rows(path: Path) -> list[Rows]:
         ) from None
 
 
-def _checked(batch: pa.RecordBatch) -> Rows:
+def _checked(batch: pa.RecordBatch) -> RowBatch:
     """Returns the rows of a batch whose file may be damaged: Arrow aborts on impossible offsets."""
     batch.validate(full=True)  # looks at offsets only, not at every value
     if any(column.null_count for column in batch.columns):
@@ -282,7 +282,7 @@ def _checked(batch: pa.RecordBatch) -> Rows:
     first, *others = (column.offsets for column in batch.columns[2:])
     if not all(first.equals(offsets) for offsets in others):
         raise pa.ArrowInvalid("the lists of a row differ in length")
-    return Rows.from_arrow(batch)
+    return RowBatch.from_arrow(batch)
 
 
 class RowWriter:
@@ -297,11 +297,11 @@ class RowWriter:
         self._parts: list[Path] = []
         self._writer: pa.ipc.RecordBatchFileWriter | None = None
         self._written = 0  # bytes in the current file
-        self._pending: list[Rows] = []
+        self._pending: list[RowBatch] = []
         self._pending_bytes = 0
         self.rows = self.measurements = 0
 
-    def append(self, rows: Rows) -> None:
+    def append(self, rows: RowBatch) -> None:
         """Adds some rows. A record batch ends with the first row that brings it to 1 MB."""
         self.rows += len(rows)
         self.measurements += len(rows.time)
@@ -326,7 +326,7 @@ class RowWriter:
             self._parts.append(path)
             self._writer = pa.ipc.new_file(str(path), ROW_SCHEMA)
             self._written = 0
-        self._writer.write_batch(Rows.concat(self._pending).to_arrow())
+        self._writer.write_batch(RowBatch.concat(self._pending).to_arrow())
         self._written += self._pending_bytes
         self._pending, self._pending_bytes = [], 0
 
@@ -349,9 +349,9 @@ class RowBuilder:
     def __init__(self, writer: RowWriter, *, row_cap_bytes: int):
         self._writer = writer
         self._cap = max(row_cap_bytes // BYTES_PER_MEASUREMENT, 1)
-        self._open: Rows | None = None  # the last source's row, which may go on
+        self._open: RowBatch | None = None  # the last source's row, which may go on
 
-    def append(self, sources: Rows) -> None:
+    def append(self, sources: RowBatch) -> None:
         """Adds measurements, one row a source however long; the first may go on the last one."""
         if len(sources) == 0:
             return
@@ -363,7 +363,7 @@ class RowBuilder:
         rows = self._cut(sources)
         self._writer.append(rows.slice(0, len(rows) - 1))
         # A copy: the last row alone would keep the whole array it is a view of.
-        self._open = Rows.concat([rows.slice(len(rows) - 1, len(rows))])
+        self._open = RowBatch.concat([rows.slice(len(rows) - 1, len(rows))])
 
     def close(self) -> None:
         """Hands the last row to the writer."""
@@ -371,7 +371,7 @@ class RowBuilder:
             self._writer.append(self._open)
             self._open = None
 
-    def _cut(self, sources: Rows) -> Rows:
+    def _cut(self, sources: RowBatch) -> RowBatch:
         counts = np.diff(sources.offsets)
         parts = -(-counts // self._cap)
         source_of_part = np.repeat(np.arange(len(counts)), parts)
@@ -385,9 +385,9 @@ class RowBuilder:
         )
 
 
-def _join_first(head: Rows, rows: Rows) -> Rows:
+def _join_first(head: RowBatch, rows: RowBatch) -> RowBatch:
     """Returns `rows` with the measurements of the one row `head` put before its first row's."""
-    joined = Rows.concat([head, rows])
+    joined = RowBatch.concat([head, rows])
     return dataclasses.replace(
         joined,
         src=joined.src[1:],

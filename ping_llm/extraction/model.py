@@ -20,7 +20,7 @@ from jax.sharding import PartitionSpec as P
 from ping_llm import sharding
 from ping_llm.activations.writer import Part
 from ping_llm.checkpoints import load_run
-from ping_llm.data.windows import WindowLaw
+from ping_llm.data.windows import WindowConfig
 from ping_llm.errors import ConfigError
 from ping_llm.extraction.batches import PackedBatch
 from ping_llm.extraction.config import ExtractionConfig
@@ -52,7 +52,7 @@ class ModelSource:
     run: Path | None
     cfg: DecoderConfig
     max_length: int
-    law: WindowLaw | None = None
+    law: WindowConfig | None = None
 
     def compute_dtype(self, store_dtype: str) -> str:
         """Returns the dtype of the forward pass: float32 where it is the model's or the store's."""
@@ -73,7 +73,7 @@ def open_model(model: str | Path) -> ModelSource:
             raise ConfigError(f"{model} is a run; runs are small, and read by one process each")
         cfg = DecoderConfig.from_json(config["model"])
         train = config["train"]
-        law = WindowLaw.of(train)
+        law = WindowConfig.of(train)
         return ModelSource(str(model), None, Path(model), cfg, train["seq_len"], law)
     directory = qwen2.resolve(model)
     cfg = qwen2.read_config(directory)

@@ -68,7 +68,7 @@ def open_source(
     *,
     model: Path | None,
     vocab_size: int,
-    law: windows.WindowLaw | None = None,
+    law: windows.WindowConfig | None = None,
 ) -> PromptSource:
     """Returns the prompts in `path`.
 
@@ -87,7 +87,7 @@ def open_source(
     if cfg.format == "measurements":
         if model is not None:
             raise ConfigError(f"format='measurements' needs a run of this package; {model} is none")
-        return MeasurementPrompts(Path(path), cfg, law or windows.USUAL)
+        return MeasurementPrompts(Path(path), cfg, law or windows.DEFAULTS)
     if model is None and cfg.format != "tokens":
         raise ConfigError(
             f"format={cfg.format!r} needs a language model; a run takes measurements or tokens"
@@ -287,13 +287,13 @@ class ArcPrompts:
 class MeasurementPrompts:
     """The contexts that one epoch of training on a directory of probe rows would draw."""
 
-    def __init__(self, directory: Path, cfg: ExtractionConfig, law: windows.WindowLaw):
+    def __init__(self, directory: Path, cfg: ExtractionConfig, law: windows.WindowConfig):
         self._law = law
         windows.check_length(cfg.max_length)
         self._length = cfg.max_length
         self._splits = [(split, ProbeRows(directory, split)) for split in SPLITS]
         self._ends = [
-            np.cumsum(windows.visits_per_row(rows.n_measurements)) for _, rows in self._splits
+            np.cumsum(windows.windows_per_row(rows.n_measurements)) for _, rows in self._splits
         ]
         self.units = []
         left = cfg.limit
@@ -320,9 +320,9 @@ class MeasurementPrompts:
         visit = np.arange(unit.start, unit.stop)
         row = np.searchsorted(self._ends[unit.file], visit, side="right")
         first = np.concatenate([[0], self._ends[unit.file]])[row]
-        visits = windows.Visits(np.zeros_like(visit), row, visit - first)
-        tokens, offsets = windows.encode_visits(
-            rows, visits, seed=0, length=self._length, law=self._law
+        visits = windows.Windows(np.zeros_like(visit), row, visit - first)
+        tokens, offsets = windows.encode_windows(
+            rows, visits, seed=0, length=self._length, config=self._law
         )
         ids = [f"{split}/{r}/{k}" for r, k in zip(visits.row, visits.k, strict=True)]
         return Prompts(

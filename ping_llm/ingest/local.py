@@ -13,7 +13,7 @@ import numpy as np
 import pyarrow as pa
 
 from ping_llm import addresses
-from ping_llm.data.rows import SPLITS, RowBuilder, Rows, RowWriter
+from ping_llm.data.rows import SPLITS, RowBatch, RowBuilder, RowWriter
 from ping_llm.errors import DataError
 from ping_llm.hashing import keyed_hash_addresses
 from ping_llm.ingest.files import InputFile, Unit
@@ -187,7 +187,7 @@ class LocalEngine(Engine):
 
     def _sort_range(
         self, bounds: tuple[np.ndarray, np.ndarray]
-    ) -> tuple[int, np.ndarray, dict[str, Rows]]:
+    ) -> tuple[int, np.ndarray, dict[str, RowBatch]]:
         """Returns (the size of one range, and `split_rows` of it)."""
         in_order = read_range(self._runs, *bounds)
         if in_order is None:
@@ -222,8 +222,8 @@ def write_rejected(directory: Path, spill: Path, units: Sequence[Unit], lines: n
 
 
 def split_rows(
-    rows: Rows, index: np.ndarray, chosen: PrepareSettings, cuts: np.ndarray
-) -> tuple[np.ndarray, dict[str, Rows]]:
+    rows: RowBatch, index: np.ndarray, chosen: PrepareSettings, cuts: np.ndarray
+) -> tuple[np.ndarray, dict[str, RowBatch]]:
     """Returns (the sources, what of `rows` each split gets, one row a source however long).
 
     Only train gets mirrored measurements; the sources [S] are those of any split, in order.

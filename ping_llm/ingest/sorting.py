@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from ping_llm import addresses, columns
-from ping_llm.data.rows import MEASURED, Rows
+from ping_llm.data.rows import MEASURED, RowBatch
 from ping_llm.measurements import COLUMNS, MeasurementTable
 
 SAMPLE_EVERY = 1024
@@ -37,13 +37,13 @@ def rank_addresses(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 # those of .1 with RTT [3.0] and of .9 with [-1, 7.5].
 def _sort(
     sources: np.ndarray, rank: np.ndarray, measured: Mapping[str, np.ndarray], index: np.ndarray
-) -> tuple[Rows, np.ndarray]:
+) -> tuple[RowBatch, np.ndarray]:
     """Returns measurements in order as one row a source, and `index` in their order.
 
     Args:
         sources: The distinct sources, in order.
         rank: Which of them each measurement is of [n].
-        measured: The columns, as `Rows.measured`.
+        measured: The columns, as `RowBatch.measured`.
         index: Of the inputs they come from [n].
     """
     key = rank.astype(np.uint64) << np.uint64(32) | measured["time"].astype(np.uint64)
@@ -58,7 +58,7 @@ def _sort(
         order[tied] = some[np.lexsort((*last, low, high, key[tied]))]
     source = (key >> np.uint64(32)).astype(np.int64)
     in_order = {name: values[order] for name, values in measured.items()}
-    return Rows.grouped(source, sources, in_order), index[order]
+    return RowBatch.grouped(source, sources, in_order), index[order]
 
 
 class Run:
@@ -120,12 +120,12 @@ class Run:
             before.append(start + _narrow(rtt, key[5], *inner)[0])
         return np.array(before, np.int64)
 
-    def read(self, start: int, stop: int) -> tuple[Rows, np.ndarray]:
+    def read(self, start: int, stop: int) -> tuple[RowBatch, np.ndarray]:
         """Returns measurements [start, stop) of the run, and their input indices."""
         src, offsets = self._sources()
         first = int(np.searchsorted(offsets, start, "right")) - 1
         last = int(np.searchsorted(offsets, stop, "left"))
-        rows = Rows(
+        rows = RowBatch(
             src=src[first:last],
             family=addresses.family(src[first:last]),
             offsets=np.clip(offsets[first : last + 1], start, stop) - start,
@@ -164,13 +164,13 @@ def cut_into_ranges(runs: Sequence[Run], rows: int) -> list[np.ndarray]:
 
 def read_range(
     runs: Sequence[Run], starts: np.ndarray, stops: np.ndarray
-) -> tuple[Rows, np.ndarray] | None:
+) -> tuple[RowBatch, np.ndarray] | None:
     """Returns one range of `runs` in order, with input indices, or None where it is empty."""
     bounds = zip(runs, starts.tolist(), stops.tolist(), strict=True)
     slices = [run.read(start, stop) for run, start, stop in bounds if start < stop]
     if not slices:
         return None
-    rows = Rows.concat([rows for rows, _ in slices])
+    rows = RowBatch.concat([rows for rows, _ in slices])
     index = np.concatenate([index for _, index in slices])
     sources, rank = rank_addresses(rows.src)
     return _sort(sources, np.repeat(rank, np.diff(rows.offsets)), rows.measured, index)

@@ -18,7 +18,7 @@ import numpy as np
 import pyarrow as pa
 
 from ping_llm.columns import from_fixed_binary
-from ping_llm.data.rows import MEASURED, SPLITS, RowBuilder, Rows, RowWriter, read_rows
+from ping_llm.data.rows import MEASURED, SPLITS, RowBatch, RowBuilder, RowWriter, read_rows
 from ping_llm.errors import ConfigError, DataError, StorageError
 from ping_llm.ingest.files import InputFile, Unit
 from ping_llm.ingest.local import Engine, RejectedSpool, no_measurement, split_rows, write_rejected
@@ -189,7 +189,7 @@ def _writer(spill: Path, chosen: PrepareSettings, cuts: np.ndarray) -> Callable:
     return write
 
 
-def _to_rows(batch: pa.RecordBatch) -> tuple[Rows, np.ndarray]:
+def _to_rows(batch: pa.RecordBatch) -> tuple[RowBatch, np.ndarray]:
     """Returns a batch of `_READ`, which is in order, as one row a source, and input indices."""
     index = batch["input"].to_numpy().astype(np.uint32)
     columns = {}
@@ -201,4 +201,4 @@ def _to_rows(batch: pa.RecordBatch) -> tuple[Rows, np.ndarray]:
     src = columns["src"]
     first = np.append(True, src[1:] != src[:-1])
     measured = {name: columns[name] for name in MEASURED}
-    return Rows.grouped(np.cumsum(first) - 1, src[first], measured), index
+    return RowBatch.grouped(np.cumsum(first) - 1, src[first], measured), index

@@ -237,11 +237,11 @@ def _tables(rows: ProbeRows, shown: Progress) -> Iterator[MeasurementTable]:
 
 def _windows(rows: ProbeRows, split: str, samples: int) -> tuple[list[Sample], dict[str, Any]]:
     """Returns contexts of `rows` as training would draw them, and what windows are like."""
-    order = windows.VisitOrder(rows.n_measurements, SAMPLE_SEED)
+    order = windows.WindowOrder(rows.n_measurements, SAMPLE_SEED)
     n_visits = min(order.per_epoch, WINDOW_VISITS)
     visits = order[np.arange(n_visits)]
     length = WINDOW_SEQ_LEN + 1
-    tokens, offsets = windows.encode_visits(rows, visits, seed=SAMPLE_SEED, length=length)
+    tokens, offsets = windows.encode_windows(rows, visits, seed=SAMPLE_SEED, length=length)
     lengths = np.diff(offsets)
     counts = np.add.reduceat(tokens == tokenizer.MEASUREMENT_START, offsets[:-1])
     n_sequences = len(packing.best_fit(lengths, length))

@@ -12,8 +12,8 @@ from ping_llm.data import rows as rows_module
 from ping_llm.data.rows import (
     BYTES_PER_MEASUREMENT,
     ProbeRows,
+    RowBatch,
     RowBuilder,
-    Rows,
     RowWriter,
     read_metadata,
     split_files,
@@ -28,7 +28,7 @@ def make_rows(counts, first_source=0):
     src[:, 15] = np.arange(n) + first_source
     dst = np.zeros((m, 16), np.uint8)
     dst[:, 12:] = np.arange(m, dtype=">u4").view(np.uint8).reshape(-1, 4)
-    return Rows(
+    return RowBatch(
         src=from_bytes(src),
         family=np.full(n, 6, np.int8),
         offsets=np.append(0, np.cumsum(counts)),
@@ -39,7 +39,7 @@ def make_rows(counts, first_source=0):
 
 
 def assert_equal(a, b):
-    for name in Rows.__dataclass_fields__:
+    for name in RowBatch.__dataclass_fields__:
         np.testing.assert_array_equal(getattr(a, name), getattr(b, name), err_msg=name)
 
 
@@ -55,10 +55,10 @@ COUNTS = st.lists(st.integers(0, 6), min_size=1, max_size=8)
 def test_rows_go_through_arrow_unchanged_also_sliced(counts, data):
     rows = make_rows(counts)
     batch = rows.to_arrow()
-    assert_equal(Rows.from_arrow(batch), rows)
+    assert_equal(RowBatch.from_arrow(batch), rows)
     start = data.draw(st.integers(0, len(counts)))
     stop = data.draw(st.integers(start, len(counts)))
-    assert_equal(Rows.from_arrow(batch.slice(start, stop - start)), rows.slice(start, stop))
+    assert_equal(RowBatch.from_arrow(batch.slice(start, stop - start)), rows.slice(start, stop))
 
 
 @settings(max_examples=30, deadline=None)
@@ -77,7 +77,7 @@ def test_files_and_batches_depend_on_the_rows_alone(counts, cuts, limit, tmp_pat
         contents.append({file.name: file.read_bytes() for file in files})
         finish(directory, train=len(counts))
         read = ProbeRows(directory, "train")
-        assert_equal(Rows.concat(read.batches), rows)
+        assert_equal(RowBatch.concat(read.batches), rows)
         np.testing.assert_array_equal(read.n_measurements, counts)
     assert contents[0] == contents[1]
 
@@ -101,7 +101,7 @@ def test_a_source_becomes_full_rows_and_a_rest_however_it_is_fed(
         mine = source[start:stop]
         starts = np.flatnonzero(np.append(True, mine[1:] != mine[:-1]))
         builder.append(
-            Rows(
+            RowBatch(
                 src=rows.src[mine[starts]],
                 family=rows.family[mine[starts]],
                 offsets=np.append(starts, len(mine)),
@@ -116,7 +116,7 @@ def test_a_source_becomes_full_rows_and_a_rest_however_it_is_fed(
     read = ProbeRows(directory, "train")
     expected = [min(cap, count - i) for count in counts for i in range(0, count, cap)]
     assert read.n_measurements.tolist() == expected
-    found = Rows.concat(read.batches)
+    found = RowBatch.concat(read.batches)
     np.testing.assert_array_equal(found.time, rows.time)
     np.testing.assert_array_equal(np.repeat(as_bytes(found.src)[:, 15], expected), source)
 

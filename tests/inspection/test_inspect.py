@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from ping_llm import addresses, tokenizer
-from ping_llm.data.rows import SPLITS, Rows, RowWriter
+from ping_llm.data.rows import SPLITS, RowBatch, RowWriter
 from ping_llm.errors import ConfigError, PingLLMError, StorageError
 from ping_llm.ingest.prepare import prepare_data
 from ping_llm.inspection.dataset import inspect_data
@@ -241,7 +241,7 @@ def address(last, *, version=4):
 
 def row(source=1, times=(1, 2, 3), *, dst=9, version=4, rtt=5.0, src_version=None):
     n = len(times)
-    return Rows(
+    return RowBatch(
         src=address(source, version=src_version or version),
         family=np.array([version], np.int8),
         offsets=np.array([0, n]),
