@@ -64,7 +64,6 @@ RESERVED = {
     "jax": _outside(WITHOUT_JAX),
     "flax": _outside(WITHOUT_JAX | {"activations"}),
     "optax": _outside(WITHOUT_JAX | {"activations"}),
-    "grain": lambda path: path == Path("data/pipeline.py"),
     "torch": lambda path: path in {Path("extraction/parity.py"), Path("bench/peers.py")},
     "transformers": lambda path: path in {Path("extraction/parity.py"), Path("bench/peers.py")},
 }
@@ -201,7 +200,7 @@ def test_the_help_of_every_command_imports_nothing_heavy():
 
 
 def test_reading_a_store_loads_no_jax():
-    libraries = {"jax", "flax", "optax", "orbax", "grain", "matplotlib"}
+    libraries = {"jax", "flax", "optax", "orbax", "matplotlib"}
     assert loaded_by("import ping_llm.activations.reader", libraries) == set()
     assert loaded_by("from ping_llm import ActivationReader", libraries) == set()
 
