@@ -1,3 +1,4 @@
+import hashlib
 import itertools
 import json
 import subprocess
@@ -230,6 +231,14 @@ def test_the_fingerprint_does_not_depend_on_how_long_the_data_took_to_make(write
     assert pipeline.data_fingerprint(data) == before
     (data / "dataset.json").write_text(json.dumps(metadata | {"seed": 1}))
     assert pipeline.data_fingerprint(data) != before
+
+
+def test_a_data_set_of_an_earlier_version_keeps_the_name_that_runs_know_it_by(write_rows):
+    data = write_rows([50])
+    metadata = json.loads((data / "dataset.json").read_text()) | {"fingerprint": "0" * 64}
+    (data / "dataset.json").write_text(json.dumps(metadata | {"seconds": 1.5}))
+    hashed = hashlib.sha256(json.dumps(metadata, sort_keys=True).encode()).hexdigest()
+    assert pipeline.data_fingerprint(data) == hashed[:16]
 
 
 def test_the_state_of_one_process_of_two_is_refused_by_the_other(mixed):

@@ -17,7 +17,7 @@ from tiny_tables import T0, files_of, make_table
 
 from ping_llm import addresses, storage
 from ping_llm.data.pipeline import TrainLoader
-from ping_llm.data.rows import SPLITS, ProbeRows
+from ping_llm.data.rows import SPLITS, ProbeRows, data_fingerprint
 from ping_llm.errors import ConfigError, DataError, PingLLMError, StorageError
 from ping_llm.ingest import local, sources
 from ping_llm.ingest.formats import parquet as parquet_format
@@ -104,7 +104,9 @@ def test_the_files_do_not_depend_on_workers_memory_units_or_order_of_inputs(
         prepare_data(inputs, output=other, workers=workers, **settings)
         assert files_of(other) == files_of(plain)
     a, b = (json.loads((d / "dataset.json").read_text()) for d in (plain, other))
-    assert a["fingerprint"] == b["fingerprint"]
+    assert a["fingerprint"] == b["fingerprint"] == data_fingerprint(plain)
+    prepare_data(paths, output=tmp_path / "seed", seed=1, **settings)
+    assert data_fingerprint(tmp_path / "seed") != a["fingerprint"]
 
 
 def test_pairs_of_train_are_never_in_test_from_either_end(parquet, tmp_path):
