@@ -122,6 +122,17 @@ def publish_directory(
                 _flush(new.parent)
 
 
+def number_files(parts: Sequence[Path], name: str) -> list[Path]:
+    """Returns the files of a private directory under their final names, now that all are written.
+
+    Args:
+        parts: The files, in order.
+        name: What the names begin with: `name-00000-of-00004.arrow`, with the ending of the parts.
+    """
+    names = [f"{name}-{i:05d}-of-{len(parts):05d}{p.suffix}" for i, p in enumerate(parts)]
+    return [part.rename(part.with_name(new)) for part, new in zip(parts, names, strict=True)]
+
+
 def _interrupted(location: Location, last: str) -> list[str]:
     """Returns the names in `location` that a publication left which was cut short."""
     names = [n for n in location.names() if not n.startswith(".") and n != "lost+found"]

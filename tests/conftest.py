@@ -12,7 +12,7 @@ import pytest
 from sized_rows import write_sized_rows
 
 from ping_llm.addresses import from_bytes
-from ping_llm.data.rows import SCHEMA_VERSION, SPLITS, FlatRows, RowWriter
+from ping_llm.data.rows import SCHEMA_VERSION, SPLITS, RowBatch, RowWriter
 
 os.environ["PING_LLM_COMPILATION_CACHE"] = "off"
 os.environ["XLA_FLAGS"] = " ".join(
@@ -33,7 +33,7 @@ def probe_rows(tmp_path_factory) -> Path:
     return directory
 
 
-def _rows(*, seed: int, probes: int, measurements: int) -> FlatRows:
+def _rows(*, seed: int, probes: int, measurements: int) -> RowBatch:
     rng = np.random.default_rng(seed)
     count = probes * measurements
     mapped = np.zeros((256, 16), np.uint8)  # 198.18.0.0 to 198.18.255.0
@@ -42,12 +42,12 @@ def _rows(*, seed: int, probes: int, measurements: int) -> FlatRows:
     source, destination = np.arange(probes), rng.integers(0, 20, count)
     distance = np.abs(np.repeat(source, measurements) - destination)
     times = 1_700_000_000 + np.sort(rng.integers(0, 86_400, (probes, measurements)))
-    return FlatRows(
-        src_addr=from_bytes(mapped)[source],
-        ip_version=np.full(probes, 4, np.int8),
+    return RowBatch(
+        src=from_bytes(mapped)[source],
+        family=np.full(probes, 4, np.int8),
         offsets=np.arange(probes + 1, dtype=np.int64) * measurements,
-        event_time=times.reshape(-1).astype(np.int64),
-        dst_addr=from_bytes(mapped)[destination],
+        time=times.reshape(-1).astype(np.int64),
+        dst=from_bytes(mapped)[destination],
         rtt=(1.0 + 10 * distance).astype(np.float32),
     )
 

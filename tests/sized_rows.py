@@ -5,7 +5,7 @@ import json
 import numpy as np
 
 from ping_llm.addresses import MAPPED_PREFIX, from_bytes
-from ping_llm.data.rows import SPLITS, FlatRows, RowWriter
+from ping_llm.data.rows import SPLITS, RowBatch, RowWriter
 
 
 def make_row(rng, n, *, version=4, source=0):
@@ -16,12 +16,12 @@ def make_row(rng, n, *, version=4, source=0):
     address[:, 12] = version
     address[:, 13] = source
     address[1:, 14:] = np.arange(n, dtype=">u2").view(np.uint8).reshape(-1, 2)
-    return FlatRows(
-        src_addr=from_bytes(address[:1] | np.uint8(128) * (np.arange(16) == 12)),
-        ip_version=np.array([version], np.int8),
+    return RowBatch(
+        src=from_bytes(address[:1] | np.uint8(128) * (np.arange(16) == 12)),
+        family=np.array([version], np.int8),
         offsets=np.array([0, n]),
-        event_time=np.sort(rng.integers(0, 40 * n + 1, n)) + 1_700_000_000,
-        dst_addr=from_bytes(address[1:]),
+        time=np.sort(rng.integers(0, 40 * n + 1, n)) + 1_700_000_000,
+        dst=from_bytes(address[1:]),
         rtt=np.where(rng.random(n) < 0.05, -1, rng.gamma(2, 30, n)).astype(np.float32),
     )
 

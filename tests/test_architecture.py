@@ -67,7 +67,6 @@ RESERVED = {
     "jax": _outside(WITHOUT_JAX),
     "flax": _outside(WITHOUT_JAX | {"activations"}),
     "optax": _outside(WITHOUT_JAX | {"activations"}),
-    "grain": lambda path: path == Path("data/pipeline.py"),
     "torch": lambda path: path in TORCH | {Path("activations/reader.py")},
     "transformers": lambda path: path in TORCH,
 }

@@ -11,7 +11,7 @@ import pytest
 from tiny_runs import write_run
 
 from ping_llm.cli import cli
-from ping_llm.data.windows import WindowLaw
+from ping_llm.data.windows import WindowConfig
 from ping_llm.simulation.simulate import simulate
 from ping_llm.training.config import load_config
 
@@ -76,7 +76,7 @@ def test_ripe_atlas_results_become_a_report(tmp_path, capsys):
 
 def test_the_settings_for_rtt_prediction_are_settings():
     cfg = load_config(config_file=EXAMPLES / "rtt_prediction.toml")
-    assert cfg.law == WindowLaw(result_last_fraction=1.0, untimed_fraction=0.9)
+    assert cfg.law == WindowConfig(result_last_fraction=1.0, untimed_fraction=0.9)
     assert (cfg.optimizer, cfg.model.d_model) == ("muon", 256)
 
 

@@ -11,7 +11,7 @@ from flax import nnx
 
 from ping_llm.checkpoints import Checkpoints
 from ping_llm.data.pipeline import data_fingerprint
-from ping_llm.data.windows import USUAL
+from ping_llm.data.windows import DEFAULTS
 from ping_llm.models.config import DecoderConfig
 from ping_llm.models.decoder import Decoder
 from ping_llm.tokenizer import LANGUAGE_VERSION
@@ -45,7 +45,7 @@ def write_run(path: Path, data: Path | None = None) -> Path:
         "schema_version": 1,
         "language_version": LANGUAGE_VERSION,
         "model": dataclasses.asdict(CONFIG),
-        "train": {"seq_len": SEQ_LEN, **dataclasses.asdict(USUAL)},
+        "train": {"seq_len": SEQ_LEN, **dataclasses.asdict(DEFAULTS)},
         "data": {"path": str(data or path / "gone"), "fingerprint": fingerprint},
     }
     (path / "config.json").write_text(json.dumps(config))

@@ -1,28 +1,24 @@
 """From probe rows to training batches.
 
-A global batch of B sequences is B lanes. Lane j reads visits j, j + B, j + 2B, ... in chunks. A
-chunk is selected, tokenised and packed in one go, by itself, so the place of a lane is one whole
-number: which sequence of which chunk comes next. Nothing else is remembered, so a batch depends on
-the data, the seed, B, the length and the step, and not on processes, workers or restarts.
+A global batch of B sequences comes from B streams, one each. Stream j reads windows j, j + B,
+j + 2B, ... in chunks. A chunk is selected, tokenised and packed in one go, by itself, so the
+position of a stream is one whole number: which sequence of which chunk comes next. Nothing else is
+remembered, so a batch depends on the data, the seed, B, the length and the step, and not on
+processes or restarts.
 """
 
-import atexit
+import collections
 import dataclasses
-import hashlib
-import json
-import signal
-import weakref
 from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import grain
 import numpy as np
-from absl import flags
 
 from ping_llm.data import windows
-from ping_llm.data.rows import ProbeRows, read_metadata
-from ping_llm.data.windows import WindowLaw
+from ping_llm.data.rows import ProbeRows, data_fingerprint
+from ping_llm.data.windows import WindowConfig
 from ping_llm.errors import ConfigError, DataError
 from ping_llm.hashing import hash_addresses
 from ping_llm.packing import Batch, best_fit, next_token_batch, pack
@@ -30,22 +26,15 @@ from ping_llm.packing import Batch, best_fit, next_token_batch, pack
 # A bigger chunk leaves less padding: its last sequence is half empty on average, and the others
 # find more to fill up with. It also takes memory, 2 bytes a token, and time before the first batch.
 CHUNK_SEQUENCES = (128, 1024)  # at least, at most
-BUFFERED_TOKENS = 2**25  # over all lanes, between those two
-MAX_CHUNK_VISITS = 16384
+BUFFERED_TOKENS = 2**25  # over all streams, between those two
+MAX_CHUNK_WINDOWS = 16384
 PREFETCHED_STEPS = 4
 EVAL_SEED = 20_130_101
 _ORDER = 201  # what the random order of a chunk's sequences is drawn for
 
 
-def data_fingerprint(data: str | Path) -> str:
-    """Returns a name for the content of a data set: `dataset.json`, less what making it cost."""
-    metadata = read_metadata(data)
-    content = {k: v for k, v in metadata.items() if k not in ("seconds", "peak_rss_bytes")}
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
-
-
 @dataclasses.dataclass(frozen=True)
-class _Chunk:
+class _PackedWindows:
     """Windows as tokens, and how they pack.
 
     Attributes:
@@ -64,151 +53,109 @@ class _Chunk:
         return [self.tokens[offsets[w] : offsets[w + 1]] for w in self.sequences[sequence]]
 
 
-def _make_chunk(
+def _pack_windows(
     rows: ProbeRows,
-    visits: windows.Visits,
+    chosen: windows.Windows,
     *,
     seed: int,
     length: int,
     order_key: np.ndarray,
-    law: WindowLaw,
-) -> _Chunk:
-    """Returns a chunk with its sequences in the random order that `order_key` [1] names."""
-    tokens, offsets = windows.encode_visits(rows, visits, seed=seed, length=length, law=law)
+    config: WindowConfig,
+) -> _PackedWindows:
+    """Returns windows packed, with the sequences in the random order that `order_key` [1] names."""
+    tokens, offsets = windows.encode_windows(rows, chosen, seed=seed, length=length, config=config)
     lengths = np.diff(offsets)
     if lengths.max() > length:
-        row = int(visits.row[np.argmax(lengths)])
+        row = int(chosen.row[np.argmax(lengths)])
         raise DataError(f"row {row} is not in time order; prepare the data again")
     sequences = best_fit(lengths, length)  # those of the longest windows come first
     order = np.argsort(windows.draw(order_key, np.arange(len(sequences))), kind="stable")
-    return _Chunk(tokens, offsets, [sequences[i] for i in order])
+    return _PackedWindows(tokens, offsets, [sequences[i] for i in order])
 
 
-class _Lanes:
-    """The sequences of all lanes, as a pure function of lane and position.
+class _Streams:
+    """The sequences of all streams, as a pure function of stream and position.
 
-    A position is `chunk * MAX_CHUNK_VISITS + sequence`: no chunk makes more sequences than that.
+    A position is `chunk * MAX_CHUNK_WINDOWS + sequence`: no chunk makes more sequences than that.
     """
 
     def __init__(
-        self,
-        data: str | Path,
-        *,
-        batch_size: int,
-        seq_len: int,
-        seed: int,
-        law: WindowLaw,
+        self, data: str | Path, *, batch_size: int, seq_len: int, seed: int, config: WindowConfig
     ):
         windows.check_length(seq_len + 1)
         self._rows = ProbeRows(data, "train")
-        self._order = windows.VisitOrder(self._rows.n_measurements, seed)
+        self._order = windows.WindowOrder(self._rows.n_measurements, seed)
         self._batch_size, self.length, self._seed = batch_size, seq_len + 1, seed
-        self._law = law
+        self._config = config
         if self._order.per_epoch == 0:
             raise DataError(f"{data} has no train rows; prepare it again from more measurements")
-        self._chunk_visits = self._choose_chunk_visits()
+        self._chunk_windows = self._choose_chunk_windows()
 
-    def _choose_chunk_visits(self) -> int:
-        """Returns how many visits make a chunk of the size wanted, about."""
+    def _choose_chunk_windows(self) -> int:
+        """Returns how many windows make a chunk of the size wanted, about."""
         sample = self._order[np.arange(min(self._order.per_epoch, 512))]
-        _, offsets = windows.encode_visits(
-            self._rows, sample, seed=self._seed, length=self.length, law=self._law
+        _, offsets = windows.encode_windows(
+            self._rows, sample, seed=self._seed, length=self.length, config=self._config
         )
         least, most = CHUNK_SEQUENCES
         sequences = BUFFERED_TOKENS // (self._batch_size * self.length)
         tokens = min(max(sequences, least), most) * self.length
-        return min(int(tokens * (len(offsets) - 1) / offsets[-1]), MAX_CHUNK_VISITS)
+        return min(int(tokens * (len(offsets) - 1) / offsets[-1]), MAX_CHUNK_WINDOWS)
 
-    def chunk(self, lane: int, number: int) -> _Chunk:
-        """Returns one chunk of one lane, its sequences in a random order."""
-        size = self._chunk_visits
-        # First chunks differ in size from lane to lane, so that later ones do not fall due all at
-        # the same step.
-        first = max(size * (lane + 1) // self._batch_size, -(-size // 8))
+    def chunk(self, stream: int, number: int) -> _PackedWindows:
+        """Returns one chunk of one stream, its sequences in a random order."""
+        size = self._chunk_windows
+        # First chunks differ in size from stream to stream, so that later ones do not fall due all
+        # at the same step.
+        first = max(size * (stream + 1) // self._batch_size, -(-size // 8))
         start, stop = (
             (0, first) if number == 0 else (first + (number - 1) * size, first + number * size)
         )
-        visits = self._order[np.arange(start, stop) * self._batch_size + lane]
-        key = windows.make_keys(
-            self._seed, np.array([lane]), np.array([number]), np.array([_ORDER])
-        )
-        return _make_chunk(
+        return _pack_windows(
             self._rows,
-            visits,
+            self._order[np.arange(start, stop) * self._batch_size + stream],
             seed=self._seed,
             length=self.length,
-            order_key=key,
-            law=self._law,
+            order_key=windows.make_keys(
+                self._seed, np.array([stream]), np.array([number]), np.array([_ORDER])
+            ),
+            config=self._config,
         )
 
 
-Element = dict[str, np.ndarray]
+class _Reader:
+    """Steps some streams forward together, from the positions given."""
 
+    def __init__(self, streams: _Streams, numbers: range, positions: Sequence[int]):
+        self._streams, self._numbers, self._positions = streams, numbers, list(positions)
+        self._chunks: list[_PackedWindows | None] = [None] * len(numbers)
 
-class _LaneDataset(grain.IterDataset[Element]):
-    """Grain's view of some neighbouring lanes: an element is one sequence of each."""
-
-    def __init__(self, source: dict[str, Any], first_lane: int, positions: list[int]):
-        super().__init__()
-        self._source, self._first_lane, self._positions = source, first_lane, positions
-
-    def set_slice(self, sl: slice, sequential_slice: bool = False) -> None:
-        """Keeps the lanes of worker `sl.start` of `sl.step`; grain calls this in the worker."""
-        del sequential_slice
-        groups = np.array_split(np.arange(len(self._positions)), sl.step)
-        group = groups[sl.start]
-        self._first_lane += int(group[0])
-        self._positions = [self._positions[i] for i in group]
-
-    def __iter__(self) -> grain.DatasetIterator[Element]:
-        return _LaneIterator(_Lanes(**self._source), self._first_lane, self._positions)
-
-
-class _LaneIterator(grain.DatasetIterator[Element]):
-    """Steps some neighbouring lanes forward together."""
-
-    def __init__(self, lanes: _Lanes, first_lane: int, positions: list[int]):
-        super().__init__()
-        self._lanes, self._first_lane = lanes, first_lane
-        self.set_state({"positions": positions})
-
-    def __next__(self) -> Element:
-        sequences = [self._next_of(i) for i in range(len(self._positions))]
-        tokens, segment_ids, positions = pack(sequences, self._lanes.length)
-        return {
-            "tokens": tokens,
-            "segment_ids": segment_ids,
-            "positions": positions,
-            "lane_positions": np.array(self._positions, np.int64),
-        }
+    def read(self) -> tuple[Batch, list[int]]:
+        """Returns (a batch of the next sequence of each stream, the positions after it)."""
+        sequences = [self._next_of(i) for i in range(len(self._numbers))]
+        batch = next_token_batch(*pack(sequences, self._streams.length))
+        return batch, list(self._positions)
 
     def _next_of(self, i: int) -> list[np.ndarray]:
-        """Returns the segments of lane i's next sequence, and moves it on."""
-        number, at = divmod(self._positions[i], MAX_CHUNK_VISITS)
+        """Returns the segments of the next sequence of stream i, and moves it on."""
+        number, sequence = divmod(self._positions[i], MAX_CHUNK_WINDOWS)
         chunk = self._chunks[i]
         if chunk is None:
-            chunk = self._chunks[i] = self._lanes.chunk(self._first_lane + i, number)
+            chunk = self._chunks[i] = self._streams.chunk(self._numbers[i], number)
         self._positions[i] += 1
-        if at + 1 == len(chunk.sequences):
-            self._positions[i] = (number + 1) * MAX_CHUNK_VISITS
+        if sequence + 1 == len(chunk.sequences):
+            self._positions[i] = (number + 1) * MAX_CHUNK_WINDOWS
             self._chunks[i] = None
-        return chunk.segments(at)
-
-    def get_state(self) -> dict[str, Any]:
-        return {"positions": list(self._positions)}
-
-    def set_state(self, state: dict[str, Any]) -> None:
-        self._positions: list[int] = list(state["positions"])
-        self._chunks: list[_Chunk | None] = [None] * len(self._positions)
+        return chunk.segments(sequence)
 
 
 class TrainLoader:
     """An endless iterator of this process's part of each global batch, made in the background.
 
-    Closing it, or leaving its `with` block, ends the thread and worker processes behind it.
+    Closing it, or leaving its `with` block, ends the thread that makes them.
 
     Attributes:
-        lanes: The lanes of this process: which sequences of the global batch it makes.
+        streams: Which sequences of the global batch this process makes.
     """
 
     def __init__(
@@ -218,10 +165,9 @@ class TrainLoader:
         batch_size: int,
         seq_len: int,
         seed: int,
-        law: WindowLaw = windows.USUAL,
+        window_config: WindowConfig = windows.DEFAULTS,
         process_index: int = 0,
         process_count: int = 1,
-        num_workers: int = 0,
     ):
         """Opens the train rows of a data set.
 
@@ -229,12 +175,10 @@ class TrainLoader:
             data: A directory of probe rows.
             batch_size: Sequences of a global batch, B; a multiple of `process_count`.
             seq_len: Tokens of an example, T.
-            seed: Names the order and the form of everything.
-            law: What windows are like.
+            seed: Names the order and the form of all windows.
+            window_config: What windows are like.
             process_index: Which process this is.
             process_count: How many processes make a global batch together.
-            num_workers: How many further processes make the batches; with 0, a thread of this one
-                does. The batches are the same.
 
         Raises:
             ConfigError: A setting does not fit the others.
@@ -242,57 +186,41 @@ class TrainLoader:
         """
         if batch_size < 1 or batch_size % process_count:
             raise ConfigError(f"{batch_size=} must be a positive multiple of {process_count=}")
-        if num_workers < 0:
-            raise ConfigError(f"{num_workers=} must be 0 or more")
         settings = {"batch_size": batch_size, "seq_len": seq_len, "seed": seed}
-        self._source = {"data": data, **settings, "law": law}
-        fingerprint = data_fingerprint(data)
-        self._settings = {"data": fingerprint, **settings, **dataclasses.asdict(law)}
-        _Lanes(**self._source)  # what is wrong shows here, not in the background
+        self._source = _Streams(data, config=window_config, **settings)
+        windows_like = dataclasses.asdict(window_config)
+        self._settings = {"data": data_fingerprint(data), **settings, **windows_like}
         share = batch_size // process_count
-        self.lanes = range(process_index * share, (process_index + 1) * share)
-        self._num_workers = min(num_workers, share)
+        self.streams = range(process_index * share, (process_index + 1) * share)
         self._positions = [0] * share
-        self._iterator: grain.DatasetIterator[Element] | None = None
-        atexit.register(_close_if_alive, weakref.ref(self))  # left open, grain complains at exit
-
-    def _start(self) -> grain.DatasetIterator[Element]:
-        if not flags.FLAGS.is_parsed():
-            flags.FLAGS.mark_as_parsed()  # grain reads absl flags, which nobody here parses
-        lanes = _LaneDataset(self._source, self.lanes.start, self._positions)
-        if self._num_workers:
-            options = grain.MultiprocessingOptions(self._num_workers, PREFETCHED_STEPS)
-            return iter(lanes.mp_prefetch(options, worker_init_fn=_leave_interrupts_to_parent))
-        return iter(
-            grain.experimental.ThreadPrefetchIterDataset(
-                lanes, prefetch_buffer_size=PREFETCHED_STEPS
-            )
-        )
+        self._reader: _Reader | None = None
+        self._ahead: collections.deque[Future[tuple[Batch, list[int]]]] = collections.deque()
 
     def __iter__(self) -> "TrainLoader":
         return self
 
     def __next__(self) -> Batch:
-        iterator = self._iterator = self._iterator or self._start()
-        # Workers take turns, in the order of their lanes.
-        parts = [next(iterator) for _ in range(max(self._num_workers, 1))]
-        whole = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
-        self._positions = whole.pop("lane_positions").tolist()
-        return next_token_batch(**whole)
+        if self._reader is None:
+            self._reader = _Reader(self._source, self.streams, self._positions)
+            self._thread = ThreadPoolExecutor(1)
+        while len(self._ahead) <= PREFETCHED_STEPS:
+            self._ahead.append(self._thread.submit(self._reader.read))
+        batch, self._positions = self._ahead.popleft().result()
+        return batch
 
     def get_state(self) -> dict[str, Any]:
         """Returns what `set_state` needs to go on after the last batch taken; fit for JSON.
 
-        It holds the places of this process's lanes; `merge_states` joins those of all processes.
+        It holds the positions of this process's streams; `merge_states` joins those of all.
         """
-        places = {"first_lane": self.lanes.start, "positions": list(self._positions)}
-        return {**self._settings, **places}
+        positions = {"first_lane": self.streams.start, "positions": list(self._positions)}
+        return {**self._settings, **positions}
 
     def set_state(self, state: dict[str, Any]) -> None:
         """Goes to where `state` was taken, by this process or by any number of others, merged.
 
         Raises:
-            ConfigError: The state is of other data or settings, or lacks some of these lanes.
+            ConfigError: The state is of other data or settings, or lacks some of these streams.
         """
         for name, value in self._settings.items():
             if state[name] != value:
@@ -300,38 +228,29 @@ class TrainLoader:
                     f"cannot go on from this checkpoint: its {name} was {state[name]!r}, "
                     f"now it is {value!r}"
                 )
-        start = self.lanes.start - state["first_lane"]
-        positions = state["positions"][max(start, 0) : start + len(self.lanes)]
-        if start < 0 or len(positions) != len(self.lanes):
+        start = self.streams.start - state["first_lane"]
+        positions = state["positions"][max(start, 0) : start + len(self.streams)]
+        if start < 0 or len(positions) != len(self.streams):
             raise ConfigError(
-                f"the state holds {len(state['positions'])} lanes from {state['first_lane']}; this "
-                f"process needs {len(self.lanes)} from {self.lanes.start}: merge the states"
+                f"the state holds {len(state['positions'])} streams from {state['first_lane']}; "
+                f"this process needs {len(self.streams)} from {self.streams.start}: merge the "
+                "states"
             )
         self.close()
         self._positions = list(positions)
 
     def close(self) -> None:
-        """Ends the thread or processes behind the batches; the next batch starts them again."""
-        if self._iterator is not None:
-            self._iterator.close()
-            self._iterator = None
+        """Ends the thread that makes the batches; the next batch starts another."""
+        if self._reader is not None:
+            self._thread.shutdown(cancel_futures=True)
+            self._ahead.clear()
+            self._reader = None
 
     def __enter__(self) -> "TrainLoader":
         return self
 
     def __exit__(self, *exc: object) -> None:
         self.close()
-
-
-def _leave_interrupts_to_parent(worker: int, workers: int) -> None:
-    del worker, workers
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole process group
-
-
-def _close_if_alive(loader: weakref.ReferenceType[TrainLoader]) -> None:
-    alive = loader()
-    if alive is not None:
-        alive.close()
 
 
 def merge_states(states: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -355,7 +274,7 @@ def eval_batches(
 ) -> list[Batch]:
     """Returns `count` fixed batches of a split, the same for every run on that data.
 
-    Every row is visited once before any is visited again, so as many probes as can be are covered.
+    Every row is drawn from once before any is again, so as many probes as can be are covered.
     The result of a measurement stands last, as in a question, however a run was trained. Of data
     split by probe only sources that training has not seen are shown; the others measured to
     destinations of which nothing can be known. A split without rows gives no batches.
@@ -376,28 +295,27 @@ def eval_batches(
     if by_probe:
         shown &= ~np.isin(_sources(rows), _sources(ProbeRows(data, "train")))
     hidden = float(by_probe and hide_unseen)
-    law = WindowLaw(result_last_fraction=1.0, hidden_source_fraction=hidden)
+    config = WindowConfig(result_last_fraction=1.0, hidden_source_fraction=hidden)
     with_any = np.flatnonzero(shown)
     if len(with_any) == 0:
         return []
-    needed = visits = batch_size * count
+    needed = tried = batch_size * count
     order_key = windows.make_keys(EVAL_SEED, np.array([_ORDER]))
     while True:
-        turn, place = np.divmod(np.arange(visits), len(with_any))
-        row = with_any[windows.permuted(place, len(with_any), windows.make_keys(EVAL_SEED, turn))]
-        wanted = windows.Visits(turn, row, np.zeros_like(row))
-        chunk = _make_chunk(
+        turn, index = np.divmod(np.arange(tried), len(with_any))
+        row = with_any[windows.permuted(index, len(with_any), windows.make_keys(EVAL_SEED, turn))]
+        chunk = _pack_windows(
             rows,
-            wanted,
+            windows.Windows(turn, row, np.zeros_like(row)),
             seed=EVAL_SEED,
             length=length,
             order_key=order_key,
-            law=law,
+            config=config,
         )
         made = len(chunk.sequences)
         if made >= needed:
             break
-        visits = max(visits + 1, int(1.05 * visits * needed / made))
+        tried = max(tried + 1, int(1.05 * tried * needed / made))
     sequences = [chunk.segments(i) for i in range(needed)]
     starts = range(0, needed, batch_size)
     return [next_token_batch(*pack(sequences[i : i + batch_size], length)) for i in starts]
@@ -405,5 +323,5 @@ def eval_batches(
 
 def _sources(rows: ProbeRows) -> np.ndarray:
     """Returns a hash of the source of each row [R], uint64."""
-    hashes = [hash_addresses(batch.src_addr) for batch in rows.batches]
+    hashes = [hash_addresses(batch.src) for batch in rows.batches]
     return np.concatenate([np.zeros(0, np.uint64), *hashes])

@@ -5,109 +5,158 @@ A data set is a directory of Arrow IPC files, `train-00000-of-00004.arrow` and t
 """
 
 import dataclasses
+import hashlib
 import json
 import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
-from ping_llm import storage
+from ping_llm import addresses, outputs
 from ping_llm.columns import from_fixed_binary, to_fixed_binary
 from ping_llm.errors import DataError
-from ping_llm.measurements import MeasurementTable
+from ping_llm.measurements import COLUMNS, MeasurementTable
+from ping_llm.storage import Location
 
 SCHEMA_VERSION = 1
 SPLITS = ("train", "valid", "test")
-BYTES_PER_MEASUREMENT = 28  # 8 time, 16 destination, 4 RTT
+METADATA = "dataset.json"
+COSTS = ("seconds", "peak_rss_bytes")  # the keys of `METADATA` that say nothing of the content
+FINGERPRINT_DIGITS = 16
 BYTES_PER_ROW = 29  # 16 source, 1 family, 3 x 4 offsets
 BATCH_BYTES = 1_000_000
-ROW_SCHEMA = pa.schema(
-    [
-        ("src_addr", pa.binary(16)),
-        ("ip_version", pa.int8()),
-        ("event_time", pa.list_(pa.int64())),
-        ("dst_addr", pa.list_(pa.binary(16))),
-        ("rtt", pa.list_(pa.float32())),
-    ]
-)
 
 
-@dataclasses.dataclass(frozen=True)
-class FlatRows:
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RowBatch:
     """Some probe rows with their measurements end to end; views, not copies, where from disk.
 
+    The columns are those of `MeasurementTable`, the source and its family once a row.
+
     Attributes:
-        src_addr: Source address of each row [R], `addresses.ADDRESS`.
-        ip_version: 4 or 6 [R], int8.
+        src: Source of each row [R].
+        family: 4 or 6 [R].
         offsets: Row r holds measurements `offsets[r]:offsets[r + 1]` of the rest [R + 1], int64.
-        event_time: Seconds since 1970 UTC, ascending within a row [M], int64.
-        dst_addr: Destination addresses [M], `addresses.ADDRESS`.
-        rtt: Round-trip times in ms, below 0 where the measurement failed [M], float32.
+        time: Ascending within a row [M].
+        dst: Destinations [M].
+        rtt: Round-trip times in ms, below 0 where the measurement failed [M].
     """
 
-    src_addr: np.ndarray
-    ip_version: np.ndarray
+    src: np.ndarray
+    family: np.ndarray
     offsets: np.ndarray
-    event_time: np.ndarray
-    dst_addr: np.ndarray
+    time: np.ndarray
+    dst: np.ndarray
     rtt: np.ndarray
 
     def __len__(self) -> int:
-        return len(self.src_addr)
+        return len(self.src)
+
+    @property
+    def measured(self) -> dict[str, np.ndarray]:
+        """The columns with a value for each measurement, by name."""
+        return {name: getattr(self, name) for name in MEASURED}
+
+    @classmethod
+    def grouped(
+        cls, source: np.ndarray, sources: np.ndarray, measured: Mapping[str, np.ndarray]
+    ) -> "RowBatch":
+        """Returns measurements as one row a source, however long.
+
+        Args:
+            source: Which of `sources` each is of [M]; those of one stand together.
+            sources: Addresses.
+            measured: Their columns, as the property `measured`.
+        """
+        starts = np.flatnonzero(np.append(True, source[1:] != source[:-1])[: len(source)])
+        src = sources[source[starts]]
+        offsets = np.append(starts, len(source))
+        return cls(src=src, family=addresses.family(src), offsets=offsets, **measured)
+
+    @classmethod
+    def concat(cls, pieces: Sequence["RowBatch"]) -> "RowBatch":
+        """Returns the rows of `pieces` end to end, as a copy."""
+        counts = np.concatenate([np.diff(piece.offsets) for piece in pieces])
+        names = ("src", "family", *MEASURED)
+        columns = {name: np.concatenate([getattr(p, name) for p in pieces]) for name in names}
+        return cls(offsets=np.append(0, np.cumsum(counts)), **columns)
+
+    def slice(self, start: int, stop: int) -> "RowBatch":
+        """Returns rows [start, stop) as views."""
+        first, last = int(self.offsets[start]), int(self.offsets[stop])
+        return RowBatch(
+            src=self.src[start:stop],
+            family=self.family[start:stop],
+            offsets=self.offsets[start : stop + 1] - first,
+            **{name: values[first:last] for name, values in self.measured.items()},
+        )
+
+    def row_of_each(self) -> np.ndarray:
+        """Returns which row each measurement is in [M], int64."""
+        return np.repeat(np.arange(len(self)), np.diff(self.offsets))
+
+    def take(self, index: np.ndarray) -> "RowBatch":
+        """Returns the measurements at `index`, ascending; one row a source that has any."""
+        measured = {name: values[index] for name, values in self.measured.items()}
+        return RowBatch.grouped(self.row_of_each()[index], self.src, measured)
 
     def to_table(self) -> MeasurementTable:
         """Returns the measurements, sources one after the other."""
         counts = np.diff(self.offsets)
-        return MeasurementTable(
-            time=self.event_time,
-            src=np.repeat(self.src_addr, counts),
-            dst=self.dst_addr,
-            family=np.repeat(self.ip_version, counts),
-            rtt=self.rtt,
+        src, family = np.repeat(self.src, counts), np.repeat(self.family, counts)
+        return MeasurementTable(src=src, family=family, **self.measured)
+
+    def to_arrow(self) -> pa.RecordBatch:
+        """Returns one record batch of `ROW_SCHEMA`."""
+        offsets = pa.array(self.offsets.astype(np.int32))
+        lists = [
+            pa.ListArray.from_arrays(offsets, _array(values)) for values in self.measured.values()
+        ]
+        sources = [_array(self.src), _array(self.family)]
+        return pa.RecordBatch.from_arrays([*sources, *lists], schema=ROW_SCHEMA)
+
+    @classmethod
+    def from_arrow(cls, batch: pa.RecordBatch) -> "RowBatch":
+        """Returns the rows of a record batch of `ROW_SCHEMA` as views.
+
+        `offsets` start at 0 and every flat array is cut to the batch, also for a sliced batch.
+        """
+        src, family, *lists = batch.columns
+        offsets = lists[0].offsets.to_numpy().astype(np.int64)
+        return cls(
+            src=_view(src),
+            family=_view(family),
+            offsets=offsets - offsets[0],
+            **{name: _view(each.flatten()) for name, each in zip(MEASURED, lists, strict=True)},
         )
 
 
-def to_record_batch(rows: FlatRows) -> pa.RecordBatch:
-    """Returns `rows` as one Arrow record batch of `ROW_SCHEMA`."""
-    offsets = pa.array(rows.offsets.astype(np.int32))
-    lists = [
-        pa.ListArray.from_arrays(offsets, values)
-        for values in (
-            pa.array(rows.event_time, pa.int64()),
-            to_fixed_binary(rows.dst_addr),
-            pa.array(rows.rtt, pa.float32()),
-        )
-    ]
-    columns = [to_fixed_binary(rows.src_addr), pa.array(rows.ip_version, pa.int8()), *lists]
-    return pa.RecordBatch.from_arrays(columns, schema=ROW_SCHEMA)
+MEASURED = tuple(f.name for f in dataclasses.fields(RowBatch) if f.name in COLUMNS)[2:]
+BYTES_PER_MEASUREMENT = sum(COLUMNS[name].dtype.itemsize for name in MEASURED)
+ROW_SCHEMA = pa.schema(
+    [(COLUMNS[name].arrow, COLUMNS[name].arrow_type()) for name in ("src", "family")]
+    + [(COLUMNS[name].arrow, pa.list_(COLUMNS[name].arrow_type())) for name in MEASURED]
+)
 
 
-def from_record_batch(batch: pa.RecordBatch) -> FlatRows:
-    """Returns the rows of a record batch of `ROW_SCHEMA` as NumPy views.
-
-    `offsets` start at 0 and every flat array is cut to the batch, also for a sliced batch.
-    """
-    src, version, times, dsts, rtts = batch.columns
-    offsets = times.offsets.to_numpy().astype(np.int64)
-    return FlatRows(
-        src_addr=from_fixed_binary(src),
-        ip_version=version.to_numpy(),
-        offsets=offsets - offsets[0],
-        event_time=times.flatten().to_numpy(),
-        dst_addr=from_fixed_binary(dsts.flatten()),
-        rtt=rtts.flatten().to_numpy(),
-    )
+def _array(values: np.ndarray) -> pa.Array:
+    return to_fixed_binary(values) if values.dtype == addresses.ADDRESS else pa.array(values)
 
 
-def is_dataset(directory: str | Path) -> bool:
-    """Returns whether `directory`, local or remote, is a complete directory of probe rows."""
-    return storage.exists(storage.join(directory, "dataset.json"))
+def _view(array: pa.Array) -> np.ndarray:
+    return from_fixed_binary(array) if array.type == pa.binary(16) else array.to_numpy()
 
 
-def read_metadata(directory: str | Path) -> dict[str, Any]:
-    """Returns the content of `dataset.json` in `directory`, local or remote.
+def is_dataset(directory: str | Path | Location) -> bool:
+    """Returns whether `directory` is a complete directory of probe rows."""
+    return (Location.of(directory) / METADATA).is_file()
+
+
+def read_metadata(directory: str | Path | Location) -> dict[str, Any]:
+    """Returns the content of `dataset.json` in `directory`.
 
     Raises:
         DataError: The file is absent, not JSON, or of a schema version this code does not read.
@@ -117,11 +166,10 @@ def read_metadata(directory: str | Path) -> dict[str, Any]:
             f"{directory} is not a complete data set: it has no dataset.json; "
             "make one with `ping-llm prepare-data`"
         )
-    path = storage.join(directory, "dataset.json")
+    path = Location.of(directory) / METADATA
     try:
-        with storage.open_input(path) as file:
-            metadata = json.loads(file.read())
-    except (OSError, ValueError) as error:
+        metadata = json.loads(path.read_bytes())
+    except ValueError as error:
         raise DataError(f"{path} cannot be read as JSON: {error}; prepare the data again") from None
     version = metadata.get("schema_version") if isinstance(metadata, dict) else None
     if version != SCHEMA_VERSION:
@@ -132,22 +180,38 @@ def read_metadata(directory: str | Path) -> dict[str, Any]:
     return metadata
 
 
+def fingerprint(metadata: Mapping[str, Any]) -> str:
+    """Returns the name of the content that `metadata`, of `dataset.json`, describes."""
+    stored = str(metadata.get("fingerprint"))
+    if len(stored) == FINGERPRINT_DIGITS:
+        return stored
+    # What earlier versions wrote there is hashed too: runs know their data by this.
+    content = {key: value for key, value in metadata.items() if key not in COSTS}
+    digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode())
+    return digest.hexdigest()[:FINGERPRINT_DIGITS]
+
+
+def data_fingerprint(data: str | Path | Location) -> str:
+    """Returns the name of the content of a data set, the same however often it is prepared."""
+    return fingerprint(read_metadata(data))
+
+
 class ProbeRows:
     """The rows of one split of a data set, memory-mapped.
 
     Attributes:
         metadata: The content of `dataset.json`.
-        batches: The rows, one `FlatRows` a record batch, in order.
+        batches: The rows, one `RowBatch` a record batch, in order.
         batch_index: Which of `batches` a row is in [R], int32.
         row_in_batch: Which row of that batch it is [R], int32.
-        ip_version: 4 or 6 of each row [R], int8.
+        family: 4 or 6 of each row [R], int8.
         n_measurements: Measurements of each row [R], int64.
     """
 
-    def __init__(self, directory: str | Path, split: str):
-        directory = storage.local_directory(directory, identity="dataset.json")
+    def __init__(self, data: str | Path | Location, split: str):
+        directory = Location.of(data).local_copy(identity=METADATA)
         self.metadata = read_metadata(directory)
-        self.batches: list[FlatRows] = []
+        self.batches: list[RowBatch] = []
         for path in split_files(directory, split):
             self.batches.extend(read_rows(path))
         rows = [len(batch) for batch in self.batches]
@@ -160,8 +224,8 @@ class ProbeRows:
         self.batch_index = np.repeat(np.arange(len(rows), dtype=np.int32), rows)
         parts = [np.arange(n, dtype=np.int32) for n in rows]
         self.row_in_batch = np.concatenate([np.zeros(0, np.int32), *parts])
-        versions = [batch.ip_version for batch in self.batches]
-        self.ip_version = np.concatenate([np.zeros(0, np.int8), *versions])
+        families = [batch.family for batch in self.batches]
+        self.family = np.concatenate([np.zeros(0, np.int8), *families])
         counts = [np.diff(batch.offsets) for batch in self.batches]
         self.n_measurements = np.concatenate([np.zeros(0, np.int64), *counts])
 
@@ -181,7 +245,7 @@ def split_files(directory: Path, split: str) -> list[Path]:
     """
     if split not in SPLITS:
         raise DataError(f"split {split!r} is not one of {', '.join(SPLITS)}")
-    files = sorted(Path(directory).glob(f"{split}-*-of-*.arrow"))
+    files = sorted(directory.glob(f"{split}-*-of-*.arrow"))
     totals = {re.fullmatch(rf"{split}-\d+-of-(\d+)\.arrow", f.name) for f in files}
     counts = {int(match[1]) for match in totals if match}
     if counts and counts != {len(files)}:
@@ -192,8 +256,8 @@ def split_files(directory: Path, split: str) -> list[Path]:
     return files
 
 
-def read_rows(path: Path) -> list[FlatRows]:
-    """Returns the rows of one file, memory-mapped, one `FlatRows` a record batch.
+def read_rows(path: Path) -> list[RowBatch]:
+    """Returns the rows of one file, memory-mapped, one `RowBatch` a record batch.
 
     Raises:
         DataError: It is no intact Arrow file of probe rows.
@@ -210,15 +274,15 @@ def read_rows(path: Path) -> list[FlatRows]:
         ) from None
 
 
-def _checked(batch: pa.RecordBatch) -> FlatRows:
+def _checked(batch: pa.RecordBatch) -> RowBatch:
     """Returns the rows of a batch whose file may be damaged: Arrow aborts on impossible offsets."""
     batch.validate(full=True)  # looks at offsets only, not at every value
     if any(column.null_count for column in batch.columns):
         raise pa.ArrowInvalid("a value is missing")
-    times, dsts, rtts = (column.offsets for column in batch.columns[2:])
-    if not times.equals(dsts) or not times.equals(rtts):
+    first, *others = (column.offsets for column in batch.columns[2:])
+    if not all(first.equals(offsets) for offsets in others):
         raise pa.ArrowInvalid("the lists of a row differ in length")
-    return from_record_batch(batch)
+    return RowBatch.from_arrow(batch)
 
 
 class RowWriter:
@@ -229,18 +293,18 @@ class RowWriter:
     """
 
     def __init__(self, directory: Path, split: str, *, file_bytes: int = 256_000_000):
-        self._directory, self._split, self._file_bytes = Path(directory), split, file_bytes
+        self._directory, self._split, self._file_bytes = directory, split, file_bytes
         self._parts: list[Path] = []
         self._writer: pa.ipc.RecordBatchFileWriter | None = None
         self._written = 0  # bytes in the current file
-        self._pending: list[FlatRows] = []
+        self._pending: list[RowBatch] = []
         self._pending_bytes = 0
         self.rows = self.measurements = 0
 
-    def append(self, rows: FlatRows) -> None:
+    def append(self, rows: RowBatch) -> None:
         """Adds some rows. A record batch ends with the first row that brings it to 1 MB."""
         self.rows += len(rows)
-        self.measurements += len(rows.event_time)
+        self.measurements += len(rows.time)
         ends = np.cumsum(np.diff(rows.offsets) * BYTES_PER_MEASUREMENT + BYTES_PER_ROW)
         start, before = 0, 0
         while start < len(rows):
@@ -248,7 +312,7 @@ class RowWriter:
             stop = int(np.searchsorted(ends, needed)) + 1
             full = stop <= len(rows)
             stop = min(stop, len(rows))
-            self._pending.append(slice_rows(rows, start, stop))
+            self._pending.append(rows.slice(start, stop))
             self._pending_bytes += int(ends[stop - 1]) - before
             start, before = stop, int(ends[stop - 1])
             if full:
@@ -262,7 +326,7 @@ class RowWriter:
             self._parts.append(path)
             self._writer = pa.ipc.new_file(str(path), ROW_SCHEMA)
             self._written = 0
-        self._writer.write_batch(to_record_batch(concat_rows(self._pending)))
+        self._writer.write_batch(RowBatch.concat(self._pending).to_arrow())
         self._written += self._pending_bytes
         self._pending, self._pending_bytes = [], 0
 
@@ -276,9 +340,7 @@ class RowWriter:
         if self._pending:
             self._write_batch()
         self._end_file()
-        total = len(self._parts)
-        names = [f"{self._split}-{i:05d}-of-{total:05d}.arrow" for i in range(total)]
-        return [p.rename(p.with_name(name)) for p, name in zip(self._parts, names, strict=True)]
+        return outputs.number_files(self._parts, self._split)
 
 
 class RowBuilder:
@@ -287,21 +349,21 @@ class RowBuilder:
     def __init__(self, writer: RowWriter, *, row_cap_bytes: int):
         self._writer = writer
         self._cap = max(row_cap_bytes // BYTES_PER_MEASUREMENT, 1)
-        self._open: FlatRows | None = None  # the last source's row, which may go on
+        self._open: RowBatch | None = None  # the last source's row, which may go on
 
-    def append(self, sources: FlatRows) -> None:
+    def append(self, sources: RowBatch) -> None:
         """Adds measurements, one row a source however long; the first may go on the last one."""
         if len(sources) == 0:
             return
         if self._open is not None:
-            if self._open.src_addr[0] == sources.src_addr[0]:
+            if self._open.src[0] == sources.src[0]:
                 sources = _join_first(self._open, sources)
             else:
                 self._writer.append(self._open)
         rows = self._cut(sources)
-        self._writer.append(slice_rows(rows, 0, len(rows) - 1))
+        self._writer.append(rows.slice(0, len(rows) - 1))
         # A copy: the last row alone would keep the whole array it is a view of.
-        self._open = concat_rows([slice_rows(rows, len(rows) - 1, len(rows))])
+        self._open = RowBatch.concat([rows.slice(len(rows) - 1, len(rows))])
 
     def close(self) -> None:
         """Hands the last row to the writer."""
@@ -309,7 +371,7 @@ class RowBuilder:
             self._writer.append(self._open)
             self._open = None
 
-    def _cut(self, sources: FlatRows) -> FlatRows:
+    def _cut(self, sources: RowBatch) -> RowBatch:
         counts = np.diff(sources.offsets)
         parts = -(-counts // self._cap)
         source_of_part = np.repeat(np.arange(len(counts)), parts)
@@ -317,44 +379,18 @@ class RowBuilder:
         starts = sources.offsets[source_of_part] + nth * self._cap
         return dataclasses.replace(
             sources,
-            src_addr=sources.src_addr[source_of_part],
-            ip_version=sources.ip_version[source_of_part],
+            src=sources.src[source_of_part],
+            family=sources.family[source_of_part],
             offsets=np.append(starts, sources.offsets[-1]),
         )
 
 
-def slice_rows(rows: FlatRows, start: int, stop: int) -> FlatRows:
-    """Returns rows [start, stop) as views."""
-    first, last = int(rows.offsets[start]), int(rows.offsets[stop])
-    return FlatRows(
-        src_addr=rows.src_addr[start:stop],
-        ip_version=rows.ip_version[start:stop],
-        offsets=rows.offsets[start : stop + 1] - first,
-        event_time=rows.event_time[first:last],
-        dst_addr=rows.dst_addr[first:last],
-        rtt=rows.rtt[first:last],
-    )
-
-
-def concat_rows(pieces: list[FlatRows]) -> FlatRows:
-    """Returns the rows of `pieces` end to end, as a copy."""
-    counts = np.concatenate([np.diff(piece.offsets) for piece in pieces])
-    return FlatRows(
-        src_addr=np.concatenate([piece.src_addr for piece in pieces]),
-        ip_version=np.concatenate([piece.ip_version for piece in pieces]),
-        offsets=np.append(0, np.cumsum(counts)),
-        event_time=np.concatenate([piece.event_time for piece in pieces]),
-        dst_addr=np.concatenate([piece.dst_addr for piece in pieces]),
-        rtt=np.concatenate([piece.rtt for piece in pieces]),
-    )
-
-
-def _join_first(head: FlatRows, rows: FlatRows) -> FlatRows:
+def _join_first(head: RowBatch, rows: RowBatch) -> RowBatch:
     """Returns `rows` with the measurements of the one row `head` put before its first row's."""
-    joined = concat_rows([head, rows])
+    joined = RowBatch.concat([head, rows])
     return dataclasses.replace(
         joined,
-        src_addr=joined.src_addr[1:],
-        ip_version=joined.ip_version[1:],
+        src=joined.src[1:],
+        family=joined.family[1:],
         offsets=np.delete(joined.offsets, 1),
     )

@@ -1,8 +1,8 @@
 """Windows: which measurements of which probe make one training context, and in what form.
 
-This is the law of sampling, vectorised over many visits at once. Every random number is a function
-of (seed, epoch, row, k, what it is for), computed by SplitMix64 from a counter, so a window does
-not depend on what else is drawn, in which order, or by which process.
+Sampling is vectorised over many windows at once. Every random number is a function of (seed, epoch,
+row, k, what it is for), computed by SplitMix64 from a counter, so a window does not depend on what
+else is drawn, in which order, or by which process.
 """
 
 import dataclasses
@@ -17,16 +17,16 @@ from ping_llm.errors import ConfigError
 from ping_llm.hashing import scramble
 from ping_llm.measurements import NO_TIME, MeasurementTable
 
-MEASUREMENTS_PER_VISIT = 30
-MAX_VISITS = 16
+MEASUREMENTS_PER_WINDOW = 30
+MAX_WINDOWS = 16
 
 FULL, PARTIAL, NONE = range(3)
 FULL_TO_PARTIAL = 4 / 7  # of the windows that show times, the part that shows all of them
 UNTIMED_FRACTION = (0.1, 0.9)
 
-# What a random number is for: the scalars of a visit, then one stream per purpose.
+# What a random number is for: the scalars of a window, then one stream per purpose.
 _SIZE, _OFFSET, _MODE, _FRACTION, _COIN, _RESULT_LAST, _HIDE = range(7)
-_SELECT, _PLACE, _FIELDS = range(101, 104)
+_SELECT, _SLOT, _FIELDS = range(101, 104)
 
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 _PERMUTATIONS = np.array(
@@ -81,7 +81,7 @@ def permuted(index: np.ndarray, size: int, key: np.ndarray) -> np.ndarray:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class WindowLaw:
+class WindowConfig:
     """What windows are like, where a run may choose.
 
     Attributes:
@@ -103,22 +103,22 @@ class WindowLaw:
                 raise ConfigError(f"{name}={value} must be between 0 and 1")
 
     @classmethod
-    def of(cls, settings: Mapping[str, Any]) -> "WindowLaw":
-        """Returns the law that the settings of a run state, among others."""
+    def of(cls, settings: Mapping[str, Any]) -> "WindowConfig":
+        """Returns the config among the settings of a run."""
         return cls(**{field.name: settings[field.name] for field in dataclasses.fields(cls)})
 
 
-USUAL = WindowLaw()
+DEFAULTS = WindowConfig()
 
 
 @dataclasses.dataclass(frozen=True)
-class Visits:
-    """Some visits, one (row, k) of one epoch each.
+class Windows:
+    """Some windows, one (row, k) of one epoch each.
 
     Attributes:
         epoch: Which epoch [n], int64.
         row: Which probe row [n], int64.
-        k: Which visit to that row in that epoch [n], int64.
+        k: Which window of that row in that epoch [n], int64.
     """
 
     epoch: np.ndarray
@@ -126,41 +126,41 @@ class Visits:
     k: np.ndarray
 
 
-def visits_per_row(n_measurements: np.ndarray) -> np.ndarray:
-    """Returns how often an epoch visits rows of that many measurements."""
-    return np.minimum(-(-n_measurements // MEASUREMENTS_PER_VISIT), MAX_VISITS)
+def windows_per_row(n_measurements: np.ndarray) -> np.ndarray:
+    """Returns how many windows an epoch draws of rows of that many measurements."""
+    return np.minimum(-(-n_measurements // MEASUREMENTS_PER_WINDOW), MAX_WINDOWS)
 
 
-class VisitOrder:
-    """The endless sequence of visits: every (row, k) once an epoch, in an order of the epoch's own.
+class WindowOrder:
+    """The endless sequence of windows: each (row, k) once an epoch, in an order of the epoch's own.
 
     Attributes:
-        per_epoch: Visits in one epoch.
+        per_epoch: Windows in one epoch.
     """
 
     def __init__(self, n_measurements: np.ndarray, seed: int):
-        per_row = visits_per_row(n_measurements)
+        per_row = windows_per_row(n_measurements)
         self._ends = np.cumsum(per_row)
         self._seed = seed
         self.per_epoch = int(per_row.sum())
 
-    def __getitem__(self, index: np.ndarray) -> Visits:
-        """Returns the visits at `index` [n], counted from the start of epoch 0."""
-        epoch, place = np.divmod(index, self.per_epoch)
-        visit = permuted(place, self.per_epoch, make_keys(self._seed, epoch))
-        row = np.searchsorted(self._ends, visit, side="right")
+    def __getitem__(self, index: np.ndarray) -> Windows:
+        """Returns the windows at `index` [n], counted from the start of epoch 0."""
+        epoch, position = np.divmod(index, self.per_epoch)
+        number = permuted(position, self.per_epoch, make_keys(self._seed, epoch))
+        row = np.searchsorted(self._ends, number, side="right")
         before = np.where(row > 0, self._ends[row - 1], 0)
-        return Visits(epoch, row, visit - before)
+        return Windows(epoch, row, number - before)
 
 
 @dataclasses.dataclass(frozen=True)
 class Selection:
-    """What visits show: a segment of measurements each, v of them, n measurements in all.
+    """What windows show: a segment of measurements each, w of them, n measurements in all.
 
     Attributes:
-        segment_offsets: Visit i shows measurements `[i]:[i + 1]` of the rest [v + 1], int64.
-        hidden_source: Whether the visit does not tell its source [v], bool.
-        index: Which measurement of the visit's row [n], int64.
+        segment_offsets: Window i shows measurements `[i]:[i + 1]` of the rest [w + 1], int64.
+        hidden_source: Whether the window does not tell its source [w], bool.
+        index: Which measurement of the window's row [n], int64.
         has_time: Whether its time is shown [n], bool.
         field_order: The order of its fields, for `tokenizer.encode` [n, 4], uint8.
     """
@@ -186,18 +186,18 @@ def check_length(length: int) -> None:
 
 
 def _untimed(m: np.ndarray, mode: np.ndarray, fraction: np.ndarray, coin: np.ndarray) -> np.ndarray:
-    """Returns how many of the `m` measurements of each visit lose their time, int64."""
+    """Returns how many of the `m` measurements of each window lose their time, int64."""
     some = np.clip(np.rint(fraction * m).astype(np.int64), 1, np.maximum(m - 1, 1))
     partial = np.where(m > 1, some, coin)
     return np.where(mode == FULL, 0, np.where(mode == NONE, m, partial))
 
 
 def largest_count(
-    ip_version: np.ndarray, mode: np.ndarray, fraction: np.ndarray, coin: np.ndarray, length: int
+    family: np.ndarray, mode: np.ndarray, fraction: np.ndarray, coin: np.ndarray, length: int
 ) -> np.ndarray:
-    """Returns the most measurements [v] that fit `length` tokens whatever their values are."""
+    """Returns the most measurements [w] that fit `length` tokens whatever their values are."""
     base, source = (
-        np.where(ip_version == 6, tokens[6], tokens[4])
+        np.where(family == 6, tokens[6], tokens[4])
         for tokens in (tokenizer.BARE_TOKENS, tokenizer.SOURCE_TOKENS)
     )
     room = length - source  # the source is named once
@@ -231,35 +231,39 @@ def _shuffled(counts: np.ndarray, key: np.ndarray) -> np.ndarray:
     return (packed & low).astype(np.int64)
 
 
+# Example: one window wants count 2 of size 5. It draws 2 * 2 numbers, [3, 3, 0, 4]. As pairs of
+# value and index they sort to (0, 2), (3, 0), (3, 1), (4, 3). The first of each run of one value is
+# its first draw, at indices 2, 0 and 3, so there are 3 distinct numbers: in the order drawn
+# [3, 0, 4], of which the first 2 are the result, [3, 0]. If all had been 3, it would draw 8.
 def _first_distinct(size: np.ndarray, count: np.ndarray, key: np.ndarray) -> np.ndarray:
-    """Returns the first `count` distinct numbers of each visit's stream on 0..size - 1.
+    """Returns the first `count` distinct numbers of each window's stream on 0..size - 1.
 
     Which is a uniform sample without replacement, in random order, at no cost in `size`.
     """
     draws = 2 * count
     while True:
-        visit, index = _ragged(draws)
-        value = (_uniform(key[visit], index) * size[visit]).astype(np.int64)
-        # Sorted by (visit, value, index), the first of each run of equal values is its first draw.
+        window, index = _ragged(draws)
+        value = (_uniform(key[window], index) * size[window]).astype(np.int64)
+        # Sorted by (window, value, index), each value's first draw comes first in its run.
         index_bits = int(draws.max(initial=0)).bit_length()
         value_bits = int(size.max(initial=0)).bit_length()
-        packed = (visit << value_bits | value) << index_bits | index
+        packed = (window << value_bits | value) << index_bits | index
         packed.sort()
         runs = packed >> index_bits
         firsts = packed[np.flatnonzero(np.diff(runs, prepend=-1))]
         owner = firsts >> (index_bits + value_bits)
-        found = np.bincount(owner, minlength=len(size))
-        if np.all(found >= count):
+        distinct = np.bincount(owner, minlength=len(size))
+        if np.all(distinct >= count):
             break
         draws *= 2
     is_first = np.zeros(len(value), bool)
     is_first[(np.cumsum(draws) - draws)[owner] + (firsts & ((1 << index_bits) - 1))] = True
-    owner, rank = _ragged(found)
+    owner, rank = _ragged(distinct)
     return value[is_first][rank < count[owner]]
 
 
 def _sample(size: np.ndarray, count: np.ndarray, key: np.ndarray) -> np.ndarray:
-    """Returns `count` of 0..size - 1 for each visit, a uniform subset in random order."""
+    """Returns `count` of 0..size - 1 for each window, a uniform subset in random order."""
     dense = size <= 4 * count
     out = np.empty(count.sum(), np.int64)
     from_dense = np.repeat(dense, count)
@@ -270,61 +274,66 @@ def _sample(size: np.ndarray, count: np.ndarray, key: np.ndarray) -> np.ndarray:
     return out
 
 
+# Example: one window of a row of 6 measurements. It spans 4 of them from offset 1 on: 1, 2, 3, 4.
+# Of these 3 fit the sequence, so count is 3, and 1 of them is to lose its time. `chosen`, a sample
+# of 0..3, is [2, 0, 3], and `slot`, a shuffle of 0..2, is [1, 0, 2]. The first one, 2, takes slot 1
+# without its time. The others keep theirs; sorted, [0, 3] take slots [0, 2]. So the window shows
+# measurements index = [1, 3, 4] of its row, with has_time = [True, False, True].
 def select(
     keys: np.ndarray,
     n_measurements: np.ndarray,
-    ip_version: np.ndarray,
+    family: np.ndarray,
     length: int,
-    law: WindowLaw = USUAL,
+    config: WindowConfig = DEFAULTS,
 ) -> Selection:
-    """Returns what visits show of their rows, such that each fits a sequence of `length` tokens.
+    """Returns what windows show of their rows, such that each fits a sequence of `length` tokens.
 
     Args:
-        keys: `make_keys(seed, epoch, row, k)` of each visit [v].
-        n_measurements: Measurements in the visit's row [v].
-        ip_version: The row's family, 4 or 6 [v].
+        keys: `make_keys(seed, epoch, row, k)` of each window [w].
+        n_measurements: Measurements in the window's row [w].
+        family: The row's family, 4 or 6 [w].
         length: Tokens of an empty sequence, at least `MAX_MEASUREMENT_TOKENS`.
-        law: What windows are like.
+        config: What windows are like.
     """
     n = n_measurements
-    window = np.exp(_uniform(keys, _SIZE) * np.log(n + 1)).astype(np.int64)
-    window = np.minimum(window, n)  # n + 1 only by rounding
-    offset = (_uniform(keys, _OFFSET) * (n - window + 1)).astype(np.int64)
+    span = np.exp(_uniform(keys, _SIZE) * np.log(n + 1)).astype(np.int64)
+    span = np.minimum(span, n)  # n + 1 only by rounding
+    offset = (_uniform(keys, _OFFSET) * (n - span + 1)).astype(np.int64)
     toss = _uniform(keys, _MODE)
-    timed_share = 1 - law.untimed_fraction
+    timed_share = 1 - config.untimed_fraction
     some = np.where(toss < timed_share * FULL_TO_PARTIAL, FULL, PARTIAL)
     mode = np.where(toss < timed_share, some, NONE)
     low, high = UNTIMED_FRACTION
     fraction = low + (high - low) * _uniform(keys, _FRACTION)
     coin = (_uniform(keys, _COIN) < 0.5).astype(np.int64)
 
-    count = np.minimum(window, largest_count(ip_version, mode, fraction, coin, length))
+    count = np.minimum(span, largest_count(family, mode, fraction, coin, length))
     untimed = _untimed(count, mode, fraction, coin)
-    visit, rank = _ragged(count)
+    window, rank = _ragged(count)
     # The first `untimed` of those chosen, a uniform subset in random order, lose their time and
-    # take the first `untimed` of the shuffled places. The rest fill the others in time order.
-    chosen = _sample(window, count, draw(keys, _SELECT))
-    place = _shuffled(count, draw(keys, _PLACE))
-    timed = rank >= untimed[visit]
-    owner = visit[timed]
-    for numbers in (chosen, place):
+    # take the first `untimed` of the shuffled slots. The rest fill the others in time order.
+    chosen = _sample(span, count, draw(keys, _SELECT))
+    slot = _shuffled(count, draw(keys, _SLOT))
+    timed = rank >= untimed[window]
+    owner = window[timed]
+    for numbers in (chosen, slot):
         base = owner * (int(numbers.max(initial=0)) + 1)
         numbers[timed] = np.sort(base + numbers[timed]) - base
     segment_offsets = np.concatenate([[0], np.cumsum(count)])
-    at = segment_offsets[visit] + place
-    index, has_time = np.empty_like(chosen), np.empty(len(visit), bool)
-    index[at] = offset[visit] + chosen
-    has_time[at] = timed
-    bits = draw(draw(keys, _FIELDS)[visit], rank)
+    position = segment_offsets[window] + slot
+    index, has_time = np.empty_like(chosen), np.empty(len(window), bool)
+    index[position] = offset[window] + chosen
+    has_time[position] = timed
+    bits = draw(draw(keys, _FIELDS)[window], rank)
     order = _PERMUTATIONS[(bits >> np.uint64(32)) * np.uint64(24) >> np.uint64(32)]
-    result_last = _uniform(keys, _RESULT_LAST) < law.result_last_fraction
-    order[result_last[visit]] = np.arange(4, dtype=np.uint8)
-    hidden = _uniform(keys, _HIDE) < law.hidden_source_fraction
+    result_last = _uniform(keys, _RESULT_LAST) < config.result_last_fraction
+    order[result_last[window]] = np.arange(4, dtype=np.uint8)
+    hidden = _uniform(keys, _HIDE) < config.hidden_source_fraction
     return Selection(segment_offsets, hidden, index, has_time, order)
 
 
 def gather(rows: ProbeRows, row: np.ndarray, selection: Selection) -> MeasurementTable:
-    """Returns the selected measurements of rows `row` [v], read from the files."""
+    """Returns the selected measurements of rows `row` [w], read from the files."""
     offsets = selection.segment_offsets
     counts, n = np.diff(offsets), len(selection.index)
     time, rtt = np.empty(n, np.int64), np.empty(n, np.float32)
@@ -332,49 +341,49 @@ def gather(rows: ProbeRows, row: np.ndarray, selection: Selection) -> Measuremen
     batches = [rows.batches[b] for b in rows.batch_index[row].tolist()]
     starts = np.empty(len(row), np.int64)
     for i, (batch, r) in enumerate(zip(batches, rows.row_in_batch[row].tolist(), strict=True)):
-        starts[i], src[i] = batch.offsets[r], batch.src_addr[r]
+        starts[i], src[i] = batch.offsets[r], batch.src[r]
     hidden = selection.hidden_source
-    src[hidden] = addresses.unspecified(rows.ip_version[row[hidden]])
+    src[hidden] = addresses.unspecified(rows.family[row[hidden]])
     index = np.repeat(starts, counts) + selection.index
     bounds = offsets.tolist()
     for batch, start, stop in zip(batches, bounds, bounds[1:], strict=False):
         at = index[start:stop]
-        time[start:stop] = batch.event_time[at]
-        dst[start:stop] = batch.dst_addr[at]
+        time[start:stop] = batch.time[at]
+        dst[start:stop] = batch.dst[at]
         rtt[start:stop] = batch.rtt[at]
     return MeasurementTable(
         time=np.where(selection.has_time, time, NO_TIME),
         src=np.repeat(src, counts),
         dst=dst,
-        family=np.repeat(rows.ip_version[row], counts),
+        family=np.repeat(rows.family[row], counts),
         rtt=rtt,
     )
 
 
-def encode_visits(
+def encode_windows(
     rows: ProbeRows,
-    visits: Visits,
+    chosen: Windows,
     *,
     seed: int,
     length: int,
-    law: WindowLaw = USUAL,
+    config: WindowConfig = DEFAULTS,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Returns (tokens, token_offsets): one segment of at most `length` tokens a visit.
+    """Returns (tokens, token_offsets): one segment of at most `length` tokens a window.
 
     Args:
-        rows: The rows visited.
-        visits: Which visits.
-        seed: Of what the visits draw.
+        rows: The rows they are of.
+        chosen: Which windows.
+        seed: Of what they draw.
         length: As for `select`, like the next.
-        law: What windows are like.
+        config: What windows are like.
 
     Raises:
         DataError: A row is not in time order or has an RTT without a code.
     """
-    keys = make_keys(seed, visits.epoch, visits.row, visits.k)
-    counts, families = rows.n_measurements[visits.row], rows.ip_version[visits.row]
-    selection = select(keys, counts, families, length, law)
-    measurements = gather(rows, visits.row, selection)
+    keys = make_keys(seed, chosen.epoch, chosen.row, chosen.k)
+    counts, families = rows.n_measurements[chosen.row], rows.family[chosen.row]
+    selection = select(keys, counts, families, length, config)
+    measurements = gather(rows, chosen.row, selection)
     return tokenizer.encode(
         measurements,
         segment_offsets=selection.segment_offsets,

@@ -42,7 +42,7 @@ class ModelSource:
     checkpoint: Path | None
     cfg: DecoderConfig
     max_length: int
-    sampling: windows.WindowLaw = windows.USUAL
+    sampling: windows.WindowConfig = windows.DEFAULTS
 
     def fill_in(self, chosen: ExtractSettings) -> ExtractSettings:
         """Returns the settings with what they leave to the model filled in."""
@@ -108,7 +108,7 @@ def open_model(model: str) -> ModelSource:
         if jax.process_count() > 1:
             raise ConfigError(f"{model} is a run; runs are small, and read by one process each")
         shape, train = DecoderConfig.from_json(fields["model"]), fields["train"]
-        return ModelSource(model, None, shape, train["seq_len"], windows.WindowLaw.of(train))
+        return ModelSource(model, None, shape, train["seq_len"], windows.WindowConfig.of(train))
     directory = huggingface.resolve(model)
     shape = huggingface.read_config(directory)
     return ModelSource(model, directory, shape, DEFAULT_MAX_LENGTH)

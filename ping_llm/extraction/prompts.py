@@ -42,7 +42,7 @@ def open_source(
     *,
     model: Path | None,
     vocab_size: int,
-    sampling: windows.WindowLaw = windows.USUAL,
+    sampling: windows.WindowConfig = windows.DEFAULTS,
 ) -> PromptSource:
     """Returns the prompts of an input.
 
@@ -235,13 +235,13 @@ class ArcPrompts:
 class MeasurementPrompts:
     """The contexts that one epoch of training on a directory of probe rows would draw."""
 
-    def __init__(self, cfg: ExtractSettings, sampling: windows.WindowLaw):
+    def __init__(self, cfg: ExtractSettings, sampling: windows.WindowConfig):
         assert cfg.max_length is not None
         windows.check_length(cfg.max_length)
         self._length, self._sampling = cfg.max_length, sampling
         self._splits = [(split, ProbeRows(cfg.input, split)) for split in SPLITS]
         self._ends = [
-            np.cumsum(windows.visits_per_row(rows.n_measurements)) for _, rows in self._splits
+            np.cumsum(windows.windows_per_row(rows.n_measurements)) for _, rows in self._splits
         ]
         self.units = []
         left = cfg.limit
@@ -264,14 +264,14 @@ class MeasurementPrompts:
     def read(self, unit: WorkUnit) -> UnitPrompts:
         """Returns the contexts of a unit, in the order of rows."""
         split, rows = self._splits[unit.file]
-        visit = np.arange(unit.start, unit.stop)
-        row = np.searchsorted(self._ends[unit.file], visit, side="right")
+        number = np.arange(unit.start, unit.stop)
+        row = np.searchsorted(self._ends[unit.file], number, side="right")
         first = np.concatenate([[0], self._ends[unit.file]])[row]
-        visits = windows.Visits(np.zeros_like(visit), row, visit - first)
-        tokens, offsets = windows.encode_visits(
-            rows, visits, seed=0, length=self._length, law=self._sampling
+        drawn = windows.Windows(np.zeros_like(number), row, number - first)
+        tokens, offsets = windows.encode_windows(
+            rows, drawn, seed=0, length=self._length, config=self._sampling
         )
-        ids = [f"{split}/{r}/{k}" for r, k in zip(visits.row, visits.k, strict=True)]
+        ids = [f"{split}/{r}/{k}" for r, k in zip(drawn.row, drawn.k, strict=True)]
         return UnitPrompts(
             tokens=tokens.astype(np.int32),
             offsets=offsets,

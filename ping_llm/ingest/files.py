@@ -1,17 +1,15 @@
-"""Finds input files, tells their formats apart, and streams text out of compressed ones."""
+"""Finds input files and tells their formats apart."""
 
 import dataclasses
-import io
 import lzma
 import os
-from collections.abc import Iterator, Sequence
-from pathlib import PurePath
-from typing import Any, BinaryIO
+from collections.abc import Sequence
 
 import pyarrow as pa
 
-from ping_llm import storage
+from ping_llm.data.rows import is_dataset
 from ping_llm.errors import DataError
+from ping_llm.storage import Location, StoredFile
 
 ENDINGS = {
     ".parquet": "parquet",
@@ -24,8 +22,6 @@ ENDINGS = {
     ".json": "ripe",
 }
 COMPRESSIONS = {".gz": "gzip", ".bz2": "bz2", ".zst": "zstd", ".xz": "xz"}
-BLOCK_BYTES = 4 << 20
-LONGEST_LINE = 16 << 20
 READ_ERRORS = (OSError, EOFError, UnicodeDecodeError, lzma.LZMAError, pa.ArrowException)
 
 
@@ -34,17 +30,34 @@ class InputFile:
     """One file to read.
 
     Attributes:
-        path: Path or URL.
+        location: Where it is.
         input_index: Which INPUT argument it belongs to.
         format: "parquet", "arrow", "csv" or "ripe".
         compression: "gzip", "bz2", "zstd" or "xz"; None for none.
         size: Bytes on disk.
     """
 
-    path: str
+    location: Location
     input_index: int
     format: str
     compression: str | None
+    size: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Unit:
+    """What of a file one worker reads: bytes of text, row groups or record batches.
+
+    Attributes:
+        file: The file.
+        start: The first byte or group.
+        stop: Behind the last one; None reads to the end.
+        size: Bytes on disk it stands for.
+    """
+
+    file: InputFile
+    start: int
+    stop: int | None
     size: int
 
 
@@ -60,37 +73,39 @@ def find_files(inputs: Sequence[str]) -> list[InputFile]:
     if not inputs:
         raise DataError("no input was given; name a file, a directory or a glob")
     found: dict[str, InputFile] = {}
-    for index, spec in enumerate(inputs):
-        if storage.exists(storage.join(spec, "dataset.json")):
-            raise DataError(f"{spec} holds probe rows already; give the measurements they are from")
-        files = storage.find(spec)
-        if not storage.exists(spec):  # a directory or glob, where a README is no input
-            files = [file for file in files if _format_of(file.url)[0]]
+    for index, location in enumerate(map(Location.of, inputs)):
+        if is_dataset(location):
+            raise DataError(
+                f"{location} holds probe rows already; give the measurements they are from"
+            )
+        files = location.find()
+        if not location.is_file():  # a directory or glob, where a README is no input
+            files = [file for file in files if _format_of(file.location)[0]]
         if not files:
             endings = ", ".join((*ENDINGS, *COMPRESSIONS))
-            raise DataError(f"{spec}: no file there ends in one of {endings}")
+            raise DataError(f"{location}: no file there ends in one of {endings}")
         for file in files:
-            key = file.url if storage.is_remote(file.url) else os.path.realpath(file.url)
+            key = os.path.realpath(file.url) if file.location.is_local else file.url
             if key in found:
                 raise DataError(f"{file.url} is in the inputs twice; each file counts once")
             found[key] = _describe(file, index)
     return list(found.values())
 
 
-def _format_of(url: str) -> tuple[str | None, str | None]:
+def _format_of(location: Location) -> tuple[str | None, str | None]:
     """Returns (format, compression) by the name; RIPE Atlas dumps end in `.bz2` alone."""
-    name = PurePath(url)
-    compression = COMPRESSIONS.get(name.suffix.lower())
-    known = ENDINGS.get((name.with_suffix("") if compression else name).suffix.lower())
-    return known or ("ripe" if compression else None), compression
+    stem, ending = os.path.splitext(location.name.lower())
+    compression = COMPRESSIONS.get(ending)
+    format_ = ENDINGS.get(os.path.splitext(stem)[1] if compression else ending)
+    return format_ or ("ripe" if compression else None), compression
 
 
-def _describe(file: storage.StoredFile, index: int) -> InputFile:
-    format_, compression = _format_of(file.url)
+def _describe(file: StoredFile, index: int) -> InputFile:
+    format_, compression = _format_of(file.location)
     if file.size == 0:
         raise DataError(f"{file.url} is empty (0 bytes)")
     if format_ is None:
-        with storage.open_input(file.url) as opened:
+        with file.location.open_input() as opened:
             head = opened.read(64)
         format_ = "ripe" if head.lstrip().startswith(b"{") else None
     if format_ is None or (format_ in ("parquet", "arrow") and compression):
@@ -98,70 +113,4 @@ def _describe(file: storage.StoredFile, index: int) -> InputFile:
             f"{file.url}: its ending names no known format; expected one of {', '.join(ENDINGS)}, "
             f"text also with {', '.join(COMPRESSIONS)}"
         )
-    return InputFile(file.url, index, format_, compression, file.size)
-
-
-class _XzReader(io.RawIOBase):
-    """Streams an .xz file; unlike `lzma.open` it takes no garbage between or after streams."""
-
-    def __init__(self, raw: Any):
-        self._raw, self._rest = raw, b""
-        self._decompressor = lzma.LZMADecompressor(lzma.FORMAT_XZ)
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: Any, /) -> int:
-        while True:
-            if self._decompressor.eof:
-                rest = self._decompressor.unused_data or self._raw.read(BLOCK_BYTES)
-                if not rest:
-                    return 0
-                self._decompressor = lzma.LZMADecompressor(lzma.FORMAT_XZ)
-            elif self._decompressor.needs_input:
-                rest = self._raw.read(BLOCK_BYTES)
-                if not rest:
-                    raise EOFError("truncated compressed stream")
-            else:
-                rest = b""
-            data = self._decompressor.decompress(rest, len(buffer))
-            if data:
-                buffer[: len(data)] = data
-                return len(data)
-
-
-def open_text(file: InputFile) -> tuple[Any, BinaryIO]:
-    """Returns (the raw file, whose `tell` says how much of it was read; its text)."""
-    raw = storage.open_input(file.path)
-    if file.compression is None:
-        text = raw
-    elif file.compression == "xz":
-        text = _XzReader(raw)
-    else:  # Arrow refuses garbage behind a stream, which Python's bz2 silently ignores
-        text = pa.CompressedInputStream(raw, file.compression)
-    return raw, io.BufferedReader(text, 1 << 20)  # pyright: ignore[reportArgumentType]
-
-
-def line_blocks(text: BinaryIO, path: str, start: int, stop: int | None) -> Iterator[bytes]:
-    """Yields blocks of the lines whose first byte lies in [start, stop); None: all the rest.
-
-    Raises:
-        DataError: A line is longer than any record can be.
-    """
-    if start:
-        text.seek(start - 1)
-        text.readline(LONGEST_LINE)
-    while stop is None or text.tell() < stop:
-        size = BLOCK_BYTES if stop is None else min(BLOCK_BYTES, stop - text.tell())
-        block = text.read(size)
-        if not block:
-            return
-        if not block.endswith(b"\n"):
-            rest = text.readline(LONGEST_LINE + 1)
-            if len(rest) > LONGEST_LINE:
-                raise DataError(
-                    f"{path} holds a line of over {LONGEST_LINE:,} bytes; expected one record "
-                    "a line (from RIPE Atlas: format=txt, not a JSON array)"
-                )
-            block += rest
-        yield block if block.endswith(b"\n") else block + b"\n"
+    return InputFile(file.location, index, format_, compression, file.size)

@@ -2,25 +2,27 @@
 
 import itertools
 import queue
+import shutil
 import threading
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
 from ping_llm import addresses
-from ping_llm.data.rows import SPLITS, FlatRows, RowBuilder, RowWriter
+from ping_llm.data.rows import SPLITS, RowBatch, RowBuilder, RowWriter
 from ping_llm.errors import DataError
 from ping_llm.hashing import keyed_hash_addresses
-from ping_llm.ingest.files import InputFile
-from ping_llm.ingest.records import REJECTED_SCHEMA, Chunk
-from ping_llm.ingest.sorting import MIRRORED, Run, Sorted, cut_into_ranges, read_range
-from ping_llm.ingest.sources import Unit, cut_into_units, read_unit, renumber
-from ping_llm.ingest.splits import TRAIN, SplitRule
+from ping_llm.ingest.files import InputFile, Unit
+from ping_llm.ingest.records import REJECTED_SCHEMA
+from ping_llm.ingest.settings import PrepareSettings
+from ping_llm.ingest.sorting import MIRRORED, Run, cut_into_ranges, read_range
+from ping_llm.ingest.sources import cut_into_units, read_unit, renumber
+from ping_llm.ingest.splits import TRAIN, by_addresses, by_time, time_cuts
+from ping_llm.measurements import MeasurementTable
 from ping_llm.progress import Progress, progress
 
 _BASE_MEMORY = 300_000_000  # Python, NumPy, Arrow and DuckDB before any data
@@ -38,30 +40,30 @@ class Engine:
         rejected: Rejected records by reason.
     """
 
-    def __init__(
-        self,
-        directory: Path,
-        rule: SplitRule,
-        *,
-        row_cap_bytes: int,
-        memory_limit: int,
-        both_ends: bool,
-    ):
-        self._directory, self._rule, self._row_cap_bytes = directory, rule, row_cap_bytes
-        self._memory_limit, self._both_ends = memory_limit, both_ends
+    def __init__(self, directory: Path, chosen: PrepareSettings):
+        self._directory, self._chosen = directory, chosen
         self._spill = directory / "spill"
         self.rows: dict[str, int] = dict.fromkeys(SPLITS, 0)
         self.measurements: dict[str, int] = dict.fromkeys(SPLITS, 0)
         self.failed = self.probes = 0
         self.rejected: Counter[str] = Counter()
 
+    def run(self, files: Sequence[InputFile], *, workers: int) -> None:
+        """Reads `files` and writes all rows, and `rejected.parquet`, to the directory.
+
+        Raises:
+            ConfigError: The engine is not installed.
+            DataError: A file is broken, or there is no measurement in all of them.
+        """
+        raise NotImplementedError
+
 
 class LocalEngine(Engine):
     """The engine of one machine: threads, runs on disk, ranges in memory."""
 
-    def __init__(self, directory: Path, rule: SplitRule, **settings: Any):
-        super().__init__(directory, rule, **settings)
-        self._memory = self._memory_limit - _BASE_MEMORY
+    def __init__(self, directory: Path, chosen: PrepareSettings):
+        super().__init__(directory, chosen)
+        self._memory = chosen.memory_bytes - _BASE_MEMORY
         self._stop = threading.Event()
         self._lock = threading.Lock()
         self._run_numbers = itertools.count()
@@ -69,11 +71,7 @@ class LocalEngine(Engine):
         self._cuts = np.zeros((0, 2), np.int64)
 
     def run(self, files: Sequence[InputFile], *, workers: int) -> None:
-        """Reads `files` and writes all rows, and `rejected.parquet`, to the directory.
-
-        Raises:
-            DataError: A file is broken, or there is no measurement in all of them.
-        """
+        """See `Engine.run`."""
         self._spill.mkdir()
         with ThreadPoolExecutor(workers) as pool:
             try:
@@ -82,9 +80,7 @@ class LocalEngine(Engine):
             finally:
                 self._stop.set()
                 pool.shutdown(cancel_futures=True)
-        for path in self._spill.iterdir():
-            path.unlink()
-        self._spill.rmdir()
+        shutil.rmtree(self._spill)
 
     # Reading
 
@@ -111,7 +107,7 @@ class LocalEngine(Engine):
         for index in range(count):
             mine = [i for i, unit in enumerate(units) if unit.file.input_index == index]
             first, last = spans[mine, 0].min(), spans[mine, 1].max()
-            self._cuts[index] = self._rule.time_cuts(int(first), int(last)) if last >= 0 else 0
+            self._cuts[index] = time_cuts(self._chosen, int(first), int(last)) if last >= 0 else 0
 
     def _read_units(
         self,
@@ -123,7 +119,7 @@ class LocalEngine(Engine):
         shown: Progress,
     ) -> None:
         """Spills unit after unit until none is left; fills in `lines` and `spans` of each."""
-        chunks: list[tuple[Chunk, int]] = []
+        tables: list[tuple[MeasurementTable, int]] = []
         try:
             while (i := _next(left)) is not None:
                 unit, done = units[i], 0.0
@@ -133,30 +129,30 @@ class LocalEngine(Engine):
                             return
                         spool.add(part.rejected)
                         lines[i] += part.lines
-                        if len(part.chunk):
-                            times = part.chunk.event_time
+                        if len(part.table):
+                            times = part.table.time
                             spans[i] = min(spans[i, 0], times.min()), max(spans[i, 1], times.max())
                             index = unit.file.input_index
-                            chunks.append((part.chunk, index))
-                            if self._both_ends:
-                                chunks.append((part.chunk.mirrored(), index | MIRRORED))
-                        if sum(len(chunk) for chunk, _ in chunks) >= run_rows:
-                            self._spill_run(chunks)
+                            tables.append((part.table, index))
+                            if self._chosen.both_ends:
+                                tables.append((part.table.mirrored(), index | MIRRORED))
+                        if sum(len(table) for table, _ in tables) >= run_rows:
+                            self._spill_run(tables)
                         with self._lock:
                             shown.update((part.done - done) * unit.size)
                         done = part.done
                 with self._lock:
                     shown.update((1 - done) * unit.size)
                     self.rejected += spool.reasons
-            self._spill_run(chunks)
+            self._spill_run(tables)
         except BaseException:
             self._stop.set()
             raise
 
-    def _spill_run(self, chunks: list[tuple[Chunk, int]]) -> None:
-        if chunks:
-            run = Run(self._spill / f"run-{next(self._run_numbers)}", chunks)
-            chunks.clear()
+    def _spill_run(self, tables: list[tuple[MeasurementTable, int]]) -> None:
+        if tables:
+            run = Run(self._spill / f"run-{next(self._run_numbers)}", tables)
+            tables.clear()
             with self._lock:
                 self._runs.append(run)
 
@@ -164,23 +160,25 @@ class LocalEngine(Engine):
 
     def _write(self, pool: ThreadPoolExecutor, workers: int) -> None:
         total = sum(len(run) for run in self._runs)
-        rows = max(self._memory // 2 // (workers + 1) // _BYTES_PER_MEASUREMENT, 1000)
-        bounds = cut_into_ranges(self._runs, rows)
+        size = max(self._memory // 2 // (workers + 1) // _BYTES_PER_MEASUREMENT, 1000)
+        bounds = cut_into_ranges(self._runs, size)
         writers = {split: RowWriter(self._directory, split) for split in SPLITS}
         builders = {
-            split: RowBuilder(writer, row_cap_bytes=self._row_cap_bytes)
+            split: RowBuilder(writer, row_cap_bytes=self._chosen.row_cap_bytes)
             for split, writer in writers.items()
         }
         ranges = list(itertools.pairwise(bounds))
         last_source = None
         with progress("sorting", total=total, unit="measurements") as shown:
-            for n, found, flat in _in_order(pool, self._sort_range, ranges, ahead=workers):
-                for split, rows_of_split in flat.items():
-                    builders[split].append(rows_of_split)
-                    self.failed += int((rows_of_split.rtt < 0).sum())
-                if len(found):
-                    self.probes += len(found) - (found[0].tobytes() == last_source)
-                    last_source = found[-1].tobytes()
+            for n, sources, rows_by_split in _in_order(
+                pool, self._sort_range, ranges, ahead=workers
+            ):
+                for split, rows in rows_by_split.items():
+                    builders[split].append(rows)
+                    self.failed += int((rows.rtt < 0).sum())
+                if len(sources):
+                    self.probes += len(sources) - int(sources[0] == last_source)
+                    last_source = sources[-1]
                 shown.update(n)
         for split, writer in writers.items():
             builders[split].close()
@@ -189,19 +187,20 @@ class LocalEngine(Engine):
 
     def _sort_range(
         self, bounds: tuple[np.ndarray, np.ndarray]
-    ) -> tuple[int, np.ndarray, dict[str, FlatRows]]:
+    ) -> tuple[int, np.ndarray, dict[str, RowBatch]]:
         """Returns (the size of one range, and `split_rows` of it)."""
-        part = read_range(self._runs, *bounds)
-        if part is None:
-            return 0, np.zeros((0, 16), np.uint8), {}
-        return len(part), *split_rows(part, self._rule, self._cuts)
+        in_order = read_range(self._runs, *bounds)
+        if in_order is None:
+            return 0, np.zeros(0, addresses.ADDRESS), {}
+        rows, index = in_order
+        return len(index), *split_rows(rows, index, self._chosen, self._cuts)
 
 
 def no_measurement(files: Sequence[InputFile], rejected: Counter[str]) -> DataError:
     """Returns the error of files that hold nothing usable."""
     reasons = ", ".join(f"{n} x {reason}" for reason, n in rejected.most_common(3))
     return DataError(
-        f"no measurement in {files[0].path}{' and the other files' * (len(files) > 1)}: "
+        f"no measurement in {files[0].location}{' and the other files' * (len(files) > 1)}: "
         + (f"every record was rejected ({reasons})" if reasons else "there is no record")
     )
 
@@ -223,41 +222,27 @@ def write_rejected(directory: Path, spill: Path, units: Sequence[Unit], lines: n
 
 
 def split_rows(
-    part: Sorted, rule: SplitRule, cuts: np.ndarray
-) -> tuple[np.ndarray, dict[str, FlatRows]]:
-    """Returns (the sources, what of `part` each split gets, one row a source however long).
+    rows: RowBatch, index: np.ndarray, chosen: PrepareSettings, cuts: np.ndarray
+) -> tuple[np.ndarray, dict[str, RowBatch]]:
+    """Returns (the sources, what of `rows` each split gets, one row a source however long).
 
-    Only train gets mirrored measurements; the sources [S, 16] are those of any split, in order.
+    Only train gets mirrored measurements; the sources [S] are those of any split, in order.
 
     Args:
-        part: Measurements in order.
-        rule: Says which split a measurement belongs to.
-        cuts: `SplitRule.time_cuts` of each input [I, 2]; for *time* only.
+        rows: Measurements in order, one row a source.
+        index: Input index of each measurement, with the bit `MIRRORED` [M].
+        chosen: Says which split a measurement belongs to.
+        cuts: `time_cuts` of each input [I, 2]; for *time* only.
     """
-    source = np.repeat(np.arange(len(part.src_addr)), np.diff(part.offsets))
-    if rule.split == "time":
-        split = rule.by_time(part.event_time, cuts[part.input_index & ~np.uint32(MIRRORED)])
+    if chosen.split == "time":
+        split = by_time(rows.time, cuts[index & ~np.uint32(MIRRORED)])
     else:
-        src = keyed_hash_addresses(part.src_addr, rule.seed)[source]
-        split = rule.by_addresses(src, keyed_hash_addresses(part.dst_addr, rule.seed))
-    kept = (part.input_index < MIRRORED) | (split == TRAIN)
-    chosen = {name: np.flatnonzero(kept & (split == code)) for code, name in enumerate(SPLITS)}
-    rows = {name: _take(part, which, source[which]) for name, which in chosen.items() if len(which)}
-    return part.src_addr[np.unique(source[kept])], rows
-
-
-def _take(part: Sorted, which: np.ndarray, source: np.ndarray) -> FlatRows:
-    """Returns measurements `which` of `part`, one row a source."""
-    starts = np.flatnonzero(np.append(True, source[1:] != source[:-1]))
-    src_addr = addresses.from_bytes(part.src_addr)[source[starts]]
-    return FlatRows(
-        src_addr=src_addr,
-        ip_version=addresses.family(src_addr),
-        offsets=np.append(starts, len(which)),
-        event_time=part.event_time[which].astype(np.int64),
-        dst_addr=addresses.from_bytes(part.dst_addr)[which],
-        rtt=part.rtt[which],
-    )
+        src = keyed_hash_addresses(rows.src, chosen.seed)[rows.row_of_each()]
+        split = by_addresses(chosen, src, keyed_hash_addresses(rows.dst, chosen.seed))
+    kept = (index < MIRRORED) | (split == TRAIN)
+    members = {name: np.flatnonzero(kept & (split == code)) for code, name in enumerate(SPLITS)}
+    by_split = {name: rows.take(which) for name, which in members.items() if len(which)}
+    return rows.src[np.unique(rows.row_of_each()[kept])], by_split
 
 
 def _next(left: "queue.SimpleQueue[int]") -> int | None:

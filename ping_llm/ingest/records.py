@@ -1,13 +1,17 @@
 """What a measurement is, and what a record must be to become one; the same for every format."""
 
 import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
-from ping_llm.addresses import as_bytes, from_bytes
-from ping_llm.columns import INVALID, MISSING, OK, Addresses
-from ping_llm.measurements import MeasurementTable
+from ping_llm.addresses import ADDRESS
+from ping_llm.columns import INVALID, MISSING, OK, Addresses, parse_addresses
+from ping_llm.data.rows import MEASURED
+from ping_llm.errors import DataError
+from ping_llm.measurements import COLUMNS, MeasurementTable
 
 REJECTED_SCHEMA = pa.schema(
     [
@@ -19,6 +23,8 @@ REJECTED_SCHEMA = pa.schema(
 )
 LARGEST_RTT_US = 2047 * 2**31  # the largest code of the token language
 END_OF_TIME = 2**32  # in 2106
+NEEDED = ("time", "src", "dst", "family", "rtt")
+READ = (*NEEDED, *(name for name in MEASURED if name not in NEEDED))
 
 REASONS = (
     "",
@@ -40,66 +46,26 @@ REASONS = (
     "invalid rtt",
     "non-finite rtt",
     "rtt beyond the largest code",
+    *(f"invalid {COLUMNS[name].arrow}" for name in COLUMNS if name not in NEEDED),
 )
 REASON_CODES = {reason: np.uint8(code) for code, reason in enumerate(REASONS)}
 
 
 @dataclasses.dataclass(frozen=True)
-class Chunk:
-    """Good measurements, in the order of the file, addresses dictionary-encoded.
+class Part:
+    """Some records of a file.
 
     Attributes:
-        event_time: Seconds since 1970 UTC [n], int64.
-        src_values: Distinct source addresses [S, 16], uint8; IPv4 as IPv4-mapped IPv6.
-        src_codes: Which of `src_values` [n], int32.
-        dst_values: Distinct destination addresses [D, 16], uint8.
-        dst_codes: Which of `dst_values` [n], int32.
-        ip_version: 4 or 6 [n], int8.
-        rtt: Milliseconds, -1 = failed [n], float32.
+        table: The good ones.
+        rejected: The others, of `REJECTED_SCHEMA`; lines count from the start of the unit.
+        lines: How many lines or rows were read.
+        done: How much of the unit is read by now, 0 to 1.
     """
 
-    event_time: np.ndarray
-    src_values: np.ndarray
-    src_codes: np.ndarray
-    dst_values: np.ndarray
-    dst_codes: np.ndarray
-    ip_version: np.ndarray
-    rtt: np.ndarray
-
-    def __len__(self) -> int:
-        return len(self.event_time)
-
-    def mirrored(self) -> "Chunk":
-        """Returns the measurements as if made from their destinations, less those to oneself."""
-        src, dst = self.src_values[self.src_codes], self.dst_values[self.dst_codes]
-        apart = (src != dst).any(axis=1)
-        return Chunk(
-            event_time=self.event_time[apart],
-            src_values=self.dst_values,
-            src_codes=self.dst_codes[apart],
-            dst_values=self.src_values,
-            dst_codes=self.src_codes[apart],
-            ip_version=self.ip_version[apart],
-            rtt=self.rtt[apart],
-        )
-
-    def to_table(self) -> MeasurementTable:
-        """Returns the measurements as a table."""
-        return MeasurementTable(
-            time=self.event_time,
-            src=from_bytes(self.src_values)[self.src_codes],
-            dst=from_bytes(self.dst_values)[self.dst_codes],
-            family=self.ip_version,
-            rtt=self.rtt,
-        )
-
-
-@dataclasses.dataclass(frozen=True)
-class Column:
-    """Numbers of n records, beside OK, MISSING or INVALID for each."""
-
-    values: np.ndarray
-    problems: np.ndarray
+    table: MeasurementTable
+    rejected: pa.RecordBatch
+    lines: int
+    done: float
 
 
 class Verdict:
@@ -122,45 +88,101 @@ class Verdict:
         self.reject(problems == INVALID, f"invalid {field}")
 
 
+Field = tuple[np.ndarray, np.ndarray]  # values, and OK, MISSING or INVALID for each
+
+
 def check(
-    verdict: Verdict, *, src: Addresses, dst: Addresses, time: Column, version: Column, rtt: Column
-) -> Chunk:
+    verdict: Verdict,
+    *,
+    src: Addresses,
+    dst: Addresses,
+    time: Field,
+    family: Field,
+    rtt: Field,
+    **optional: Field,
+) -> MeasurementTable:
     """Returns the good records; adds to `verdict` what is wrong with the others."""
-    verdict.reject_problems(time.problems, "event_time")
-    out_of_range = (time.values < 0) | (time.values >= END_OF_TIME)
+    seconds, problems = time
+    verdict.reject_problems(problems, "event_time")
+    out_of_range = (seconds < 0) | (seconds >= END_OF_TIME)
     verdict.reject(out_of_range, "event_time outside 1970..2106")
     verdict.reject_problems(src.problems(), "src_addr")
     verdict.reject_problems(dst.problems(), "dst_addr")
-    known = (version.values == 4) | (version.values == 6)
-    verdict.reject_problems(
-        np.where((version.problems == OK) & ~known, INVALID, version.problems), "ip_version"
-    )
-    mixed = src.family_of_records() != version.values
-    mixed |= dst.family_of_records() != version.values
+    versions, problems = family
+    odd = (problems == OK) & (versions != 4) & (versions != 6)
+    verdict.reject_problems(np.where(odd, INVALID, problems), "ip_version")
+    mixed = src.family_of_records() != versions
+    mixed |= dst.family_of_records() != versions
     verdict.reject(mixed, "address family mismatch")
-    verdict.reject_problems(rtt.problems, "rtt")
-    verdict.reject(~np.isfinite(rtt.values), "non-finite rtt")
+    ms, problems = rtt
+    verdict.reject_problems(problems, "rtt")
+    verdict.reject(~np.isfinite(ms), "non-finite rtt")
     with np.errstate(over="ignore", invalid="ignore"):
-        stored = np.where(rtt.values < 0, -1.0, np.abs(rtt.values)).astype(np.float32)
-        verdict.reject(stored.astype(np.float64) * 1000 > LARGEST_RTT_US, REASONS[-1])
+        stored = np.where(ms < 0, -1.0, np.abs(ms)).astype(np.float32)
+        beyond = stored.astype(np.float64) * 1000 > LARGEST_RTT_US
+    verdict.reject(beyond, "rtt beyond the largest code")
+    n = len(verdict.codes)
+    absent = np.zeros(n), np.full(n, MISSING)
+    values = {
+        name: _optional(verdict, name, *optional.get(name, absent))
+        for name in {*READ, *optional} - {*NEEDED}
+    }
     good = np.flatnonzero(verdict.codes == 0)
-    return Chunk(
-        event_time=time.values[good],
-        src_values=as_bytes(src.values),
-        src_codes=src.codes[good],
-        dst_values=as_bytes(dst.values),
-        dst_codes=dst.codes[good],
-        ip_version=version.values[good].astype(np.int8),
+    return MeasurementTable(
+        time=seconds[good],
+        src=src.values[src.codes[good]],
+        dst=dst.values[dst.codes[good]],
+        family=versions[good].astype(np.int8),
         rtt=stored[good],
+        **{name: column[good] for name, column in values.items()},
     )
+
+
+def _optional(verdict: Verdict, name: str, values: np.ndarray, problems: np.ndarray) -> np.ndarray:
+    """Returns the values of a column that records need not have; rejects those that cannot be."""
+    column = COLUMNS[name]
+    accepted = True if column.accepts is None else column.accepts(values)
+    given = problems == OK
+    verdict.reject((problems == INVALID) | (given & ~accepted), f"invalid {column.arrow}")
+    return np.where(given & accepted, values, column.missing).astype(column.dtype)
+
+
+def check_columns(arrays: Mapping[str, pa.Array]) -> tuple[MeasurementTable, Verdict]:
+    """Returns the good records of a table, given as its columns by name, and what is wrong."""
+    fields: dict[str, Any] = {}
+    for name in READ:
+        column = COLUMNS[name]
+        if column.arrow in arrays:
+            read = parse_addresses if column.dtype == ADDRESS else column.read
+            fields[name] = read(arrays[column.arrow])
+    verdict = Verdict(len(arrays["rtt"]))
+    return check(verdict, **fields), verdict
+
+
+def names_to_read(path: object, names: Sequence[str]) -> list[str]:
+    """Returns which columns of a table are read, of all its `names`.
+
+    Raises:
+        DataError: One is missing, or there twice.
+    """
+    needed = [COLUMNS[name].arrow for name in NEEDED]
+    if missing := [name for name in needed if name not in names]:
+        raise DataError(
+            f"{path} has no column {', '.join(missing)}; expected {', '.join(needed)}, "
+            f"found {', '.join(names)[:200] or 'none'}"
+        )
+    read = [COLUMNS[name].arrow for name in READ if COLUMNS[name].arrow in names]
+    if repeated := [name for name in read if names.count(name) > 1]:
+        raise DataError(f"{path} has column {repeated[0]} more than once")
+    return read
 
 
 def rejected_batch(
-    file: str, lines: np.ndarray, codes: np.ndarray, records: list[str]
+    file: object, lines: np.ndarray, codes: np.ndarray, records: list[str]
 ) -> pa.RecordBatch:
     """Returns rejected records as a batch of `REJECTED_SCHEMA`."""
     columns = [
-        pa.array([file] * len(records), pa.string()),
+        pa.array([str(file)] * len(records), pa.string()),
         pa.array(lines, pa.int64()),
         pa.array([REASONS[code] for code in codes], pa.string()),
         pa.array(records, pa.string()),

@@ -17,40 +17,41 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from ping_llm.data.rows import SPLITS, RowBuilder, RowWriter, read_rows
+from ping_llm.columns import from_fixed_binary
+from ping_llm.data.rows import MEASURED, SPLITS, RowBatch, RowBuilder, RowWriter, read_rows
 from ping_llm.errors import ConfigError, DataError, StorageError
-from ping_llm.ingest.files import InputFile
+from ping_llm.ingest.files import InputFile, Unit
 from ping_llm.ingest.local import Engine, RejectedSpool, no_measurement, split_rows, write_rejected
-from ping_llm.ingest.records import Chunk
-from ping_llm.ingest.sorting import MIRRORED, Sorted
-from ping_llm.ingest.sources import Unit, cut_into_units, read_unit
-from ping_llm.ingest.splits import SplitRule
+from ping_llm.ingest.records import READ
+from ping_llm.ingest.settings import PrepareSettings
+from ping_llm.ingest.sorting import MIRRORED
+from ping_llm.ingest.sources import cut_into_units, read_unit
+from ping_llm.ingest.splits import time_cuts
+from ping_llm.measurements import COLUMNS, MeasurementTable
 from ping_llm.progress import progress
 
-_READ = "event_time long, src_addr binary, dst_addr binary, ip_version byte, rtt float, input int"
-_ORDER = ("ip_version", "src_addr", "event_time", "dst_addr", "rtt")
+_TYPES = {"int64": "long", "void128": "binary", "int8": "byte", "float32": "float"}
+_READ = (
+    ", ".join(f"{COLUMNS[n].arrow} {_TYPES[COLUMNS[n].dtype.name]}" for n in READ) + ", input int"
+)
+_ORDER = [COLUMNS[name].arrow for name in ("family", "src", *MEASURED)]
 
 
 class SparkEngine(Engine):
     """The engine of a Spark session, which may be of many machines."""
 
     def run(self, files: Sequence[InputFile], *, workers: int) -> None:
-        """Reads `files` and writes all rows, and `rejected.parquet`, to the directory.
-
-        Raises:
-            ConfigError: PySpark is not installed.
-            DataError: A file is broken, or there is no measurement in all of them.
-        """
+        """See `Engine.run`."""
         spill = self._spill
         spill.mkdir()
         units = [unit for file in files for unit in cut_into_units(file)]
-        session, ours = _session(workers, self._memory_limit)
+        session, ours = _session(workers, self._chosen.memory_bytes)
         from pyspark import StorageLevel
         from pyspark.errors import PySparkException
 
         try:
             read = session.range(0, len(units), 1, len(units))
-            read = read.mapInArrow(_reader(units, spill, self._both_ends), _READ)
+            read = read.mapInArrow(_reader(units, spill, self._chosen.both_ends), _READ)
             read = read.persist(StorageLevel.DISK_ONLY)
             spans = read.groupBy("input").agg({"event_time": "min"}).collect()
             last = dict(read.groupBy("input").agg({"event_time": "max"}).collect())
@@ -71,14 +72,12 @@ class SparkEngine(Engine):
             cuts = np.zeros((max(file.input_index for file in files) + 1, 2), np.int64)
             for index, first in spans:
                 if index < MIRRORED:
-                    cuts[index] = self._rule.time_cuts(first, last[index])
+                    cuts[index] = time_cuts(self._chosen, first, last[index])
             parts = max(len(units), session.sparkContext.defaultParallelism)
             # A source goes to one partition, so that rows need not be joined across them.
             made = read.repartitionByRange(parts, "ip_version", "src_addr")
             made = made.sortWithinPartitions(*_ORDER)
-            made = made.mapInArrow(
-                _writer(spill, self._rule, cuts, self._row_cap_bytes), "part long, probes long"
-            )
+            made = made.mapInArrow(_writer(spill, self._chosen, cuts), "part long, probes long")
             probes = sorted(tuple(row) for row in made.collect())
             self.probes = sum(n for _, n in probes)
             self._join(spill, [part for part, _ in probes])
@@ -135,8 +134,8 @@ def _session(workers: int, memory_limit: int) -> tuple[Any, bool]:
 def _reader(units: list[Unit], spill: Path, both_ends: bool) -> Callable:
     """Returns what reads the units of the numbers it is given, into batches of `_READ`."""
 
-    def to_batch(chunk: Chunk, index: int) -> pa.RecordBatch:
-        table = chunk.to_table().to_arrow()
+    def to_batch(measurements: MeasurementTable, index: int) -> pa.RecordBatch:
+        table = measurements.to_arrow()
         inputs = pa.array(np.full(len(table), index, np.int32))
         columns = [column.combine_chunks() for column in table.columns]
         # Spark has no binary of a fixed size.
@@ -150,16 +149,16 @@ def _reader(units: list[Unit], spill: Path, both_ends: bool) -> Callable:
                 for part in read_unit(unit):
                     spool.add(part.rejected)
                     lines += part.lines
-                    yield to_batch(part.chunk, unit.file.input_index)
+                    yield to_batch(part.table, unit.file.input_index)
                     if both_ends:
-                        yield to_batch(part.chunk.mirrored(), unit.file.input_index | MIRRORED)
+                        yield to_batch(part.table.mirrored(), unit.file.input_index | MIRRORED)
             note = {"lines": lines, "reasons": spool.reasons}
             (spill / f"unit-{i}.json").write_text(json.dumps(note))
 
     return read
 
 
-def _writer(spill: Path, rule: SplitRule, cuts: np.ndarray, row_cap_bytes: int) -> Callable:
+def _writer(spill: Path, chosen: PrepareSettings, cuts: np.ndarray) -> Callable:
     """Returns what writes one sorted partition as rows, and tells its number and its sources."""
 
     def write(batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
@@ -168,18 +167,18 @@ def _writer(spill: Path, rule: SplitRule, cuts: np.ndarray, row_cap_bytes: int) 
         context = TaskContext.get()
         part = context.partitionId() if context else 0
         writers = {split: RowWriter(spill, f"{split}.{part}") for split in SPLITS}
-        builders = {s: RowBuilder(w, row_cap_bytes=row_cap_bytes) for s, w in writers.items()}
-        probes, last = 0, b""
+        cap = chosen.row_cap_bytes
+        builders = {split: RowBuilder(writers[split], row_cap_bytes=cap) for split in SPLITS}
+        probes, last = 0, None
         for batch in batches:
             if len(batch) == 0:
                 continue
-            ordered = _to_sorted(batch)
-            found, rows_by_split = split_rows(ordered, rule, cuts)
+            sources, rows_by_split = split_rows(*_to_rows(batch), chosen, cuts)
             for split, rows in rows_by_split.items():
                 builders[split].append(rows)
-            if len(found):
-                probes += len(found) - (found[0].tobytes() == last)
-                last = found[-1].tobytes()
+            if len(sources):
+                probes += len(sources) - int(sources[0] == last)
+                last = sources[-1]
         for split, writer in writers.items():
             builders[split].close()
             writer.close()
@@ -190,18 +189,16 @@ def _writer(spill: Path, rule: SplitRule, cuts: np.ndarray, row_cap_bytes: int) 
     return write
 
 
-def _to_sorted(batch: pa.RecordBatch) -> Sorted:
-    """Returns a batch of `_READ`, which is in order, with its sources taken together."""
-    src, dst = (
-        np.frombuffer(batch[name].cast(pa.binary(16)).buffers()[1], np.uint8).reshape(-1, 16)
-        for name in ("src_addr", "dst_addr")
-    )
-    starts = np.flatnonzero(np.append(True, (src[1:] != src[:-1]).any(axis=1)))
-    return Sorted(
-        src_addr=src[starts],
-        offsets=np.append(starts, len(src)),
-        event_time=batch["event_time"].to_numpy().astype(np.uint32),
-        dst_addr=dst,
-        rtt=batch["rtt"].to_numpy(),
-        input_index=batch["input"].to_numpy().astype(np.uint32),
-    )
+def _to_rows(batch: pa.RecordBatch) -> tuple[RowBatch, np.ndarray]:
+    """Returns a batch of `_READ`, which is in order, as one row a source, and input indices."""
+    index = batch["input"].to_numpy().astype(np.uint32)
+    columns = {}
+    for name in READ:
+        array = batch[COLUMNS[name].arrow]
+        is_address = array.type == pa.binary()
+        fixed = array.cast(pa.binary(16)) if is_address else array
+        columns[name] = from_fixed_binary(fixed) if is_address else fixed.to_numpy()
+    src = columns["src"]
+    first = np.append(True, src[1:] != src[:-1])
+    measured = {name: columns[name] for name in MEASURED}
+    return RowBatch.grouped(np.cumsum(first) - 1, src[first], measured), index

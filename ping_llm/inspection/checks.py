@@ -97,7 +97,7 @@ def _row_problems(rows: ProbeRows) -> list[int]:
     """Returns how many rows are empty, before a lower one, and apart from others of a source."""
     if len(rows) == 0:
         return [0, 0, 0]
-    sources = np.concatenate([batch.src_addr for batch in rows.batches])
+    sources = np.concatenate([batch.src for batch in rows.batches])
     high, low = addresses.words(sources)
     same = high[1:] == high[:-1]
     descends = (high[1:] < high[:-1]) | (same & (low[1:] < low[:-1]))

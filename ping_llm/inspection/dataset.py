@@ -137,18 +137,18 @@ def _windows(
     rows: ProbeRows, split: str, samples: int
 ) -> tuple[list[SampleContext], dict[str, Any]]:
     """Returns contexts of `rows` as training would draw them, and statistics of windows."""
-    order = windows.VisitOrder(rows.n_measurements, WINDOW_SEED)
+    order = windows.WindowOrder(rows.n_measurements, WINDOW_SEED)
     n_windows = min(order.per_epoch, WINDOWS)
-    visits = order[np.arange(n_windows)]
+    drawn = order[np.arange(n_windows)]
     length = WINDOW_SEQ_LEN + 1
-    tokens, offsets = windows.encode_visits(rows, visits, seed=WINDOW_SEED, length=length)
+    tokens, offsets = windows.encode_windows(rows, drawn, seed=WINDOW_SEED, length=length)
     lengths = np.diff(offsets)
     counts = np.add.reduceat(tokens == tokenizer.MEASUREMENT_START, offsets[:-1])
     n_sequences = len(packing.best_fit(lengths, length))
     contexts = []
-    for i, row in enumerate(visits.row[:samples].tolist()):
+    for i, row in enumerate(drawn.row[:samples].tolist()):
         batch, index = rows.batches[rows.batch_index[row]], rows.row_in_batch[row]
-        (source,) = addresses.to_text(batch.src_addr[index : index + 1])
+        (source,) = addresses.to_text(batch.src[index : index + 1])
         contexts.append(SampleContext(source, split, tokens[offsets[i] : offsets[i + 1]].tolist()))
     return contexts, {
         "visits": n_windows,

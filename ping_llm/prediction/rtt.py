@@ -18,7 +18,7 @@ from ping_llm import addresses, tokenizer
 from ping_llm.checkpoints import load_run
 from ping_llm.data.pipeline import data_fingerprint
 from ping_llm.data.rows import ProbeRows, is_dataset
-from ping_llm.data.windows import WindowLaw
+from ping_llm.data.windows import WindowConfig
 from ping_llm.errors import DataError, PingLLMError
 from ping_llm.estimators.pairs import Nodes
 from ping_llm.measurements import NO_TIME, MeasurementTable
@@ -172,7 +172,7 @@ class Predictor:
             params,
             max_tokens=train["seq_len"],
             known=known,
-            hide_unseen=WindowLaw.of(train).hidden_source_fraction > 0,
+            hide_unseen=WindowConfig.of(train).hidden_source_fraction > 0,
         )
 
     def contexts(self, history: MeasurementTable, queries: MeasurementTable) -> Contexts:
@@ -410,5 +410,5 @@ def _trained_addresses(data: dict[str, Any]) -> Nodes | None:
     except PingLLMError:
         return None
     # Batch by batch: not all measurements at once.
-    parts = [Nodes(b.src_addr, b.dst_addr).addresses for b in ProbeRows(path, "train").batches]
+    parts = [Nodes(b.src, b.dst).addresses for b in ProbeRows(path, "train").batches]
     return Nodes(*parts, np.zeros(0, addresses.ADDRESS))

@@ -15,20 +15,23 @@ import dataclasses
 import ipaddress
 import json
 import math
-import os
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from ping_llm.errors import ConfigError, DataError, StorageError
+from ping_llm import settings
+from ping_llm.errors import DataError
 from ping_llm.hashing import mix
+from ping_llm.outputs import claim, publish_file
 from ping_llm.progress import progress
 from ping_llm.simulation.cities import Cities, load_cities
+from ping_llm.simulation.settings import DAY, SimulateSettings
+from ping_llm.storage import Location
 
 START_TIME = 1_704_067_200  # 2024-01-01T00:00:00Z
-MAX_PROBES, MAX_DAYS = 100_000, 20_000
 BLOCK = 1 << 17  # measurements of one row group, and of one noise generator: part of the format
 SETTINGS_KEY = b"ping_llm.simulate"
 SCHEMA = pa.schema(
@@ -42,7 +45,6 @@ SCHEMA = pa.schema(
 )
 
 FIBRE_KM_PER_MS = 100.0  # there and back: light in glass covers 200 km in 1 ms
-DAY = 86_400
 MAX_ANCHORS, MAX_TARGETS = 1000, 40
 MIN_ROUNDS = 12  # a host gets fewer targets before it measures them less often than this
 MAX_AS = 4096  # 10.0.0.0/8 holds as many /20 prefixes
@@ -99,7 +101,7 @@ class _Hosts:
 
 
 class World:
-    """The hosts, who measures whom, and the laws of round-trip times, for one seed."""
+    """The hosts, who measures whom, and how long round trips take, for one seed."""
 
     def __init__(self, *, probes: int, days: float, measurements: int, seed: int):
         rng = np.random.default_rng([seed, 0])
@@ -258,95 +260,59 @@ def _make_streams(
     return source[order], target[order], ipv6[order]
 
 
-def simulate(
-    output: Path, *, probes: int, days: float, measurements: int, seed: int
-) -> SimulateResult:
+@settings.takes(SimulateSettings)
+def simulate(chosen: SimulateSettings) -> SimulateResult:
     """Writes the measurements of a synthetic internet to a Parquet file, in time order.
 
     A finished file with the same settings is left as it is.
 
-    Args:
-        output: The file to write, `*.parquet`, in a directory that exists.
-        probes: Hosts that measure, 2 to 100,000; a quarter of them, at most 1,000, are targets too.
-        days: Time span from 2024-01-01 UTC on, in days.
-        measurements: How many measurements to write.
-        seed: Seed of the world and its noise.
-
     Raises:
-        ConfigError: A setting cannot be, or `output` was made with other settings.
-        DataError: `output` exists and is not a simulated file.
-        StorageError: `output` cannot be written.
+        ConfigError: A setting cannot be, or the output was made with other settings, or is another
+            process's.
+        DataError: The output exists and is not a simulated file.
+        StorageError: The output cannot be written.
     """
-    output = Path(output)
-    settings = {"probes": probes, "days": days, "measurements": measurements, "seed": seed}
-    _check(output, settings)
-    if output.exists():
-        _check_finished(output, settings)
-    else:
-        world = World(probes=probes, days=days, measurements=measurements, seed=seed)
-        _write(output, world, settings)
-    return SimulateResult(output=str(output), bytes=output.stat().st_size, **settings)
+    output = Location.of(chosen.output)
+    stored = settings.to_json(chosen)
+
+    def made_with() -> dict[str, Any] | None:
+        return _read_settings(output) if output.is_file() else None
+
+    with claim(output, what="simulate", settings=chosen, stored=made_with) as held:
+        if not output.is_file():
+            with publish_file(output, claim=held) as path:
+                _write(path, stored)
+        return SimulateResult(output=chosen.output, bytes=output.size(), **stored)
 
 
-def _check(output: Path, settings: dict) -> None:
-    limits = {
-        "probes": (2, MAX_PROBES),
-        "days": (1 / DAY, MAX_DAYS),
-        "measurements": (1, 10**12),
-        "seed": (0, 2**63 - 1),
-    }
-    for name, (low, high) in limits.items():
-        if not low <= settings[name] <= high:  # also refuses NaN
-            raise ConfigError(f"{name}={settings[name]} must lie between {low:.6g} and {high:.6g}")
-    if output.suffix != ".parquet":
-        raise ConfigError(f"output={output} must be a Parquet file: give a name ending in .parquet")
-    if output.is_dir():
-        raise ConfigError(f"output={output} is a directory; name a .parquet file in it")
-    if not output.parent.is_dir():
-        raise StorageError(f"output={output}: there is no directory {output.parent}; make it first")
-
-
-def _check_finished(output: Path, settings: dict) -> None:
+def _read_settings(output: Location) -> dict[str, Any]:
     try:
-        metadata = pq.read_metadata(output).metadata or {}
+        with output.open_input() as file:
+            metadata = pq.read_metadata(file).metadata or {}
     except (OSError, pa.ArrowInvalid) as error:
         raise DataError(f"{output} exists and is not a readable Parquet file: {error}") from None
     try:
-        found = dict(json.loads(metadata[SETTINGS_KEY]))
+        return dict(json.loads(metadata[SETTINGS_KEY]))
     except (KeyError, TypeError, ValueError):
         raise DataError(
             f"{output} exists and was not written by simulate; choose another name"
         ) from None
-    for name, value in settings.items():
-        if found.get(name) != value:
-            raise ConfigError(
-                f"{output} was simulated with {name}={found.get(name)}, not {name}={value}; "
-                "choose another output or remove it"
-            )
 
 
-def _write(output: Path, world: World, settings: dict) -> None:
-    temporary = output.with_name(f".{output.name}.{os.getpid()}.tmp")
-    schema = SCHEMA.with_metadata({SETTINGS_KEY: json.dumps(settings)})
-    total = settings["measurements"]
-    try:
-        with (
-            progress("simulate", total=total, unit="measurements") as shown,
-            pq.ParquetWriter(
-                temporary,
-                schema,
-                compression="zstd",
-                use_dictionary=["src_addr", "dst_addr", "ip_version"],  # pyright: ignore[reportArgumentType]
-                column_encoding={"event_time": "DELTA_BINARY_PACKED"},
-                write_page_checksum=True,  # else a damaged page may read as other numbers
-            ) as writer,
-        ):
-            for index in range(-(-total // BLOCK)):
-                batch = world.block(index)
-                writer.write_batch(batch)
-                shown.update(len(batch))
-        temporary.replace(output)
-    except OSError as error:
-        raise StorageError(f"cannot write {output}: {error}; nothing was left there") from None
-    finally:
-        temporary.unlink(missing_ok=True)
+def _write(path: Path, stored: dict[str, Any]) -> None:
+    total, world = stored["measurements"], World(**stored)
+    with (
+        progress("simulate", total=total, unit="measurements") as shown,
+        pq.ParquetWriter(
+            path,
+            SCHEMA.with_metadata({SETTINGS_KEY: json.dumps(stored)}),
+            compression="zstd",
+            use_dictionary=["src_addr", "dst_addr", "ip_version"],  # pyright: ignore[reportArgumentType]
+            column_encoding={"event_time": "DELTA_BINARY_PACKED"},
+            write_page_checksum=True,  # else a damaged page may read as other numbers
+        ) as writer,
+    ):
+        for index in range(-(-total // BLOCK)):
+            batch = world.block(index)
+            writer.write_batch(batch)
+            shown.update(len(batch))

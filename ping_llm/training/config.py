@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from ping_llm import sharding
-from ping_llm.data.windows import WindowLaw
+from ping_llm.data.windows import WindowConfig
 from ping_llm.errors import ConfigError
 from ping_llm.models.config import PRESETS, DecoderConfig, YarnScaling
 from ping_llm.tokenizer import FIELDS
@@ -134,9 +134,9 @@ class TrainConfig:
             raise ConfigError(f"{accumulate_steps=} must divide {batch_size=}")
 
     @property
-    def law(self) -> WindowLaw:
+    def law(self) -> WindowConfig:
         """What the windows of the train split are like."""
-        return WindowLaw.of(vars(self))
+        return WindowConfig.of(vars(self))
 
 
 _POSITIVE = (

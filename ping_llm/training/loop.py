@@ -148,7 +148,7 @@ def train(
             batch_size=cfg.batch_size,
             seq_len=cfg.seq_len,
             seed=cfg.seed,
-            law=cfg.law,
+            window_config=cfg.law,
             process_index=index,
             process_count=count,
         ) as loader,

@@ -1,3 +1,4 @@
+import hashlib
 import itertools
 import json
 import subprocess
@@ -12,8 +13,8 @@ import pytest
 from ping_llm import addresses, tokenizer
 from ping_llm.data import pipeline, windows
 from ping_llm.data.pipeline import TrainLoader, eval_batches, merge_states
-from ping_llm.data.rows import FlatRows, ProbeRows, RowWriter
-from ping_llm.data.windows import WindowLaw
+from ping_llm.data.rows import ProbeRows, RowBatch, RowWriter
+from ping_llm.data.windows import WindowConfig
 from ping_llm.errors import ConfigError, DataError
 from ping_llm.ingest.prepare import prepare_data
 from ping_llm.simulation.simulate import simulate
@@ -50,42 +51,42 @@ def assert_equal(batches, others):
             np.testing.assert_array_equal(getattr(batch, name), getattr(other, name))
 
 
-def segments_of(batches, lane):
-    """Returns the token strings of all whole segments of one lane."""
+def segments_of(batches, stream):
+    """Returns the token strings of all whole segments of one stream."""
     found = []
     for batch in batches:
-        ids = batch.segment_ids[lane]
+        ids = batch.segment_ids[stream]
         for segment in range(1, ids.max() + 1):
             at = np.flatnonzero(ids == segment)
             # The last token of a segment that ends the sequence is a target only.
-            last = [batch.targets[lane, at[-1]]] if batch.mask[lane, at[-1]] else []
-            found.append(bytes(np.array([*batch.inputs[lane, at], *last], np.uint16)))
+            last = [batch.targets[stream, at[-1]]] if batch.mask[stream, at[-1]] else []
+            found.append(bytes(np.array([*batch.inputs[stream, at], *last], np.uint16)))
     return found
 
 
 # --- what is in a batch -------------------------------------------------------------------------
 
 
-def test_each_lane_reads_every_batch_size_th_visit_each_once(mixed):
-    n_lanes, steps = SETTINGS["batch_size"], 60
+def test_each_stream_reads_every_batch_size_th_window_each_once(mixed):
+    n_streams, steps = SETTINGS["batch_size"], 60
     batches = batches_of(mixed, steps)
     rows = ProbeRows(mixed, "train")
-    order = windows.VisitOrder(rows.n_measurements, SETTINGS["seed"])
-    for lane in range(n_lanes):
-        found = segments_of(batches, lane)
-        visits = order[lane + n_lanes * np.arange(len(found) + 200)]
+    order = windows.WindowOrder(rows.n_measurements, SETTINGS["seed"])
+    for stream in range(n_streams):
+        found = segments_of(batches, stream)
+        drawn = order[stream + n_streams * np.arange(len(found) + 200)]
         length = SETTINGS["seq_len"] + 1
-        tokens, offsets = windows.encode_visits(rows, visits, seed=SETTINGS["seed"], length=length)
+        tokens, offsets = windows.encode_windows(rows, drawn, seed=SETTINGS["seed"], length=length)
         expected = [bytes(tokens[a:b]) for a, b in itertools.pairwise(offsets)]
         missing = Counter(found) - Counter(expected)
         assert not missing
-        # Only of the chunk that is being read, some dozen visits, some are still to come.
+        # Only of the chunk that is being read, some dozen windows, some are still to come.
         behind = Counter(expected[: len(found)]) - Counter(found)
         assert sum(behind.values()) < 16 < len(found) // 4
 
 
-def test_all_visits_of_an_epoch_come_before_much_of_the_next(write_rows):
-    data = write_rows([40, 7, 90, 33])  # 2 + 1 + 3 + 2 visits
+def test_all_windows_of_an_epoch_come_before_much_of_the_next(write_rows):
+    data = write_rows([40, 7, 90, 33])  # 2 + 1 + 3 + 2 windows
     sources = Counter()
     for batch in batches_of(data, 12, batch_size=1):
         for segment in segments_of([batch], 0):
@@ -99,8 +100,8 @@ def test_all_visits_of_an_epoch_come_before_much_of_the_next(write_rows):
 
 def test_no_measurement_is_cut_and_segments_do_not_mix(mixed):
     for batch in batches_of(mixed, 30):
-        for lane in range(SETTINGS["batch_size"]):
-            for segment in segments_of([batch], lane):
+        for stream in range(SETTINGS["batch_size"]):
+            for segment in segments_of([batch], stream):
                 decoded, problems = tokenizer.decode(np.frombuffer(segment, np.uint16))
                 assert not problems
                 assert len(set(decoded.src.tolist())) == 1
@@ -109,8 +110,8 @@ def test_no_measurement_is_cut_and_segments_do_not_mix(mixed):
 def test_a_batch_mixes_many_probes(mixed):
     for batch in batches_of(mixed, 10, batch_size=16):
         sources = set()
-        for lane in range(16):
-            for segment in segments_of([batch], lane):
+        for stream in range(16):
+            for segment in segments_of([batch], stream):
                 decoded, _ = tokenizer.decode(np.frombuffer(segment, np.uint16))
                 sources.add(bytes(decoded.src[0]))
         assert len(sources) >= 12
@@ -146,21 +147,6 @@ def test_the_parts_of_several_processes_make_the_batch_of_one(mixed, process_cou
         np.testing.assert_array_equal(
             np.stack(whole), np.stack([getattr(b, name) for b in batches_of(mixed, 20)])
         )
-
-
-# Worker processes start afresh, without this module's smaller chunks.
-@pytest.mark.slow
-@pytest.mark.parametrize("num_workers", [1, 3])
-def test_worker_processes_make_the_same_batches_and_the_same_state(mixed, monkeypatch, num_workers):
-    monkeypatch.undo()
-    with (
-        TrainLoader(mixed, **SETTINGS) as alone,
-        TrainLoader(mixed, **SETTINGS, num_workers=num_workers) as helped,
-    ):
-        assert_equal(take(alone, 6), take(helped, 6))
-        assert helped.get_state() == alone.get_state()
-        helped.set_state(alone.get_state())
-        assert_equal(take(alone, 3), take(helped, 3))
 
 
 # --- stopping and going on ----------------------------------------------------------------------
@@ -211,7 +197,7 @@ def test_merged_states_go_on_in_another_number_of_processes(mixed, before, after
         ({"batch_size": 8}, "batch_size was 4, now it is 8"),
         ({"seq_len": 300}, "seq_len was 256, now it is 300"),
         (
-            {"law": WindowLaw(result_last_fraction=1.0)},
+            {"window_config": WindowConfig(result_last_fraction=1.0)},
             "result_last_fraction was 0.0, now it is 1.0",
         ),
     ],
@@ -247,12 +233,20 @@ def test_the_fingerprint_does_not_depend_on_how_long_the_data_took_to_make(write
     assert pipeline.data_fingerprint(data) != before
 
 
+def test_a_data_set_of_an_earlier_version_keeps_the_name_that_runs_know_it_by(write_rows):
+    data = write_rows([50])
+    metadata = json.loads((data / "dataset.json").read_text()) | {"fingerprint": "0" * 64}
+    (data / "dataset.json").write_text(json.dumps(metadata | {"seconds": 1.5}))
+    hashed = hashlib.sha256(json.dumps(metadata, sort_keys=True).encode()).hexdigest()
+    assert pipeline.data_fingerprint(data) == hashed[:16]
+
+
 def test_the_state_of_one_process_of_two_is_refused_by_the_other(mixed):
     with TrainLoader(mixed, **SETTINGS, process_index=0, process_count=2) as loader:
         state = loader.get_state()
     with (
         TrainLoader(mixed, **SETTINGS, process_index=1, process_count=2) as loader,
-        pytest.raises(ConfigError, match=r"holds 2 lanes from 0; .* needs 2 from 2"),
+        pytest.raises(ConfigError, match=r"holds 2 streams from 0; .* needs 2 from 2"),
     ):
         loader.set_state(state)
 
@@ -261,7 +255,7 @@ def test_the_state_of_one_process_of_two_is_refused_by_the_other(mixed):
 
 
 @pytest.mark.parametrize("sizes", [[1], [2], [1, 1, 1], [31], [5, 700]])
-def test_data_of_few_measurements_fill_any_number_of_lanes(write_rows, sizes):
+def test_data_of_few_measurements_fill_any_number_of_streams(write_rows, sizes):
     data = write_rows(sizes)
     with TrainLoader(data, batch_size=8, seq_len=64, seed=0) as loader:
         batches = take(loader, 40)
@@ -299,12 +293,12 @@ def test_rows_out_of_time_order_that_overfill_a_sequence_are_an_error(tmp_path):
     n, writer = 400, RowWriter(tmp_path, "train")
     address = addresses.from_bytes(np.full((n, 16), 7, np.uint8))
     writer.append(
-        FlatRows(
-            src_addr=address[:1],
-            ip_version=np.array([4], np.int8),
+        RowBatch(
+            src=address[:1],
+            family=np.array([4], np.int8),
             offsets=np.array([0, n]),
-            event_time=np.arange(n)[::-1] * 3600,
-            dst_addr=address,
+            time=np.arange(n)[::-1] * 3600,
+            dst=address,
             rtt=np.ones(n, np.float32),
         )
     )
@@ -318,7 +312,7 @@ def test_rows_out_of_time_order_that_overfill_a_sequence_are_an_error(tmp_path):
         take(loader, 20)
 
 
-# --- threads and processes ----------------------------------------------------------------------
+# --- the thread ----------------------------------------------------------------------
 
 
 def test_closing_ends_the_background_thread(mixed):
@@ -330,15 +324,12 @@ def test_closing_ends_the_background_thread(mixed):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("num_workers", [0, 2])
-def test_leaving_without_closing_is_silent(mixed, num_workers):
+def test_leaving_without_closing_is_silent(mixed):
     script = f"""
         from pathlib import Path
         from ping_llm.data.pipeline import TrainLoader
         if __name__ == "__main__":
-            loader = TrainLoader(
-                Path({str(mixed)!r}), batch_size=4, seq_len=128, seed=0, num_workers={num_workers}
-            )
+            loader = TrainLoader(Path({str(mixed)!r}), batch_size=4, seq_len=128, seed=0)
             next(loader)
     """
     done = subprocess.run(
@@ -356,8 +347,8 @@ def test_evaluation_batches_are_fixed_and_cover_every_probe(mixed):
     assert_equal(batches, eval_batches(mixed, "valid", **settings))
     assert [batch.inputs.shape for batch in batches] == [(8, 256)] * 5
     sources = set()
-    for lane in range(8):
-        for segment in segments_of(batches, lane):
+    for stream in range(8):
+        for segment in segments_of(batches, stream):
             decoded, problems = tokenizer.decode(np.frombuffer(segment, np.uint16))
             assert not problems
             sources.add(bytes(decoded.src[0]))
@@ -374,17 +365,13 @@ def test_of_data_split_by_probe_evaluation_shows_new_sources_and_hides_them_if_a
         assert len(batches) == 12
         decoded = [
             tokenizer.decode(np.frombuffer(segment, np.uint16))[0].src
-            for lane in range(4)
-            for segment in segments_of(batches, lane)
+            for stream in range(4)
+            for segment in segments_of(batches, stream)
         ]
         return {bytes(address) for part in decoded for address in part}
 
-    trained = {
-        bytes(row) for b in ProbeRows(tmp_path / "rows", "train").batches for row in b.src_addr
-    }
-    held_out = {
-        bytes(row) for b in ProbeRows(tmp_path / "rows", "test").batches for row in b.src_addr
-    }
+    trained = {bytes(row) for b in ProbeRows(tmp_path / "rows", "train").batches for row in b.src}
+    held_out = {bytes(row) for b in ProbeRows(tmp_path / "rows", "test").batches for row in b.src}
     assert held_out & trained  # they measured to destinations that were held out
     assert sources("test") == held_out - trained
     hidden = sources("test", hide_unseen=True)
@@ -400,10 +387,12 @@ def ends_with_the_result(segment):
 
 def test_results_stand_last_in_evaluation_and_as_asked_in_training(mixed):
     batches = eval_batches(mixed, "valid", batch_size=4, seq_len=256, count=3)
-    assert all(ends_with_the_result(s) for lane in range(4) for s in segments_of(batches, lane))
+    assert all(ends_with_the_result(s) for stream in range(4) for s in segments_of(batches, stream))
     for fraction in (0.0, 1.0):
-        batches = batches_of(mixed, 5, law=WindowLaw(result_last_fraction=fraction))
-        found = [ends_with_the_result(s) for lane in range(4) for s in segments_of(batches, lane)]
+        batches = batches_of(mixed, 5, window_config=WindowConfig(result_last_fraction=fraction))
+        found = [
+            ends_with_the_result(s) for stream in range(4) for s in segments_of(batches, stream)
+        ]
         assert all(found) == (fraction == 1.0)
 
 

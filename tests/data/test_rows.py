@@ -11,16 +11,12 @@ from ping_llm.addresses import as_bytes, from_bytes
 from ping_llm.data import rows as rows_module
 from ping_llm.data.rows import (
     BYTES_PER_MEASUREMENT,
-    FlatRows,
     ProbeRows,
+    RowBatch,
     RowBuilder,
     RowWriter,
-    concat_rows,
-    from_record_batch,
     read_metadata,
-    slice_rows,
     split_files,
-    to_record_batch,
 )
 from ping_llm.errors import DataError
 
@@ -32,18 +28,18 @@ def make_rows(counts, first_source=0):
     src[:, 15] = np.arange(n) + first_source
     dst = np.zeros((m, 16), np.uint8)
     dst[:, 12:] = np.arange(m, dtype=">u4").view(np.uint8).reshape(-1, 4)
-    return FlatRows(
-        src_addr=from_bytes(src),
-        ip_version=np.full(n, 6, np.int8),
+    return RowBatch(
+        src=from_bytes(src),
+        family=np.full(n, 6, np.int8),
         offsets=np.append(0, np.cumsum(counts)),
-        event_time=np.arange(m),
-        dst_addr=from_bytes(dst),
+        time=np.arange(m),
+        dst=from_bytes(dst),
         rtt=np.arange(m, dtype=np.float32),
     )
 
 
 def assert_equal(a, b):
-    for name in FlatRows.__dataclass_fields__:
+    for name in RowBatch.__dataclass_fields__:
         np.testing.assert_array_equal(getattr(a, name), getattr(b, name), err_msg=name)
 
 
@@ -58,11 +54,11 @@ COUNTS = st.lists(st.integers(0, 6), min_size=1, max_size=8)
 @given(COUNTS, st.data())
 def test_rows_go_through_arrow_unchanged_also_sliced(counts, data):
     rows = make_rows(counts)
-    batch = to_record_batch(rows)
-    assert_equal(from_record_batch(batch), rows)
+    batch = rows.to_arrow()
+    assert_equal(RowBatch.from_arrow(batch), rows)
     start = data.draw(st.integers(0, len(counts)))
     stop = data.draw(st.integers(start, len(counts)))
-    assert_equal(from_record_batch(batch.slice(start, stop - start)), slice_rows(rows, start, stop))
+    assert_equal(RowBatch.from_arrow(batch.slice(start, stop - start)), rows.slice(start, stop))
 
 
 @settings(max_examples=30, deadline=None)
@@ -74,14 +70,14 @@ def test_files_and_batches_depend_on_the_rows_alone(counts, cuts, limit, tmp_pat
         whole, rows_module.BATCH_BYTES = rows_module.BATCH_BYTES, limit
         writer = RowWriter(directory, "train", file_bytes=3 * limit)
         for start, stop in itertools.pairwise(bounds):
-            writer.append(slice_rows(rows, start, stop))
+            writer.append(rows.slice(start, stop))
         files = writer.close()
         rows_module.BATCH_BYTES = whole
         assert (writer.rows, writer.measurements) == (len(counts), sum(counts))
         contents.append({file.name: file.read_bytes() for file in files})
         finish(directory, train=len(counts))
         read = ProbeRows(directory, "train")
-        assert_equal(concat_rows(read.batches), rows)
+        assert_equal(RowBatch.concat(read.batches), rows)
         np.testing.assert_array_equal(read.n_measurements, counts)
     assert contents[0] == contents[1]
 
@@ -105,12 +101,12 @@ def test_a_source_becomes_full_rows_and_a_rest_however_it_is_fed(
         mine = source[start:stop]
         starts = np.flatnonzero(np.append(True, mine[1:] != mine[:-1]))
         builder.append(
-            FlatRows(
-                src_addr=rows.src_addr[mine[starts]],
-                ip_version=rows.ip_version[mine[starts]],
+            RowBatch(
+                src=rows.src[mine[starts]],
+                family=rows.family[mine[starts]],
                 offsets=np.append(starts, len(mine)),
-                event_time=rows.event_time[start:stop],
-                dst_addr=rows.dst_addr[start:stop],
+                time=rows.time[start:stop],
+                dst=rows.dst[start:stop],
                 rtt=rows.rtt[start:stop],
             )
         )
@@ -120,9 +116,9 @@ def test_a_source_becomes_full_rows_and_a_rest_however_it_is_fed(
     read = ProbeRows(directory, "train")
     expected = [min(cap, count - i) for count in counts for i in range(0, count, cap)]
     assert read.n_measurements.tolist() == expected
-    found = concat_rows(read.batches)
-    np.testing.assert_array_equal(found.event_time, rows.event_time)
-    np.testing.assert_array_equal(np.repeat(as_bytes(found.src_addr)[:, 15], expected), source)
+    found = RowBatch.concat(read.batches)
+    np.testing.assert_array_equal(found.time, rows.time)
+    np.testing.assert_array_equal(np.repeat(as_bytes(found.src)[:, 15], expected), source)
 
 
 def test_a_split_without_rows_has_no_file_and_reads_as_empty(tmp_path):
@@ -137,7 +133,7 @@ def test_rows_are_views_of_the_mapped_file(tmp_path):
     writer.close()
     finish(tmp_path, train=2)
     (batch,) = ProbeRows(tmp_path, "train").batches
-    assert not any(getattr(batch, name).flags.owndata for name in ("event_time", "dst_addr", "rtt"))
+    assert not any(getattr(batch, name).flags.owndata for name in ("time", "dst", "rtt"))
 
 
 @pytest.fixture

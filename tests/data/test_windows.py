@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from ping_llm import addresses, tokenizer
 from ping_llm.data import windows
 from ping_llm.data.rows import ProbeRows
-from ping_llm.data.windows import FULL, NONE, PARTIAL, WindowLaw
+from ping_llm.data.windows import FULL, NONE, PARTIAL, WindowConfig
 from ping_llm.errors import ConfigError
 from ping_llm.measurements import NO_TIME, MeasurementTable
 
@@ -42,23 +42,23 @@ def assert_uniform(outcomes, possible):
 
 
 def segments(selection):
-    """Yields (index, has_time, field_order) of each visit, as lists."""
+    """Yields (index, has_time, field_order) of each window, as lists."""
     parts = selection.index, selection.has_time, selection.field_order
     lists = [part.tolist() for part in parts]
     for a, b in itertools.pairwise(selection.segment_offsets.tolist()):
         yield tuple(part[a:b] for part in lists)
 
 
-def select(n_visits, n, *, length=ROOM, version=4, seed=0):
-    size = np.full(n_visits, n)
-    return windows.select(keys(n_visits, seed), size, np.full(n_visits, version), length)
+def select(n_windows, n, *, length=ROOM, version=4, seed=0):
+    size = np.full(n_windows, n)
+    return windows.select(keys(n_windows, seed), size, np.full(n_windows, version), length)
 
 
 def mode_of(has_time):
     return FULL if all(has_time) else PARTIAL if any(has_time) else NONE
 
 
-# --- which visits -------------------------------------------------------------------------------
+# --- which windows ------------------------------------------------------------------------------
 
 
 @given(st.integers(1, 5000), st.integers(0, 2**64 - 1))
@@ -74,15 +74,15 @@ def test_every_index_is_as_likely_to_come_first_in_an_epoch():
 
 
 @given(st.lists(st.integers(0, 700), min_size=1, max_size=30).filter(any), st.integers(0, 9))
-def test_an_epoch_visits_every_row_and_k_once_in_an_order_of_its_own(sizes, seed):
+def test_an_epoch_draws_of_every_row_and_k_once_in_an_order_of_its_own(sizes, seed):
     expected = [(r, k) for r, n in enumerate(sizes) for k in range(min(-(-n // 30), 16))]
-    order = windows.VisitOrder(np.array(sizes), seed)
+    order = windows.WindowOrder(np.array(sizes), seed)
     assert order.per_epoch == len(expected)
-    visits = order[np.arange(3 * len(expected))]
-    pairs = list(zip(visits.row.tolist(), visits.k.tolist(), strict=True))
+    drawn = order[np.arange(3 * len(expected))]
+    pairs = list(zip(drawn.row.tolist(), drawn.k.tolist(), strict=True))
     for epoch in range(3):
         of_epoch = slice(epoch * len(expected), (epoch + 1) * len(expected))
-        assert set(visits.epoch[of_epoch].tolist()) == {epoch}
+        assert set(drawn.epoch[of_epoch].tolist()) == {epoch}
         assert sorted(pairs[of_epoch]) == expected
     if len(expected) > 30:
         assert pairs[: len(expected)] != pairs[len(expected) : 2 * len(expected)]
@@ -90,7 +90,7 @@ def test_an_epoch_visits_every_row_and_k_once_in_an_order_of_its_own(sizes, seed
 
 def test_another_seed_gives_another_order_and_other_windows():
     sizes = np.full(50, 300)
-    rows = [windows.VisitOrder(sizes, seed)[np.arange(100)].row.tolist() for seed in (0, 1, 0)]
+    rows = [windows.WindowOrder(sizes, seed)[np.arange(100)].row.tolist() for seed in (0, 1, 0)]
     assert rows[0] == rows[2] != rows[1]
     assert select(50, 300, seed=0).index.tolist() != select(50, 300, seed=1).index.tolist()
 
@@ -236,9 +236,9 @@ def test_times_are_full_partial_and_absent_in_shares_40_30_30():
 
 @pytest.mark.parametrize("untimed", [0.0, 0.8, 1.0])
 def test_the_part_of_windows_without_times_is_a_setting(untimed):
-    law = WindowLaw(untimed_fraction=untimed)
+    config = WindowConfig(untimed_fraction=untimed)
     size = np.full(20_000, 60)
-    found = segments(windows.select(keys(20_000), size, np.full(20_000, 4), 257, law))
+    found = segments(windows.select(keys(20_000), size, np.full(20_000, 4), 257, config))
     modes = [mode_of(t) for index, t, _ in found if len(index) > 1]
     timed = 1 - untimed
     shares = np.array([timed * 4 / 7, timed * 3 / 7, untimed])
@@ -250,9 +250,9 @@ def test_the_part_of_windows_without_times_is_a_setting(untimed):
 
 def test_a_window_law_takes_fractions_only():
     with pytest.raises(ConfigError, match=r"untimed_fraction=1\.5 must be between 0 and 1"):
-        WindowLaw(untimed_fraction=1.5)
+        WindowConfig(untimed_fraction=1.5)
     with pytest.raises(ConfigError, match="result_last_fraction=-1 must be between 0 and 1"):
-        WindowLaw(result_last_fraction=-1)
+        WindowConfig(result_last_fraction=-1)
 
 
 def test_a_single_measurement_loses_its_time_by_a_coin_where_times_are_partial():
@@ -307,10 +307,10 @@ def test_the_fields_of_a_measurement_stand_in_a_uniform_order_whatever_its_neigh
     assert_uniform(pairs, itertools.product(range(4), range(4)))
 
 
-def test_the_result_stands_last_in_the_stated_part_of_the_visits_and_nothing_else_changes():
+def test_the_result_stands_last_in_the_stated_part_of_the_windows_and_nothing_else_changes():
     args = keys(20_000), np.full(20_000, 5), np.full(20_000, 4), ROOM
     plain = windows.select(*args)
-    some = windows.select(*args, WindowLaw(result_last_fraction=0.25))
+    some = windows.select(*args, WindowConfig(result_last_fraction=0.25))
     for name in ("segment_offsets", "index", "has_time"):
         np.testing.assert_array_equal(getattr(some, name), getattr(plain, name))
     starts = plain.segment_offsets[:-1]
@@ -321,15 +321,15 @@ def test_the_result_stands_last_in_the_stated_part_of_the_visits_and_nothing_els
     by_chance = np.logical_and.reduceat((plain.field_order == np.arange(4)).all(axis=1), starts)
     count = np.count_nonzero(whole & ~by_chance)
     assert_follows([count, np.count_nonzero(~by_chance) - count], [0.25, 0.75])
-    always = windows.select(*args, WindowLaw(result_last_fraction=1.0))
+    always = windows.select(*args, WindowConfig(result_last_fraction=1.0))
     assert (always.field_order == np.arange(4)).all()
 
 
-def test_the_stated_part_of_the_visits_hides_its_source_and_nothing_else_changes():
+def test_the_stated_part_of_the_windows_hides_its_source_and_nothing_else_changes():
     args = keys(20_000), np.full(20_000, 5), np.full(20_000, 4), ROOM
     plain, some = (
         windows.select(*args),
-        windows.select(*args, WindowLaw(hidden_source_fraction=0.3)),
+        windows.select(*args, WindowConfig(hidden_source_fraction=0.3)),
     )
     for name in ("segment_offsets", "index", "has_time", "field_order"):
         np.testing.assert_array_equal(getattr(some, name), getattr(plain, name))
@@ -340,10 +340,10 @@ def test_the_stated_part_of_the_visits_hides_its_source_and_nothing_else_changes
 
 def test_a_hidden_source_is_unspecified_in_its_family_and_the_rest_is_as_it_was(write_rows):
     rows = ProbeRows(write_rows([1, 500, 40, 3, 2000, 77]), "train")
-    visits = windows.VisitOrder(rows.n_measurements, 5)[np.arange(100)]
+    drawn = windows.WindowOrder(rows.n_measurements, 5)[np.arange(100)]
     (shown, offsets), (hidden, same_offsets) = (
-        windows.encode_visits(
-            rows, visits, seed=5, length=300, law=WindowLaw(hidden_source_fraction=fraction)
+        windows.encode_windows(
+            rows, drawn, seed=5, length=300, config=WindowConfig(hidden_source_fraction=fraction)
         )
         for fraction in (0.0, 1.0)
     )
@@ -351,7 +351,7 @@ def test_a_hidden_source_is_unspecified_in_its_family_and_the_rest_is_as_it_was(
     for i, (a, b) in enumerate(itertools.pairwise(offsets)):
         seen, problems = tokenizer.decode(hidden[a:b])
         assert not problems
-        version = rows.ip_version[visits.row[i]]
+        version = rows.family[drawn.row[i]]
         address = ipaddress.ip_address("::ffff:0.0.0.0" if version == 4 else "::")
         assert np.all(seen.src == addresses.from_packed([address.packed]))
         before, _ = tokenizer.decode(shown[a:b])
@@ -371,21 +371,21 @@ def test_a_window_does_not_depend_on_what_is_drawn_with_it():
         assert list(segments(alone)) == together[part]
 
 
-def test_encoded_visits_decode_to_measurements_of_their_row(write_rows):
+def test_encoded_windows_decode_to_measurements_of_their_row(write_rows):
     rows = ProbeRows(write_rows([1, 500, 40, 3, 2000, 77]), "train")
-    visits = windows.VisitOrder(rows.n_measurements, 5)[np.arange(200)]
-    tokens, offsets = windows.encode_visits(rows, visits, seed=5, length=300)
+    drawn = windows.WindowOrder(rows.n_measurements, 5)[np.arange(200)]
+    tokens, offsets = windows.encode_windows(rows, drawn, seed=5, length=300)
     for i, (a, b) in enumerate(itertools.pairwise(offsets)):
         decoded, problems = tokenizer.decode(tokens[a:b])
         assert not problems
         assert len(decoded) > 0
-        row = visits.row[i]
+        row = drawn.row[i]
         flat, r = rows.batches[rows.batch_index[row]], rows.row_in_batch[row]
-        assert np.all(decoded.src == flat.src_addr[r])
-        assert np.all(decoded.family == flat.ip_version[r])
+        assert np.all(decoded.src == flat.src[r])
+        assert np.all(decoded.family == flat.family[r])
         # The fixture numbers the destinations of a row.
         at = flat.offsets[r] + addresses.as_bytes(decoded.dst)[:, 14:].astype(np.int64) @ [256, 1]
-        np.testing.assert_array_equal(decoded.dst, flat.dst_addr[at])
+        np.testing.assert_array_equal(decoded.dst, flat.dst[at])
         timed = decoded.has_time
-        np.testing.assert_array_equal(decoded.time[timed], flat.event_time[at][timed])
+        np.testing.assert_array_equal(decoded.time[timed], flat.time[at][timed])
         np.testing.assert_allclose(decoded.rtt, flat.rtt[at], rtol=0.0005, atol=0.001)

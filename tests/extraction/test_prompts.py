@@ -8,7 +8,7 @@ from hf_checkpoints import CHAT_TEMPLATE, add_tokenizer
 
 from ping_llm import addresses, tokenizer
 from ping_llm.activations.roles import BOS, REAL, SPECIAL
-from ping_llm.data.windows import WindowLaw
+from ping_llm.data.windows import WindowConfig
 from ping_llm.errors import ConfigError, DataError
 from ping_llm.extraction.prompts import open_source
 from ping_llm.ingest.prepare import prepare_data
@@ -175,7 +175,7 @@ def test_measurements_are_the_contexts_of_training_whatever_the_units_are(rows):
     ids = [sample for part in parts for sample in part.ids]
     assert [sample for part in many for sample in part.ids] == ids
     assert max(np.diff(part.offsets).max() for part in parts) <= 200
-    law = WindowLaw(result_last_fraction=1.0, hidden_source_fraction=1.0)
+    law = WindowConfig(result_last_fraction=1.0, hidden_source_fraction=1.0)
     cfg = settings(input=rows, format="measurements", max_length=200)
     own = open_source(cfg, model=None, vocab_size=267, sampling=law)
     assert own.identity != whole.identity

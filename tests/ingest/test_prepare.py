@@ -17,11 +17,15 @@ from tiny_tables import T0, files_of, make_table
 
 from ping_llm import addresses, storage
 from ping_llm.data.pipeline import TrainLoader
-from ping_llm.data.rows import SPLITS, ProbeRows, concat_rows
+from ping_llm.data.rows import SPLITS, ProbeRows, data_fingerprint
 from ping_llm.errors import ConfigError, DataError, PingLLMError, StorageError
-from ping_llm.ingest import local, prepare, sources
-from ping_llm.ingest.prepare import parse_size, prepare_data
+from ping_llm.ingest import local, sources
+from ping_llm.ingest.formats import parquet as parquet_format
+from ping_llm.ingest.prepare import prepare_data
+from ping_llm.ingest.settings import PrepareSettings
 from ping_llm.inspection.dataset import inspect_data
+from ping_llm.outputs import claim
+from ping_llm.storage import Location
 
 
 @pytest.fixture
@@ -36,11 +40,10 @@ def records(directory, split):
     rows = ProbeRows(directory, split)
     if not len(rows):
         return []
-    flat = concat_rows(rows.batches)
-    sources_ = np.repeat(flat.src_addr, rows.n_measurements)
+    table = rows.to_table()
     return [
         (s.tobytes(), int(t), d.tobytes(), float(r))
-        for s, t, d, r in zip(sources_, flat.event_time, flat.dst_addr, flat.rtt, strict=True)
+        for s, t, d, r in zip(table.src, table.time, table.dst, table.rtt, strict=True)
     ]
 
 
@@ -74,9 +77,9 @@ def test_rows_hold_one_source_sorted_by_time_within_the_cap(parquet, tmp_path):
     assert len(rows) == result.rows["train"] > 40
     assert rows.n_measurements.max() == 1000 // 28
     for batch in rows.batches:
-        np.testing.assert_array_equal(batch.ip_version, addresses.family(batch.src_addr))
+        np.testing.assert_array_equal(batch.family, addresses.family(batch.src))
         for a, b in itertools.pairwise(batch.offsets):
-            assert (np.diff(batch.event_time[a:b]) >= 0).all()
+            assert (np.diff(batch.time[a:b]) >= 0).all()
 
 
 @pytest.mark.parametrize(
@@ -92,8 +95,8 @@ def test_the_files_do_not_depend_on_workers_memory_units_or_order_of_inputs(
         pq.write_table(make_table(3000, seed=i, days=1 + i), paths[-1], row_group_size=500)
     plain = tmp_path / "plain"
     prepare_data(paths, output=plain, workers=1, **settings)
-    monkeypatch.setattr(sources, "UNIT_ROWS", 300)
-    monkeypatch.setattr(sources, "BATCH_ROWS", 97)
+    monkeypatch.setattr(parquet_format, "UNIT_ROWS", 300)
+    monkeypatch.setattr(parquet_format, "BATCH_ROWS", 97)
     monkeypatch.setattr(local, "_BYTES_PER_MEASUREMENT", 10**9)  # many runs and ranges
     for workers, order in ((1, [2, 0, 1]), (4, [1, 2, 0])):
         other = tmp_path / f"other-{workers}"
@@ -101,7 +104,9 @@ def test_the_files_do_not_depend_on_workers_memory_units_or_order_of_inputs(
         prepare_data(inputs, output=other, workers=workers, **settings)
         assert files_of(other) == files_of(plain)
     a, b = (json.loads((d / "dataset.json").read_text()) for d in (plain, other))
-    assert a["fingerprint"] == b["fingerprint"]
+    assert a["fingerprint"] == b["fingerprint"] == data_fingerprint(plain)
+    prepare_data(paths, output=tmp_path / "seed", seed=1, **settings)
+    assert data_fingerprint(tmp_path / "seed") != a["fingerprint"]
 
 
 def test_pairs_of_train_are_never_in_test_from_either_end(parquet, tmp_path):
@@ -196,12 +201,12 @@ def test_run_again_it_does_nothing_and_returns_the_same(parquet, tmp_path, monke
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"split": "time"}, "split=pair, not split=time"),
-        ({"seed": 1}, "seed=0, not seed=1"),
-        ({"valid_fraction": 0.2}, "valid_fraction=0.05, not valid_fraction=0.2"),
-        ({"test_fraction": 0.2}, "test_fraction=0.1, not test_fraction=0.2"),
-        ({"row_cap_mb": 4}, "row_cap_mb=8.0, not row_cap_mb=4.0"),
-        ({"both_ends": True}, "both_ends=False, not both_ends=True"),
+        ({"split": "time"}, "split='time', was 'pair'"),
+        ({"seed": 1}, "seed=1, was 0"),
+        ({"valid_fraction": 0.2}, "valid_fraction=0.2, was 0.05"),
+        ({"test_fraction": 0.2}, "test_fraction=0.2, was 0.1"),
+        ({"row_cap_mb": 4}, "row_cap_mb=4.0, was 8.0"),
+        ({"both_ends": True}, "both_ends=True, was False"),
     ],
 )
 def test_other_settings_on_the_same_output_are_refused_by_name(parquet, tmp_path, changes, message):
@@ -217,7 +222,7 @@ def test_other_inputs_on_the_same_output_are_refused(parquet, tmp_path):
     table = pq.read_table(parquet)
     one_bit = table.set_column(4, "rtt", pa.array(np.nextafter(table["rtt"].to_numpy(), 0)))
     pq.write_table(one_bit, parquet, row_group_size=700)
-    with pytest.raises(ConfigError, match="prepared from other inputs"):
+    with pytest.raises(ConfigError, match=r"inputs='m.parquet \(hash \w+\)', was 'm.parquet"):
         prepare_data([str(parquet)], output=tmp_path / "rows")
 
 
@@ -234,9 +239,9 @@ def test_other_inputs_on_the_same_output_are_refused(parquet, tmp_path):
         ({"row_cap_mb": float("nan")}, "row_cap_mb=nan"),
         ({"workers": 0}, "workers=0"),
         ({"seed": -3}, "seed=-3"),
-        ({"memory_limit": "lots"}, "memory_limit='lots' is no size"),
-        ({"memory_limit": "4XB"}, "memory_limit='4XB' is no size"),
-        ({"memory_limit": "-4GB"}, "memory_limit='-4GB' is no size"),
+        ({"memory_limit": "lots"}, "memory_limit='lots' is not a size"),
+        ({"memory_limit": "4XB"}, "memory_limit='4XB' is not a size"),
+        ({"memory_limit": "-4GB"}, "memory_limit='-4GB' is not a size"),
         ({"memory_limit": "1MB"}, "memory_limit=1MB must be at least"),
     ],
 )
@@ -248,10 +253,18 @@ def test_a_setting_that_cannot_be_is_refused_by_name(parquet, tmp_path, changes,
 
 @pytest.mark.parametrize(
     ("text", "size"),
-    [("4GB", 4e9), ("512MiB", 2**29), ("1.5gb", 1.5e9), ("2 G", 2e9), (5e8, 5e8), ("1TiB", 2**40)],
+    [
+        ("4GB", 4e9),
+        ("512MiB", 2**29),
+        ("1.5gb", 1.5e9),
+        ("2 G", 2e9),
+        ("500000000", 5e8),
+        ("1TiB", 2**40),
+    ],
 )
 def test_sizes_are_decimal_unless_binary_is_said(text, size):
-    assert parse_size(text if isinstance(text, str) else int(text)) == int(size)
+    chosen = PrepareSettings(inputs=("in",), output="out", memory_limit=text)
+    assert chosen.memory_bytes == int(size)
 
 
 def only_bad(tmp_path):
@@ -277,8 +290,8 @@ def other_version(tmp_path):
     [
         (only_bad, r"every record was rejected \(2 x not a JSON object, 1 x missing event_time\)"),
         (only_blank, "there is no record"),
-        (occupied, "exists and is no data set"),
-        (lambda p: (p / "rows").write_text("a file"), "exists and is no data set"),
+        (occupied, "exists and is not empty"),
+        (lambda p: (p / "rows").write_text("a file"), "exists and is not a directory"),
         (other_version, "schema_version 0; expected 1"),
     ],
 )
@@ -288,7 +301,7 @@ def test_nothing_usable_or_no_place_for_it_is_one_clear_error(tmp_path, damage, 
     with pytest.raises(PingLLMError, match=message) as caught:
         prepare_data([str(tmp_path / "x.ndjson")], output=tmp_path / "rows")
     assert "\n" not in str(caught.value)
-    assert not [p for p in tmp_path.iterdir() if p.name.endswith(".preparing")]
+    assert not [p for p in tmp_path.iterdir() if p.name.startswith(".")]
 
 
 def test_an_output_that_cannot_be_made_is_a_storage_error(parquet):
@@ -316,12 +329,25 @@ def test_a_file_that_breaks_midway_is_an_error_and_leaves_nothing(parquet, tmp_p
 
 
 def test_a_second_process_on_the_same_output_is_refused_while_the_first_lives(parquet, tmp_path):
-    place = tmp_path / ".rows.preparing"
     with (
-        prepare._workplace(place, "rows"),
-        pytest.raises(ConfigError, match="another prepare-data is writing"),
+        claim(Location.of(tmp_path / "rows"), what="prepare-data"),
+        pytest.raises(ConfigError, match="is being written by another process"),
     ):
         prepare_data([str(parquet)], output=tmp_path / "rows")
+
+
+def test_a_link_planted_where_the_work_could_go_leads_nowhere(parquet, tmp_path):
+    victim = tmp_path / "victim"
+    (victim / "rows").mkdir(parents=True)
+    for path in (victim / "rows" / "thesis.txt", victim / "lock"):
+        path.write_text("precious")
+    (tmp_path / ".rows.preparing").symlink_to(victim)
+    prepare_data([str(parquet)], output=tmp_path / "rows")
+    assert (victim / "rows" / "thesis.txt").read_text() == (victim / "lock").read_text()
+    (tmp_path / ".other.lock").symlink_to(victim / "lock")
+    with pytest.raises(StorageError, match="other cannot be written"):
+        prepare_data([str(parquet)], output=tmp_path / "other")
+    assert (victim / "lock").read_text() == "precious"
 
 
 COMMAND = "from ping_llm.cli import main; main()"
@@ -376,8 +402,7 @@ def test_sigterm_stops_it_and_leaves_nothing(tmp_path):
     )
     fifo.write_text((line + "\n") * 400_000)
     with start(fifo, tmp_path / "rows") as process:
-        place = tmp_path / ".rows.preparing" / "rows"
-        while process.poll() is None and not place.exists():
+        while process.poll() is None and not list(tmp_path.glob(".ping-llm-*")):
             time.sleep(0.01)
         process.terminate()
         process.communicate()
@@ -426,9 +451,9 @@ def test_inputs_and_outputs_may_be_in_an_object_store(
             with storage.open_input(file.url) as source:
                 (copy / file.url.rpartition("/")[2]).write_bytes(source.read())
         assert files_of(copy) == files_of(plain)
-        with pytest.raises(ConfigError, match="seed=0, not seed=1"):
+        with pytest.raises(ConfigError, match="seed=1, was 0"):
             prepare_data([f"{bucket}/in"], output=f"{bucket}/out", seed=1)
-        with pytest.raises(ConfigError, match="holds other files"):
+        with pytest.raises(ConfigError, match="exists and is not empty"):
             prepare_data([f"{bucket}/in"], output=f"{bucket}/in")
         # What reads rows and measurements finds them there too.
         assert inspect_data(f"{bucket}/in").measurements == first.measurements

@@ -4,8 +4,9 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
+from ping_llm import addresses
+from ping_llm.ingest.formats.ripe import parse_ripe_lines
 from ping_llm.ingest.records import REASONS
-from ping_llm.ingest.ripe import parse_ripe_lines
 
 GOOD = {
     "type": "ping",
@@ -30,25 +31,12 @@ def parse(**changes):
 
 
 def parse_line(line):
-    chunk, verdict = parse_ripe_lines(pa.array([line]))
+    table, verdict = parse_ripe_lines(pa.array([line]))
     if verdict.codes[0]:
-        assert len(chunk) == 0
+        assert len(table) == 0
         return REASONS[verdict.codes[0]]
-    src, dst = (
-        values[codes[0]]
-        for values, codes in (
-            (chunk.src_values, chunk.src_codes),
-            (chunk.dst_values, chunk.dst_codes),
-        )
-    )
-    return float(chunk.rtt[0]), address(src), address(dst), int(chunk.event_time[0])
-
-
-def address(packed):
-    import ipaddress
-
-    found = ipaddress.IPv6Address(packed.tobytes())
-    return str(found.ipv4_mapped or found)
+    src, dst = (addresses.to_text(ends)[0] for ends in (table.src, table.dst))
+    return float(table.rtt[0]), src, dst, int(table.time[0])
 
 
 def test_a_result_of_many_replies_is_one_measurement():
@@ -170,9 +158,9 @@ def test_what_is_no_json_object_is_rejected_as_that(line):
 def test_bad_lines_leave_the_others_as_they_are_in_any_position():
     good = [json.dumps(GOOD | {"timestamp": i, "min": i + 1}) for i in range(50)]
     lines = [line for i in range(50) for line in (["}"] * (i % 3) + [good[i]])]
-    chunk, verdict = parse_ripe_lines(pa.array(lines))
-    assert chunk.event_time.tolist() == list(range(50))
-    np.testing.assert_array_equal(chunk.rtt, np.arange(1, 51))
+    table, verdict = parse_ripe_lines(pa.array(lines))
+    assert table.time.tolist() == list(range(50))
+    np.testing.assert_array_equal(table.rtt, np.arange(1, 51))
     assert [line == "}" for line in lines] == (verdict.codes != 0).tolist()
 
 

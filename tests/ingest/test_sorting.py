@@ -4,9 +4,10 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from ping_llm.addresses import from_bytes
 from ping_llm.ingest import sorting
-from ping_llm.ingest.records import Chunk
-from ping_llm.ingest.sorting import Run, cut_into_ranges, order_words, read_range
+from ping_llm.ingest.sorting import Run, cut_into_ranges, read_range
+from ping_llm.measurements import MeasurementTable
 
 PREFIX = bytes(10) + b"\xff\xff"
 EDGES = [
@@ -23,15 +24,16 @@ ADDRESSES = st.sampled_from(EDGES) | st.binary(min_size=16, max_size=16)
 
 
 def packed(addresses):
-    return np.frombuffer(b"".join(addresses), np.uint8).reshape(-1, 16)
+    return from_bytes(np.frombuffer(b"".join(addresses), np.uint8).reshape(-1, 16))
 
 
 @given(st.lists(ADDRESSES, min_size=1))
-def test_order_words_order_by_family_then_bytes(addresses):
-    high, low = order_words(packed(addresses))
-    found = sorted(range(len(addresses)), key=lambda i: (high[i], low[i]))
-    expected = sorted(addresses, key=lambda a: (not a.startswith(PREFIX), a))
-    assert [addresses[i] for i in found] == expected
+def test_ranks_number_the_distinct_addresses_by_family_then_bytes(addresses):
+    values = packed(addresses)
+    distinct, ranks = sorting.rank_addresses(values)
+    expected = sorted(set(addresses), key=lambda a: (not a.startswith(PREFIX), a))
+    assert [address.tobytes() for address in distinct] == expected
+    assert (distinct[ranks] == values).all()
 
 
 RECORDS = st.lists(
@@ -58,30 +60,29 @@ def test_the_order_is_total_and_does_not_depend_on_runs_or_ranges(
     for i in range(0, len(records), run_size):
         part = shuffled[i : i + run_size]
         src, time, dst, rtt = (np.array(column) for column in zip(*part, strict=True))
-        chunk = Chunk(
-            event_time=time.astype(np.int64),
-            src_values=addresses,
-            src_codes=src.astype(np.int32),
-            dst_values=addresses[:4],
-            dst_codes=dst.astype(np.int32),
-            ip_version=np.full(len(part), 4, np.int8),
+        table = MeasurementTable(
+            time=time.astype(np.int64),
+            src=addresses[src],
+            dst=addresses[dst],
+            family=np.full(len(part), 4, np.int8),
             rtt=rtt.astype(np.float32),
         )
         sampled, sorting.SAMPLE_EVERY = sorting.SAMPLE_EVERY, 2
-        runs.append(Run(directory / str(i), [(chunk, 7)]))
+        runs.append(Run(directory / str(i), [(table, 7)]))
         sorting.SAMPLE_EVERY = sampled
     bounds = cut_into_ranges(runs, range_size)
     found = []
     for starts, stops in itertools.pairwise(bounds):
-        part = read_range(runs, starts, stops)
-        if part is None:
+        in_order = read_range(runs, starts, stops)
+        if in_order is None:
             continue
-        assert len(part) <= range_size + 2 * len(runs) + 4 or range_size < 4
-        assert (part.input_index == 7).all()
-        for s in range(len(part.src_addr)):
-            for m in range(part.offsets[s], part.offsets[s + 1]):
-                src, dst = part.src_addr[s].tobytes(), part.dst_addr[m].tobytes()
-                found.append((src, int(part.event_time[m]), dst, float(part.rtt[m])))
+        rows, index = in_order
+        assert len(index) <= range_size + 2 * len(runs) + 4 or range_size < 4
+        assert (index == 7).all()
+        for r in range(len(rows)):
+            for m in range(rows.offsets[r], rows.offsets[r + 1]):
+                src, dst = rows.src[r].tobytes(), rows.dst[m].tobytes()
+                found.append((src, int(rows.time[m]), dst, float(rows.rtt[m])))
     expected = [(EDGES[s], t, EDGES[d], r) for s, t, d, r in records]
 
     def order(record):

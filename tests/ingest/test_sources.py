@@ -14,6 +14,8 @@ import pytest
 
 from ping_llm.errors import DataError, PingLLMError, StorageError
 from ping_llm.ingest import files, sources
+from ping_llm.ingest.formats import lines as lines_format
+from ping_llm.ingest.formats import parquet
 from ping_llm.ingest.records import REASONS, REJECTED_SCHEMA
 from ping_llm.measurements import MeasurementTable
 
@@ -119,7 +121,7 @@ def test_a_bad_record_is_rejected_with_its_place_reason_and_text(
     (record,) = rejected.to_pylist()
     assert (record["file"], record["reason"]) == (str(path), reason)
     assert record["line"] == (3 if ending == ".csv" else 2)
-    for name in sources.COLUMNS:
+    for name in table().column_names:
         if ending != ".csv":
             assert name in json.loads(record["record"])
 
@@ -254,7 +256,7 @@ def test_where_units_and_blocks_end_changes_nothing(tmp_path, monkeypatch, unit_
     csv = write(tmp_path / "x.csv", CSV_HEADER + CSV_ROW * 9 + b"broken\n" + CSV_ROW)
     expected = read(ripe, csv)
     monkeypatch.setattr(sources, "UNIT_BYTES", unit_bytes)
-    monkeypatch.setattr(files, "BLOCK_BYTES", unit_bytes)
+    monkeypatch.setattr(lines_format, "BLOCK_BYTES", unit_bytes)
     found = read(ripe, csv)
     assert found == expected
     assert expected[1]["line"].to_pylist() == [8, 10, 11]
@@ -262,8 +264,8 @@ def test_where_units_and_blocks_end_changes_nothing(tmp_path, monkeypatch, unit_
 
 def test_row_groups_and_record_batches_are_all_read_with_their_row_numbers(tmp_path, monkeypatch):
     rows = pa.concat_tables([table(), table(rtt=pa.array([1, math.nan, 2, 3], pa.float32()))] * 5)
-    monkeypatch.setattr(sources, "UNIT_ROWS", 7)
-    monkeypatch.setattr(sources, "BATCH_ROWS", 2)
+    monkeypatch.setattr(parquet, "UNIT_ROWS", 7)
+    monkeypatch.setattr(parquet, "BATCH_ROWS", 2)
     pq.write_table(rows, tmp_path / "x.parquet", row_group_size=3)
     with pa.ipc.new_file(tmp_path / "x.arrow", rows.schema) as writer:
         writer.write_table(rows, max_chunksize=3)
@@ -278,7 +280,7 @@ def test_directories_and_globs_give_their_data_files_in_order_of_names(tmp_path)
         path = tmp_path / name
         path.parent.mkdir(exist_ok=True)
         write(path, table() if name == "c.parquet" else CSV_HEADER + CSV_ROW)
-    names = [f.path for f in files.find_files([str(tmp_path)])]
+    names = [f.location.url for f in files.find_files([str(tmp_path)])]
     assert names == [str(tmp_path / n) for n in ("a/1.csv", "b/2.csv", "c.parquet")]
     found = files.find_files([str(tmp_path / "*.parquet"), str(tmp_path / "*/*.csv")])
     assert [f.input_index for f in found] == [0, 1, 1]
@@ -405,11 +407,11 @@ BROKEN = {
         "is no CSV header",
     ),
     "one endless line": (
-        lambda p: make(p, "x.json", b"[" + b" " * files.LONGEST_LINE * 2),
+        lambda p: make(p, "x.json", b"[" + b" " * lines_format.LONGEST_LINE * 2),
         "holds a line of over",
     ),
     "endless line in bz2": (
-        lambda p: make(p, "x.bz2", bz2.compress(b"[" + b" " * files.LONGEST_LINE * 2)),
+        lambda p: make(p, "x.bz2", bz2.compress(b"[" + b" " * lines_format.LONGEST_LINE * 2)),
         "holds a line of over",
     ),
 }

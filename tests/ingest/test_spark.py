@@ -12,7 +12,7 @@ if shutil.which("java") is None:
 import pyarrow.parquet as pq
 
 from ping_llm.errors import DataError
-from ping_llm.ingest import sources
+from ping_llm.ingest.formats import parquet
 from ping_llm.ingest.prepare import prepare_data
 
 pytestmark = [
@@ -41,7 +41,7 @@ def spark():
 )
 def test_spark_makes_the_files_of_the_local_engine(spark, tmp_path, monkeypatch, split, both_ends):
     settings = {"split": split, "both_ends": both_ends, "row_cap_mb": 0.002}
-    monkeypatch.setattr(sources, "UNIT_ROWS", 1000)
+    monkeypatch.setattr(parquet, "UNIT_ROWS", 1000)
     inputs = []
     for i in range(2):
         inputs.append(str(tmp_path / f"{i}.parquet"))

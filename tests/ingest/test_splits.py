@@ -5,12 +5,13 @@ from hypothesis import strategies as st
 
 from ping_llm.errors import ConfigError
 from ping_llm.hashing import keyed_hash_addresses
-from ping_llm.ingest.splits import TEST, TRAIN, VALID, SplitRule
+from ping_llm.ingest import splits
+from ping_llm.ingest.settings import PrepareSettings
+from ping_llm.ingest.splits import TEST, TRAIN, VALID
 
 
 def rule(split="pair", **changes):
-    settings = {"valid_fraction": 0.05, "test_fraction": 0.1, "seed": 0} | changes
-    return SplitRule(split=split, **settings)
+    return PrepareSettings(inputs=("in",), output="out", split=split, **changes)
 
 
 def addresses(n, seed=0):
@@ -18,7 +19,9 @@ def addresses(n, seed=0):
 
 
 def assigned(rule_, src, dst):
-    return rule_.by_addresses(*(keyed_hash_addresses(ends, rule_.seed) for ends in (src, dst)))
+    return splits.by_addresses(
+        rule_, *(keyed_hash_addresses(ends, rule_.seed) for ends in (src, dst))
+    )
 
 
 @given(st.integers(0, 2**63 - 1))
@@ -69,8 +72,8 @@ def test_a_held_out_probe_is_nowhere_in_train_nor_a_test_probe_in_valid():
 def test_time_holds_out_the_end_of_the_span_and_never_all_of_it(times, valid, test):
     one = rule("time", valid_fraction=valid, test_fraction=test)
     times = np.sort(np.array(times))
-    cuts = np.tile(one.time_cuts(int(times[0]), int(times[-1])), (len(times), 1))
-    split = one.by_time(times, cuts)
+    cuts = np.tile(splits.time_cuts(one, int(times[0]), int(times[-1])), (len(times), 1))
+    split = splits.by_time(times, cuts)
     assert (np.diff(split) >= 0).all()
     assert split[0] == TRAIN
     span = int(times[-1] - times[0])
@@ -81,7 +84,7 @@ def test_time_holds_out_the_end_of_the_span_and_never_all_of_it(times, valid, te
 def test_time_shares_are_shares_of_the_span():
     times = np.arange(1000)
     one = rule("time")
-    split = one.by_time(times, np.tile(one.time_cuts(0, 999), (1000, 1)))
+    split = splits.by_time(times, np.tile(splits.time_cuts(one, 0, 999), (1000, 1)))
     assert np.bincount(split).tolist() == [852, 49, 99]
 
 

@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from ping_llm import addresses, tokenizer
-from ping_llm.data.rows import SPLITS, FlatRows, RowWriter
+from ping_llm.data.rows import SPLITS, RowBatch, RowWriter
 from ping_llm.errors import ConfigError, PingLLMError, StorageError
 from ping_llm.ingest.prepare import prepare_data
 from ping_llm.inspection.dataset import inspect_data
@@ -246,12 +246,12 @@ def address(last, *, version=4):
 
 def row(source=1, times=(1, 2, 3), *, dst=9, version=4, rtt=5.0, src_version=None):
     n = len(times)
-    return FlatRows(
-        src_addr=address(source, version=src_version or version),
-        ip_version=np.array([version], np.int8),
+    return RowBatch(
+        src=address(source, version=src_version or version),
+        family=np.array([version], np.int8),
         offsets=np.array([0, n]),
-        event_time=np.array([T0 + t for t in times], np.int64),
-        dst_addr=np.repeat(address(dst, version=version), n),
+        time=np.array([T0 + t for t in times], np.int64),
+        dst=np.repeat(address(dst, version=version), n),
         rtt=np.full(n, rtt, np.float32),
     )
 

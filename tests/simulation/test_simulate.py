@@ -231,7 +231,7 @@ def test_other_settings_on_a_finished_file_are_refused_by_name(tmp_path, name, v
     path = tmp_path / "s.parquet"
     simulate(path, **SETTINGS)
     content = path.read_bytes()
-    with pytest.raises(ConfigError, match=rf"with {name}={SETTINGS[name]}, not {name}={value}"):
+    with pytest.raises(ConfigError, match=f"{name}={value}, was {SETTINGS[name]}"):
         simulate(path, **{**SETTINGS, name: value})
     assert path.read_bytes() == content
 
@@ -286,14 +286,14 @@ def test_a_file_of_another_kind_is_refused_and_left(tmp_path, make, message):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"probes": 0}, "probes=0 must lie between 2 and 100000"),
+        ({"probes": 0}, "probes=0 must be at least 2 and at most 100000"),
         ({"probes": 1}, "probes=1 "),
         ({"probes": 10**9}, "probes=1000000000 "),
         ({"days": 0.0}, "days=0.0 "),
         ({"days": -1.0}, "days=-1.0 "),
         ({"days": float("nan")}, "days=nan "),
         ({"days": float("inf")}, "days=inf "),
-        ({"days": 1e6}, "days=1000000.0 must lie between 1.15741e-05 and 20000"),
+        ({"days": 1e6}, "days=1000000.0 must be at least 1.157.* and at most 20000"),
         ({"measurements": 0}, "measurements=0 "),
         ({"measurements": -5}, "measurements=-5 "),
         ({"seed": -1}, "seed=-1 "),
@@ -307,14 +307,12 @@ def test_impossible_settings_are_refused_by_name_and_value(tmp_path, change, mes
 
 
 def test_outputs_that_cannot_be_are_refused_before_any_work(tmp_path):
-    with pytest.raises(ConfigError, match=r"s\.csv must be a Parquet file"):
+    with pytest.raises(ConfigError, match=r"s\.csv must be a name that ends in \.parquet"):
         simulate(tmp_path / "s.csv", **SETTINGS)
-    with pytest.raises(ConfigError, match="must be a Parquet file"):
+    with pytest.raises(ConfigError, match="must be a name"):
         simulate(tmp_path, **SETTINGS)
-    with pytest.raises(StorageError, match=r"there is no directory .*missing"):
-        simulate(tmp_path / "missing" / "s.parquet", **SETTINGS)
     (tmp_path / "d.parquet").mkdir()
-    with pytest.raises(ConfigError, match="is a directory"):
+    with pytest.raises(ConfigError, match="exists and is not a file"):
         simulate(tmp_path / "d.parquet", **SETTINGS)
 
 

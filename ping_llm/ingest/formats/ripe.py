@@ -1,4 +1,4 @@
-"""The law by which a RIPE Atlas ping result, one JSON object a line, becomes a measurement.
+"""RIPE Atlas: how a ping result, one JSON object a line, becomes a measurement.
 
 Several replies make one measurement. Its RTT is `min` when positive, else the least numeric `rtt`
 of the replies that are neither late nor duplicate, else -1 (failed). The source is `from`, the
@@ -10,6 +10,7 @@ public address, or `src_addr` where `from` is absent or of the other family; the
 # pyright: reportAttributeAccessIssue=false
 import json
 import threading
+from collections.abc import Iterator
 
 import numpy as np
 import pyarrow as pa
@@ -24,7 +25,10 @@ from ping_llm.columns import (
     parse_floats,
     to_seconds,
 )
-from ping_llm.ingest.records import Chunk, Column, Verdict, check
+from ping_llm.ingest.files import Unit
+from ping_llm.ingest.formats.lines import read_lines
+from ping_llm.ingest.records import Field, Part, Verdict, check
+from ping_llm.measurements import MeasurementTable
 
 _FIELDS = (
     "type timestamp af from src_addr dst_addr addr name min rcvd result".split()  # noqa: SIM905
@@ -32,7 +36,13 @@ _FIELDS = (
 _threads = threading.local()
 
 
-def parse_ripe_lines(lines: pa.Array) -> tuple[Chunk, Verdict]:
+def read_ripe(unit: Unit) -> Iterator[Part]:
+    """Yields the results in one unit of a file."""
+    for lines in read_lines(unit):
+        yield lines.part(*parse_ripe_lines(lines.texts))
+
+
+def parse_ripe_lines(lines: pa.Array) -> tuple[MeasurementTable, Verdict]:
     """Returns the measurements in `lines`, and what is wrong with each of the other lines.
 
     Args:
@@ -44,19 +54,17 @@ def parse_ripe_lines(lines: pa.Array) -> tuple[Chunk, Verdict]:
     verdict.reject(~is_object.to_numpy(zero_copy_only=False), "not a JSON object")
     is_ping = pc.fill_null(pc.equal(fields["type"], "ping"), False)
     verdict.reject(~is_ping.to_numpy(zero_copy_only=False), "not a ping result")
-    time = Column(*to_seconds(*parse_floats(fields["timestamp"])))
+    time = to_seconds(*parse_floats(fields["timestamp"]))
     names = ("dst_addr", "addr", "name", "from", "src_addr")
     dst_addr, addr, name, public, private = (parse_addresses(fields[n]) for n in names)
     dst = _first_usable(dst_addr, addr, name)
-    family, family_problem = parse_floats(fields["af"])
-    no_family = family_problem == MISSING  # firmware before 4460
-    version = Column(
-        np.where(no_family, dst.family_of_records(), family),
-        np.where(no_family, OK, family_problem),
-    )
-    src = _merge(public, private, _use_private(public, private, version.values))
+    versions, problems = parse_floats(fields["af"])
+    absent = problems == MISSING  # firmware before 4460
+    versions = np.where(absent, dst.family_of_records(), versions)
+    family = versions, np.where(absent, OK, problems)
+    src = _merge(public, private, _use_private(public, private, versions))
     rtt = _rtt(fields)
-    return check(verdict, src=src, dst=dst, time=time, version=version, rtt=rtt), verdict
+    return check(verdict, src=src, dst=dst, time=time, family=family, rtt=rtt), verdict
 
 
 def _extract(lines: pa.Array) -> dict[str, pa.Array]:
@@ -101,7 +109,7 @@ def _use_private(public: Addresses, private: Addresses, family: np.ndarray) -> n
     return absent | ((problem == OK) & (ours != family) & (private.family_of_records() == family))
 
 
-def _rtt(fields: dict[str, pa.Array]) -> Column:
+def _rtt(fields: dict[str, pa.Array]) -> Field:
     values, problems = parse_floats(fields["min"])
     received, received_problem = parse_floats(fields["rcvd"])
     result = pc.fill_null(fields["result"], "")
@@ -116,7 +124,7 @@ def _rtt(fields: dict[str, pa.Array]) -> Column:
         least = _least_reply(result[int(i)].as_py())
         if least is not None:
             values[i], problems[i] = least, INVALID if least < 0 else OK
-    return Column(values, problems)
+    return values, problems
 
 
 def _least_reply(result: str) -> float | None:

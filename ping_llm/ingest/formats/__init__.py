@@ -1,0 +1,1 @@
+"""How each format of input files is read."""

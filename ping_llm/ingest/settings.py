@@ -1,0 +1,81 @@
+"""The settings of `ping-llm prepare-data`."""
+
+import re
+from typing import Literal
+
+from ping_llm.errors import ConfigError
+from ping_llm.settings import Settings, field
+
+SMALLEST_MEMORY = 500_000_000
+_MULTIPLES = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
+_MULTIPLES |= {"KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}
+
+
+class PrepareSettings(Settings):
+    """Turn measurements into probe rows for training.
+
+    INPUT is a file, a directory or a glob of Parquet, Arrow or CSV measurements, or of RIPE Atlas
+    ping results (NDJSON; also .gz, .bz2, .xz, .zst). Each INPUT is one input to `--split time`.
+    Records that cannot be used are counted by reason and kept in OUTPUT/rejected.parquet.
+    """
+
+    inputs: tuple[str, ...] = field(
+        argument=True,
+        location=True,
+        stored=False,
+        metavar="INPUT...",
+        help="Files, directories or globs.",
+    )
+    output: str = field(
+        location=True, stored=False, metavar="DIR", help="Where the rows go; may be remote."
+    )
+    split: Literal["pair", "time", "probe"] = field(
+        default="pair", help="What valid and test are held out by."
+    )
+    valid_fraction: float = field(default=0.05, ge=0, lt=1, help="Held out for choices.")
+    test_fraction: float = field(default=0.1, ge=0, lt=1, help="Held out for reporting.")
+    seed: int = field(default=0, ge=0, lt=2**63, help="Decides which pairs or probes.")
+    row_cap_mb: float = field(
+        default=8.0, ge=0.001, le=1000, help="Largest row, in units of 1e6 bytes."
+    )
+    both_ends: bool = field(
+        default=False,
+        help="Let train measurements also count as made from their destinations.",
+    )
+    memory_limit: str = field(
+        default="4GB", stored=False, help="Memory to use at most, such as 512MiB."
+    )
+    workers: int | None = field(
+        default=None, gt=0, stored=False, default_text="one per CPU", help="Threads."
+    )
+    engine: Literal["local", "spark"] = field(
+        default="local", stored=False, help="What sorts; spark needs the extra [spark]."
+    )
+
+    def check(self) -> None:
+        """Raises a `ConfigError` if nothing is left to train on, or the memory is too little."""
+        if self.valid_fraction + self.test_fraction >= 1:
+            raise ConfigError(
+                f"valid_fraction={self.valid_fraction} and test_fraction={self.test_fraction} "
+                "leave nothing to train on; their sum must be below 1"
+            )
+        if self.memory_bytes < SMALLEST_MEMORY:
+            raise ConfigError(
+                f"memory_limit={self.memory_limit} must be at least {SMALLEST_MEMORY:,} bytes"
+            )
+
+    @property
+    def memory_bytes(self) -> int:
+        """The memory limit in bytes: "4GB" is 4e9, "512MiB" is 512 * 2**20, "1000" is 1000."""
+        text = self.memory_limit.strip().upper()
+        match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]I?)?B?", text)
+        if match is None:
+            raise ConfigError(
+                f"memory_limit={self.memory_limit!r} is not a size; give one like 4GB or 512MiB"
+            )
+        return int(float(match[1]) * _MULTIPLES[match[2] or ""])
+
+    @property
+    def row_cap_bytes(self) -> int:
+        """The largest row, in bytes."""
+        return int(self.row_cap_mb * 1e6)
