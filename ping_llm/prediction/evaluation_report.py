@@ -1,11 +1,11 @@
 """One HTML page about an evaluation."""
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from ping_llm import report
 from ping_llm.report import Html
+from ping_llm.storage import Location
 
 _HEADINGS = {
     "family": "By family",
@@ -15,8 +15,8 @@ _HEADINGS = {
 }
 
 
-def write_report(result: Mapping[str, Any], path: Path, *, title: str) -> None:
-    """Writes a page about what `evaluate` returned to `path`."""
+def write_report(result: Mapping[str, Any], location: Location, *, title: str) -> None:
+    """Writes a page about the JSON of what `evaluate` returned."""
     blocks = [
         _heading("What was scored"),
         _facts(result),
@@ -45,7 +45,7 @@ def write_report(result: Mapping[str, Any], path: Path, *, title: str) -> None:
         losses = result["loss_per_field"].items()
         rows = [(name, f"{loss:.3f}") for name, loss in losses]
         blocks += [_heading("Loss"), report.table(("field", "nats a token"), rows, numbers="-n")]
-    report.write_page(report.page(title, blocks), path)
+    report.write_page(report.page(title, blocks), location)
 
 
 def _heading(text: str) -> Html:
@@ -140,18 +140,18 @@ def _history_table(history: Mapping[str, Mapping[str, Any]]) -> Html:
 
 def _calibration_figure(calibration: Mapping[str, Any]):
     fig, axes = report.figure(width=4.6, height=4.4)
-    levels, parts = zip(*calibration["reliability"], strict=True)
+    levels, fractions = zip(*calibration["reliability"], strict=True)
     axes[0].plot([0, 1], [0, 1], color="#999999", linewidth=1)
-    axes[0].plot(levels, parts, marker="o", markersize=4, color=report.COLOURS[1])
+    axes[0].plot(levels, fractions, marker="o", markersize=4, color=report.COLOURS[1])
     axes[0].set_xlabel("level of the predicted quantile")
-    axes[0].set_ylabel("part of the measurements below it")
+    axes[0].set_ylabel("fraction of the measurements below it")
     return fig
 
 
 def _calibration_table(calibration: Mapping[str, Any]) -> Html:
     rows = [
-        (f"{level} % interval covers", f"{part:.1%}")
-        for level, part in calibration["coverage"].items()
+        (f"{level} % interval covers", f"{fraction:.1%}")
+        for level, fraction in calibration["coverage"].items()
     ]
     rows += [
         (f"pinball loss at {level} %", f"{loss:.3f} ms")
@@ -175,8 +175,8 @@ def _failures(failures: Mapping[str, Any]) -> Html:
 
 
 def _rankings(rankings: Mapping[str, Mapping[str, float] | None]) -> Html:
-    found = {name: scores for name, scores in rankings.items() if scores is not None}
-    if not found:
+    ranked = {name: scores for name, scores in rankings.items() if scores is not None}
+    if not ranked:
         return Html("<p>No source has enough destinations among the scored measurements.</p>")
     rows = [
         (
@@ -186,7 +186,7 @@ def _rankings(rankings: Mapping[str, Mapping[str, float] | None]) -> Html:
             f"{scores['recall_at_5']:.3f}",
             f"{scores['sources']:,}",
         )
-        for name, scores in sorted(found.items(), key=lambda item: item[1]["top1_regret_ms"])
+        for name, scores in sorted(ranked.items(), key=lambda item: item[1]["top1_regret_ms"])
     ]
     headers = ("method", "top-1 regret, ms", "recall at 1", "recall at 5", "sources")
     return report.table(headers, rows, numbers="-nnnn")

@@ -39,14 +39,18 @@ def test_the_table_and_the_json_name_the_same_methods(made):
 
 
 BAD = {
-    "unknown baseline": (["--data", "rows", "--baselines", "magic"], "baseline 'magic' is not one"),
+    "a baseline beside all": (
+        ["--data", "rows", "--baselines", "all,prefix"],
+        "give all alone, or names of methods",
+    ),
     "online baseline of pairs": (
         ["--data", "rows", "--baselines", "median9"],
         "baseline 'median9' is for data prepared with --split time; this is pair",
     ),
     "no test rows": (["--data", "no_test"], "no_test has no test rows"),
     "no test rows of new probes": (["--data", "probes"], "probes has no test rows"),
-    "no data": (["--data", "words.txt"], "words.txt"),
+    "no data": (["--data", "nowhere"], "nowhere does not exist"),
+    "data of no format": (["--data", "words.txt"], "words.txt"),
     "empty data": (["--data", "empty.csv"], "empty.csv"),
     "training data gone": (
         ["--data", "pings.parquet", "--run", "elsewhere"],
@@ -69,5 +73,8 @@ def test_bad_input_has_its_message(made, case, monkeypatch):
 
 
 def test_usage_errors_exit_with_2(made):
-    assert invoke("--run", made / "run", "--data", made / "nowhere").exit_code == 2
-    assert invoke("--run", made / "run", "--data", made / "rows", "--max-rows", 0).exit_code == 2
+    given = ["--run", made / "run", "--data", made / "rows"]
+    assert invoke(*given, "--max-rows", 0).exit_code == 2
+    refused = invoke(*given, "--baselines", "magic")
+    assert refused.exit_code == 2
+    assert "baselines='magic' is not one of all, none, global_median" in refused.stderr
