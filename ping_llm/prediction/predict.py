@@ -20,7 +20,7 @@ from ping_llm.hashing import digest
 from ping_llm.ingest.files import READ_ERRORS, InputFile, find_files, open_text
 from ping_llm.ingest.sources import read_table
 from ping_llm.measurements import NO_TIME, MeasurementTable
-from ping_llm.prediction.predictor import LEVELS, Predictions, Predictor
+from ping_llm.prediction.predictor import LEVELS, Predictor
 from ping_llm.prediction.settings import PredictSettings
 from ping_llm.progress import progress
 from ping_llm.storage import Location
@@ -103,16 +103,21 @@ def predict(chosen: PredictSettings) -> PairAnswer | RankingResult | PairsResult
         raise DataError(
             f"{chosen.history} holds no measurement from {chosen.src}; give some of that source"
         )
-    predictions = predictor.ask(questions, contexts)
-    when = int(questions.time[0])
+    when = None if questions.time[0] == NO_TIME else int(questions.time[0])
+    rows = zip(destinations, predictor.ask(questions, contexts).to_pylist(), strict=True)
     answers = [
         PairAnswer(
             src=str(chosen.src),
-            dst=destinations[i],
-            time=None if when == NO_TIME else when,
-            **_describe(predictions, i),
+            dst=dst,
+            time=when,
+            rtt_ms={name: row[f"rtt_{name}"] for name in (*LEVELS, "mean")},
+            p_failed=row["p_failed"],
+            unseen=None
+            if row["unseen_src"] is None
+            else [end for end in ("src", "dst") if row[f"unseen_{end}"]],
+            history=row["history"],
         )
-        for i in np.argsort(predictions.mean_ms, kind="stable")
+        for dst, row in sorted(rows, key=lambda each: each[1]["rtt_mean"])
     ]
     return RankingResult(answers) if chosen.rank is not None else answers[0]
 
@@ -137,19 +142,6 @@ def _read_questions(chosen: PredictSettings) -> tuple[MeasurementTable, list[str
     except DataError as error:
         text = f"{where}{error}"
         raise DataError(text if where else text.removeprefix("row 1: ")) from None
-
-
-def _describe(predictions: Predictions, i: int) -> dict[str, Any]:
-    quantiles, unseen = predictions.quantiles_ms[i].tolist(), None
-    if predictions.unseen is not None:
-        unseen = [("src", "dst")[j] for j in np.flatnonzero(predictions.unseen[i])]
-    return {
-        "rtt_ms": dict(zip(LEVELS, quantiles, strict=True))
-        | {"mean": float(predictions.mean_ms[i])},
-        "p_failed": float(predictions.p_failed[i]),
-        "unseen": unseen,
-        "history": int(predictions.history[i]),
-    }
 
 
 # --- a file of pairs ---------------------------------------------------------------------------
@@ -184,7 +176,7 @@ def _predict_pairs(chosen: PredictSettings) -> PairsResult:
                 if f"{i:06d}.parquet" not in finished:
                     started = time.monotonic()
                     contexts = None if history is None else predictor.contexts(history, questions)
-                    answers = predictor.ask(questions, contexts).to_arrow()
+                    answers = predictor.ask(questions, contexts)
                     if "settings.json" not in finished:
                         outputs.publish_json(blocks / "settings.json", facts, claim=claim)
                         finished.add("settings.json")

@@ -31,37 +31,6 @@ LEVELS = {"p5": 0.05, "p25": 0.25, "p50": 0.5, "p75": 0.75, "p95": 0.95}
 _POOLED = 512  # questions whose distributions are held at once
 
 
-@dataclasses.dataclass(frozen=True)
-class Predictions:
-    """Answers to n questions.
-
-    Attributes:
-        quantiles_ms: RTTs below which the probabilities `LEVELS` lie [n, 5].
-        mean_ms: Expected RTTs, as `Distribution.mean` gives them [n].
-        p_failed: Probability that the measurement fails [n].
-        unseen: Whether source and destination were not in training [n, 2]; None: not known.
-        history: Measurements that the model read before the question [n].
-    """
-
-    quantiles_ms: np.ndarray
-    mean_ms: np.ndarray
-    p_failed: np.ndarray
-    unseen: np.ndarray | None
-    history: np.ndarray
-
-    def __len__(self) -> int:
-        return len(self.mean_ms)
-
-    def to_arrow(self) -> pa.Table:
-        """Returns rtt_p5 to rtt_p95, rtt_mean, p_failed, unseen_src, unseen_dst and history."""
-        columns = {f"rtt_{name}": self.quantiles_ms[:, i] for i, name in enumerate(LEVELS)}
-        columns |= {"rtt_mean": self.mean_ms, "p_failed": self.p_failed}
-        for i, name in enumerate(("unseen_src", "unseen_dst")):
-            unseen = pa.nulls(len(self), pa.bool_()) if self.unseen is None else self.unseen[:, i]
-            columns[name] = unseen
-        return pa.table({**columns, "history": self.history.astype(np.int32)})
-
-
 class Predictor:
     """A trained decoder that predicts RTT distributions and failures.
 
@@ -141,7 +110,7 @@ class Predictor:
             except DataError as error:
                 raise DataError(f"history: {error}") from None
             contexts = self.contexts(measured, questions)
-        return _append(frame, self.ask(questions, contexts).to_arrow())
+        return _append(frame, self.ask(questions, contexts))
 
     def score(self, frame: Any) -> np.ndarray:
         """Returns how surprising each measurement of a table is [n], in nats, float64.
@@ -167,15 +136,19 @@ class Predictor:
         """Returns for each question the newest measurements of its source that fit."""
         return same_source(history, questions, max_tokens=self.max_tokens - rtt.QUESTION_TOKENS)
 
-    def ask(self, questions: MeasurementTable, contexts: Contexts | None = None) -> Predictions:
-        """Returns the answers to questions, whose RTTs are not looked at."""
-        n = len(questions)
-        contexts = no_contexts(n) if contexts is None else contexts
+    def ask(self, questions: MeasurementTable, contexts: Contexts | None = None) -> pa.Table:
+        """Returns the columns that `predict` appends; RTTs of the questions are not looked at."""
+        n, unseen = len(questions), self.unseen(questions)
         quantiles, mean, p_failed = np.zeros((n, len(LEVELS))), np.zeros(n), np.zeros(n)
         for rows, answer in self.distributions(questions, contexts):
             quantiles[rows] = answer.quantiles(np.array([*LEVELS.values()]))
             mean[rows], p_failed[rows] = answer.mean(), answer.p_failed
-        return Predictions(quantiles, mean, p_failed, self.unseen(questions), contexts.lengths())
+        columns = {f"rtt_{name}": quantiles[:, i] for i, name in enumerate(LEVELS)}
+        columns |= {"rtt_mean": mean, "p_failed": p_failed}
+        for i, name in enumerate(("unseen_src", "unseen_dst")):
+            columns[name] = pa.nulls(n, pa.bool_()) if unseen is None else unseen[:, i]
+        history = np.zeros(n) if contexts is None else contexts.lengths()
+        return pa.table({**columns, "history": history.astype(np.int32)})
 
     def unseen(self, questions: MeasurementTable) -> np.ndarray | None:
         """Returns whether source and destination were not in training [n, 2]; None: not known."""

@@ -7,6 +7,7 @@ from tiny_runs import write_run
 from ping_llm.cli import cli
 from ping_llm.ingest.prepare import prepare_data
 from ping_llm.simulation.simulate import simulate
+from ping_llm.storage import Location
 
 
 @pytest.fixture(scope="module")
@@ -36,6 +37,22 @@ def test_the_table_and_the_json_name_the_same_methods(made):
     text = invoke(*given).stdout
     assert all(f"\n{name} " in text for name in methods)
     assert max(map(len, text.splitlines())) <= 100
+
+
+def test_data_and_report_may_be_remote(made, bucket):
+    (bucket / "pings.parquet").upload(made / "pings.parquet")
+    for file in Location.of(made / "rows").find():
+        (bucket / "rows" / file.location.name).upload(file.location.path)
+    for name in ("pings.parquet", "rows"):
+        report = bucket / f"{name}.html"
+        given = ["--run", made / "run", "--baselines", "none", "--max-rows", 5, "--json"]
+        results = []
+        for place in (bucket, Location.of(made)):
+            result = invoke(*given, "--data", place / name, "--report", report)
+            assert result.exit_code == 0, result.output
+            results.append(json.loads(result.stdout) | {"seconds": 0})
+        assert results[0] == results[1]
+        assert "Calibration" in report.read_text()
 
 
 BAD = {

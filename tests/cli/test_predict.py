@@ -1,6 +1,5 @@
 import json
 
-import emulators
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -124,16 +123,6 @@ def test_a_second_process_on_one_output_is_refused_at_once_in_one_line(made):
     assert len(refused.stderr.strip().splitlines()) == 1
     assert invoke(*given).exit_code == 0
     assert pq.read_table(output).num_rows == 50
-
-
-@pytest.fixture(params=["s3", "gs"])
-def bucket(request, tmp_path, monkeypatch):
-    """An object store; emulators are found through the environment."""
-    emulator = {"s3": emulators.s3, "gs": emulators.gcs}[request.param]
-    with open(tmp_path / "log", "w") as log, emulator(log) as environment:
-        for name, value in environment.items():
-            monkeypatch.setenv(name, value)
-        yield Location.of({"s3": "s3://bucket", "gs": "gs://anonymous@bucket"}[request.param])
 
 
 def test_pairs_history_ranks_and_answers_may_be_remote(made, bucket, tmp_path):

@@ -99,7 +99,9 @@ def test_a_measurement_scores_as_its_failure_or_rtt_surprises_after_the_past_of_
     expected = -predictor.log_likelihood(measured, predictor.contexts(both, measured))
     np.testing.assert_allclose(scores[1], expected[0], rtol=1e-5)
     failed = MeasurementTable.from_arrow({n: v[2:] for n, v in HISTORY.items()})
-    np.testing.assert_allclose(scores[2], -np.log(predictor.ask(failed).p_failed[0]), rtol=1e-5)
+    np.testing.assert_allclose(
+        scores[2], -np.log(predictor.ask(failed)["p_failed"][0].as_py()), rtol=1e-5
+    )
 
 
 def test_predictors_of_one_structure_share_their_compiled_programs(predictor):
