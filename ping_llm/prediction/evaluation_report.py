@@ -81,15 +81,9 @@ def _cell(scores: Mapping[str, Any], name: str, digits: int) -> str:
 
 def _methods(methods: Mapping[str, Mapping[str, Any]]) -> Html:
     headers = ("method", "kind", "median relative", "p90 relative", "median ms", "mean ms")
+    digits = {"median_rel": 4, "p90_rel": 4, "median_abs_ms": 3, "mae_ms": 3}
     rows = [
-        (
-            name,
-            scores["kind"],
-            _cell(scores, "median_rel", 4),
-            _cell(scores, "p90_rel", 4),
-            _cell(scores, "median_abs_ms", 3),
-            _cell(scores, "mae_ms", 3),
-        )
+        (name, scores["kind"], *(_cell(scores, key, digits[key]) for key in digits))
         for name, scores in sorted(methods.items(), key=lambda item: item[1]["median_rel"])
     ]
     note = Html("<p>In brackets: 95 % intervals, by bootstrap over pairs of addresses.</p>")
@@ -162,14 +156,10 @@ def _calibration_table(calibration: Mapping[str, Any]) -> Html:
 
 
 def _failures(failures: Mapping[str, Any]) -> Html:
-    rows = [
-        (
-            name,
-            "-" if failures[key]["auc"] is None else f"{failures[key]['auc']:.3f}",
-            f"{failures[key]['brier']:.5f}",
-        )
-        for key, name in (("model", "model"), ("failure_rate", "training rates of both ends"))
-    ]
+    rows = []
+    for key, name in (("model", "model"), ("failure_rate", "training rates of both ends")):
+        auc, brier = failures[key]["auc"], failures[key]["brier"]
+        rows.append((name, "-" if auc is None else f"{auc:.3f}", f"{brier:.5f}"))
     text = f"<p>{failures['n_failed']:,} of {failures['n']:,} measurements failed.</p>"
     return Html(text + report.table(("", "AUC", "Brier score"), rows, numbers="-nn"))
 
@@ -178,14 +168,9 @@ def _rankings(rankings: Mapping[str, Mapping[str, float] | None]) -> Html:
     ranked = {name: scores for name, scores in rankings.items() if scores is not None}
     if not ranked:
         return Html("<p>No source has enough destinations among the scored measurements.</p>")
+    formats = {"top1_regret_ms": ".2f", "recall_at_1": ".3f", "recall_at_5": ".3f", "sources": ","}
     rows = [
-        (
-            name,
-            f"{scores['top1_regret_ms']:.2f}",
-            f"{scores['recall_at_1']:.3f}",
-            f"{scores['recall_at_5']:.3f}",
-            f"{scores['sources']:,}",
-        )
+        (name, *(format(scores[key], formats[key]) for key in formats))
         for name, scores in sorted(ranked.items(), key=lambda item: item[1]["top1_regret_ms"])
     ]
     headers = ("method", "top-1 regret, ms", "recall at 1", "recall at 5", "sources")
@@ -194,12 +179,8 @@ def _rankings(rankings: Mapping[str, Mapping[str, float] | None]) -> Html:
 
 def _groups(groups: Mapping[str, Mapping[str, Any]]) -> Html:
     names = list(next(iter(groups.values()))["methods"]) if groups else []
-    rows = [
-        (
-            label,
-            f"{group['n']:,}",
-            *(f"{group['methods'][name]['median_rel']:.4f}" for name in names),
-        )
-        for label, group in groups.items()
-    ]
+    rows = []
+    for label, group in groups.items():
+        cells = (f"{group['methods'][name]['median_rel']:.4f}" for name in names)
+        rows.append((label, f"{group['n']:,}", *cells))
     return report.table(("median relative", "n", *names), rows, numbers="-n" + "n" * len(names))
