@@ -2,26 +2,26 @@
 
     python examples/nearest_peer.py RUN SOURCE PEERS.txt [PINGS.parquet]
 
-PEERS.txt has one address a line; PINGS holds measurements in any format that prepare-data reads.
+PEERS.txt has one address a line; PINGS has src_addr, dst_addr, event_time and rtt.
 """
 
 import sys
 from pathlib import Path
 
-from ping_llm.ingest.sources import read_table
-from ping_llm.prediction.rtt import Predictor, questions
+import pyarrow.parquet as pq
+
+from ping_llm import Predictor
 
 
 def main(run: str, source: str, peers: str, pings: str | None = None) -> list[str]:
     addresses = Path(peers).read_text().split()
-    queries = questions([source] * len(addresses), addresses)
-    predictor = Predictor.load(run)
-    contexts = None if pings is None else predictor.contexts(read_table([pings]), queries)
-    order, found = predictor.rank(queries, contexts)
-    for i in order[:10]:
-        low, _, median, _, high = found.quantiles_ms[i]
-        print(f"{addresses[i]:40s} {median:8.2f} ms  (90 %: {low:.2f} to {high:.2f})")
-    return [addresses[i] for i in order]
+    pairs = {"src_addr": [source] * len(addresses), "dst_addr": addresses}
+    history = None if pings is None else pq.read_table(pings)
+    answers = Predictor.load(run).predict(pairs, history=history).sort_by("rtt_mean").to_pylist()
+    for row in answers[:10]:
+        low, median, high = (row[f"rtt_{name}"] for name in ("p5", "p50", "p95"))
+        print(f"{row['dst_addr']:40s} {median:8.2f} ms  (90 %: {low:.2f} to {high:.2f})")
+    return [row["dst_addr"] for row in answers]
 
 
 if __name__ == "__main__":

@@ -10,11 +10,10 @@ on where it was; all it makes is below OUTPUT.
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from ping_llm.ingest.prepare import prepare_data
 from ping_llm.inspection.dataset import inspect_data
-from ping_llm.prediction.evaluate import evaluate
+from ping_llm.prediction.evaluate import EvaluationResult, evaluate
 from ping_llm.training.loop import train
 
 # All of training goes to the question that is asked: times are known, the RTT is not.
@@ -31,17 +30,17 @@ SETTINGS = (
 
 def main(
     output: str, *results: str, steps: int = 1500, settings: Sequence[str] = SETTINGS
-) -> dict[str, Any]:
+) -> EvaluationResult:
     place = Path(output)
     place.mkdir(parents=True, exist_ok=True)
     prepare_data(results, output=place / "rows", split="time")
     inspect_data(place / "rows", report=place / "data.html")
     train(place / "rows", place / "run", preset="tiny", steps=steps, overrides=settings)
     result = evaluate(place / "run", place / "rows", report=place / "evaluation.html")
-    for name, scores in result["methods"].items():
+    for name, scores in result.methods.items():
         error, worst = scores["median_rel"], scores["p90_rel"]
         print(f"{name:14s} relative error: median {error:8.4f}, 90th percentile {worst:8.4f}")
-    failures = result["failures"]
+    failures = result.failures
     print(f"{failures['n_failed']} of {failures['n']} failed; AUC {failures['model']['auc']}")
     print(f"see {place / 'data.html'} and {place / 'evaluation.html'}")
     return result

@@ -208,7 +208,9 @@ class MeasurementTable:
         return cls(**{name: whole(name) for name in names})
 
     @classmethod
-    def from_arrow(cls, data: Any, *, questions: bool = False) -> "MeasurementTable":
+    def from_arrow(
+        cls, data: Any, *, questions: bool = False, first_row: int = 1
+    ) -> "MeasurementTable":
         """Returns the measurements of a table of another library.
 
         Columns are src_addr, dst_addr and rtt, and may be event_time, ip_version, kind, loss and
@@ -219,8 +221,9 @@ class MeasurementTable:
         Args:
             data: Whatever `pyarrow.table` takes: a pandas, polars or Arrow table, anything with
                 `__arrow_c_stream__`, or a dictionary of lists.
-            questions: Whether rows ask for an RTT rather than tell one: without a column rtt, it
-                is -1.
+            questions: Whether rows ask for an RTT rather than tell one: it is -1, and a column rtt
+                is ignored.
+            first_row: Number of the first row in messages.
 
         Raises:
             DataError: A column is absent, or a value is missing or not what it should be.
@@ -231,7 +234,7 @@ class MeasurementTable:
             raise DataError(f"this is no table: {error}") from None
         _check_names(table.schema.names, questions)
         batches = table.to_batches() or [_no_rows(table.schema)]
-        rows = np.cumsum([1, *map(len, batches)]).tolist()
+        rows = np.cumsum([first_row, *map(len, batches)]).tolist()
         try:
             tables = [_from_batch(*each, questions) for each in zip(batches, rows, strict=False)]
         except (pa.ArrowException, UnicodeError) as error:
@@ -291,7 +294,7 @@ def _from_batch(batch: pa.RecordBatch, row: int, questions: bool) -> Measurement
     values = {
         name: column.from_arrow(batch[column.arrow], row)
         for name, column in COLUMNS.items()
-        if column.arrow in batch.schema.names
+        if column.arrow in batch.schema.names and not (questions and name == "rtt")
     }
     families = [addresses.family(values[name]) for name in ("src", "dst")]
     values.setdefault("time", np.full(len(batch), NO_TIME))

@@ -67,9 +67,9 @@ def test_ripe_atlas_results_become_a_report(tmp_path, capsys):
     small += ("model.n_kv_heads=2", "model.head_dim=16", "model.d_ff=32")
     given = str(tmp_path / "out"), str(tmp_path / "results.ndjson")
     result = example.main(*given, steps=2, settings=(*example.SETTINGS, *small))
-    assert result["protocol"] == "time"
-    assert {"model", "model_online", "last_value", "median9"} <= set(result["methods"])
-    assert result["n"] + result["n_failed"] == 180
+    assert result.protocol == "time"
+    assert {"model", "model_online", "last_value", "median9"} <= set(result.methods)
+    assert result.n + result.n_failed == 180
     assert (tmp_path / "out" / "evaluation.html").exists()
     assert "median9" in capsys.readouterr().out
 

@@ -12,6 +12,7 @@ from flax import nnx
 from ping_llm.checkpoints import Checkpoints
 from ping_llm.data.pipeline import data_fingerprint
 from ping_llm.data.windows import DEFAULTS
+from ping_llm.measurements import MeasurementTable
 from ping_llm.models.config import DecoderConfig
 from ping_llm.models.decoder import Decoder
 from ping_llm.tokenizer import LANGUAGE_VERSION
@@ -27,6 +28,12 @@ CONFIG = DecoderConfig(
     dtype="float32",
 )
 SEQ_LEN = 256
+
+
+def questions(src, dst, times=None) -> MeasurementTable:
+    """Returns questions from each of `src` to the `dst` beside it."""
+    columns = {"src_addr": src, "dst_addr": dst, "event_time": times or [None] * len(src)}
+    return MeasurementTable.from_arrow(columns, questions=True)
 
 
 @functools.cache

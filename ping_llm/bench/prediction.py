@@ -7,8 +7,9 @@ import numpy as np
 
 from ping_llm import settings
 from ping_llm.bench.settings import BenchPredictSettings
+from ping_llm.measurements import MeasurementTable
 from ping_llm.prediction.contexts import encode_prompts
-from ping_llm.prediction.rtt import Predictor, questions
+from ping_llm.prediction.predictor import Predictor
 from ping_llm.resources import peak_rss_bytes
 
 
@@ -44,16 +45,18 @@ def bench_predict(chosen: BenchPredictSettings) -> BenchPredictResult:
 
     def random_pairs(n: int):
         hosts = rng.integers(0, 256, (n, 3))
-        return questions(["10.0.0.1"] * n, [f"10.{a}.{b}.{c}" for a, b, c in hosts])
+        dst = [f"10.{a}.{b}.{c}" for a, b, c in hosts]
+        pairs = {"src_addr": ["10.0.0.1"] * n, "dst_addr": dst}
+        return MeasurementTable.from_arrow(pairs, questions=True)
 
     queries, history = random_pairs(chosen.pairs), random_pairs(predictor.max_tokens)
-    history = dataclasses.replace(history, rtt=rng.uniform(1, 300, len(history)))
+    history = dataclasses.replace(history, rtt=rng.uniform(1, 300, len(history)).astype(np.float32))
     contexts = predictor.contexts(history, queries)
     rates = []
     for context in (None, contexts):
-        predictor.predict(queries, context)  # compiles
+        predictor.ask(queries, context)  # compiles
         started = time.perf_counter()
-        predictor.predict(queries, context)
+        predictor.ask(queries, context)
         rates.append(chosen.pairs / (time.perf_counter() - started))
     return BenchPredictResult(
         pairs_per_second=rates[0],

@@ -1,13 +1,8 @@
 """Matrix factorisation of RTTs: biased, of the logarithm, by least squares; and DMFSGD."""
 
-from collections.abc import Callable
-
 import numpy as np
 
-from ping_llm.estimators.pairs import Training, group_starts
-
-# RTT in ms between nodes by number, arrays [n] in and out.
-PredictPairs = Callable[[np.ndarray, np.ndarray], np.ndarray]
+from ping_llm.estimators.pairs import PredictPairs, Training, between_nodes, group_starts
 
 MF_RANK = 16
 # For each entry of a node, so that nodes of few pairs keep something of their factors.
@@ -83,6 +78,7 @@ def _factorise(
     return predict
 
 
+@between_nodes
 def fit_biased_mf(train: Training) -> PredictPairs:
     """Returns the fit of log RTT = mean + biases + product of factors, rank 16.
 
@@ -110,6 +106,7 @@ def fit_biased_mf(train: Training) -> PredictPairs:
     return predict_rtt
 
 
+@between_nodes
 def fit_dmfsgd(train: Training) -> PredictPairs:
     """Returns the fit of RTT = product of non-negative-born factors, rank 10, in absolute error.
 

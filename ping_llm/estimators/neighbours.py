@@ -2,8 +2,7 @@
 
 import numpy as np
 
-from ping_llm.estimators.factorisation import PredictPairs
-from ping_llm.estimators.pairs import Training
+from ping_llm.estimators.pairs import PredictPairs, Training, between_nodes, lookup
 
 LANDMARKS = 256  # nodes of most pairs, by which the others are compared
 NEIGHBOURS = 64  # of each node
@@ -14,6 +13,7 @@ NEAREST = 1e-6  # a distance that is not 0
 SHARPNESS = 6.0  # how much more a nearer neighbour counts
 
 
+@between_nodes
 def fit_neighbours(train: Training) -> PredictPairs:
     """Returns predictions from pairs of neighbours that were measured.
 
@@ -31,14 +31,12 @@ def fit_neighbours(train: Training) -> PredictPairs:
 
     def predict_rtt(a: np.ndarray, b: np.ndarray) -> np.ndarray:
         sums, weights = np.zeros(len(a)), np.zeros(len(a))
-        for here, there in ((a, b), (b, a)):
-            wanted = here[:, None] * n + near[there]  # [q, NEIGHBOURS]
-            at = np.minimum(np.searchsorted(keys, wanted), len(keys) - 1)
-            weight = np.where(keys[at] == wanted, distance[there] ** -SHARPNESS, 0.0)
-            sums += np.einsum("qk,qk->q", weight, values[at])
+        for end, other_end in ((a, b), (b, a)):
+            index = lookup(keys, end[:, None] * n + near[other_end])  # [q, NEIGHBOURS]
+            weight = np.where(index >= 0, distance[other_end] ** -SHARPNESS, 0.0)
+            sums += np.einsum("qk,qk->q", weight, values[index])
             weights += weight.sum(axis=1)
-        known = weights > 0
-        return np.exp(np.divide(sums, weights, out=np.full(len(a), np.nan), where=known))
+        return np.exp(np.divide(sums, weights, out=np.full(len(a), np.nan), where=weights > 0))
 
     return predict_rtt
 
@@ -49,16 +47,16 @@ def _neighbours(
     """Returns (the nodes nearest each node, itself among them; their distances), both [n, k]."""
     counts = np.bincount(one, minlength=n)
     landmarks = np.argsort(-counts, kind="stable")[:LANDMARKS]
-    place = np.full(n, -1)
-    place[landmarks] = np.arange(len(landmarks))
-    chosen = place[other] >= 0
+    column = np.full(n, -1)  # of `profile`; -1 where a node is no landmark
+    column[landmarks] = np.arange(len(landmarks))
+    chosen = column[other] >= 0
     profile = np.zeros((n, len(landmarks)), np.float32)
-    known = np.zeros(profile.shape, np.float32)
-    profile[one[chosen], place[other[chosen]]] = log_rtt[chosen]
-    known[one[chosen], place[other[chosen]]] = 1
+    measured = np.zeros(profile.shape, np.float32)
+    profile[one[chosen], column[other[chosen]]] = log_rtt[chosen]
+    measured[one[chosen], column[other[chosen]]] = 1
 
     def differences(i: np.ndarray, j: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        both = known[i] * known[j]
+        both = measured[i] * measured[j]
         return (np.abs(profile[i] - profile[j]) * both).sum(axis=1), both.sum(axis=1)
 
     total, common = differences(*np.random.default_rng(0).integers(0, n, (2, SAMPLED)))

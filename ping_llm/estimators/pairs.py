@@ -1,13 +1,74 @@
-"""What the classical methods are fitted on: RTTs between numbered nodes."""
+"""What the estimators share: numbered nodes, medians by group, and the past of each question."""
 
 import dataclasses
 import functools
+from collections.abc import Callable
 
 import numpy as np
 
 from ping_llm.errors import DataError
-from ping_llm.hashing import hash_addresses
+from ping_llm.hashing import hash_addresses, mix
 from ping_llm.measurements import MeasurementTable
+
+MIN_RTT_MS = 0.001  # the token language's smallest step; keeps logarithms finite
+
+# RTTs in ms [n] of the pairs of some measurements; NaN where there is no estimate.
+Predict = Callable[[MeasurementTable], np.ndarray]
+# The same between nodes by number, arrays [n] in and out.
+PredictPairs = Callable[[np.ndarray, np.ndarray], np.ndarray]
+
+
+def lookup(keys: np.ndarray, wanted: np.ndarray) -> np.ndarray:
+    """Returns the index in the ascending `keys` of each of `wanted`; -1 where it is not there."""
+    if not len(keys):
+        return np.full(np.shape(wanted), -1)
+    index = np.minimum(np.searchsorted(keys, wanted), len(keys) - 1)
+    return np.where(keys[index] == wanted, index, -1)
+
+
+def pair_keys(measurements: MeasurementTable) -> np.ndarray:
+    """Returns a 64-bit key of each unordered pair of addresses [n]."""
+    src, dst = hash_addresses(measurements.src), hash_addresses(measurements.dst)
+    return mix(np.minimum(src, dst), np.maximum(src, dst))
+
+
+def group_starts(ordered: np.ndarray) -> np.ndarray:
+    """Returns where each run of equal values starts in a sorted array."""
+    return np.flatnonzero(np.r_[True, ordered[1:] != ordered[:-1]][: len(ordered)])
+
+
+def grouped_median(keys: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Returns (the distinct keys, ascending; the median of each one's values)."""
+    order = np.lexsort((values, keys))
+    keys, values = keys[order], values[order]
+    starts = group_starts(keys)
+    counts = np.diff(np.r_[starts, len(keys)])
+    low, high = starts + (counts - 1) // 2, starts + counts // 2
+    return keys[starts], (values[low] + values[high]) / 2
+
+
+def earlier(
+    key: np.ndarray, time: np.ndarray, asked_key: np.ndarray, asked_time: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Returns (order, begin, stop): the past of question i is `order[begin[i]:stop[i]]`.
+
+    These are the measurements of its key at earlier times, oldest first. `NO_TIME` is before all
+    times: a measurement without a time counts as the oldest, a question without one has no past.
+
+    Args:
+        key: Key of each measurement [m].
+        time: When each was made [m], int64.
+        asked_key: Key of each question [n].
+        asked_time: When each is asked [n], int64.
+    """
+    keys, group = np.unique(key, return_inverse=True)
+    times, rank = np.unique(np.r_[time, asked_time], return_inverse=True)
+    ranks = group * len(times) + rank[: len(time)]
+    order = np.argsort(ranks, kind="stable")
+    first = lookup(keys, asked_key) * len(times)  # below 0 where the key is new
+    asked = first + rank[len(time) :]
+    begin, stop = (np.searchsorted(ranks, each, sorter=order) for each in (first, asked))
+    return order, begin, stop
 
 
 class Nodes:
@@ -28,31 +89,12 @@ class Nodes:
 
     def lookup(self, addresses: np.ndarray) -> np.ndarray:
         """Returns the number of each address [n], int64; -1 for those that are not here."""
-        hashes = hash_addresses(addresses)
-        at = np.searchsorted(self._hashes, hashes)
-        at[at == len(self)] = 0
-        known = self._hashes[at] == hashes if len(self) else np.zeros(len(at), bool)
-        return np.where(known, at, -1)
-
-
-def group_starts(ordered: np.ndarray) -> np.ndarray:
-    """Returns where each run of equal values starts in a sorted array."""
-    return np.flatnonzero(np.r_[True, ordered[1:] != ordered[:-1]][: len(ordered)])
-
-
-def grouped_median(keys: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Returns (the distinct keys, ascending; the median of each one's values)."""
-    order = np.lexsort((values, keys))
-    keys, values = keys[order], values[order]
-    starts = group_starts(keys)
-    counts = np.diff(np.r_[starts, len(keys)])
-    low, high = starts + (counts - 1) // 2, starts + counts // 2
-    return keys[starts], (values[low] + values[high]) / 2
+        return lookup(self._hashes, hash_addresses(addresses))
 
 
 @dataclasses.dataclass(frozen=True)
 class Training:
-    """What the classical methods are fitted on: answered measurements between numbered nodes.
+    """What estimators are fitted on: answered measurements between numbered nodes.
 
     A round trip goes both ways, so a pair is unordered everywhere here: its median stands for
     either direction.
@@ -71,6 +113,21 @@ class Training:
     dst: np.ndarray
     rtt: np.ndarray
 
+    @classmethod
+    def of(cls, measurements: MeasurementTable) -> "Training":
+        """Returns the answered ones of `measurements`.
+
+        Raises:
+            DataError: None was answered.
+        """
+        answered = measurements.take(measurements.rtt >= 0)
+        if not len(answered):
+            raise DataError("no measurement to fit on was answered; give data with RTTs")
+        nodes = Nodes(answered.src, answered.dst)
+        src, dst = nodes.lookup(answered.src), nodes.lookup(answered.dst)
+        rtt = np.maximum(answered.rtt.astype(np.float64), MIN_RTT_MS)
+        return cls(answered, nodes, src, dst, rtt)
+
     @functools.cached_property
     def pairs(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Returns (a, b, median RTT) of every unordered pair, a <= b."""
@@ -86,23 +143,20 @@ class Training:
         return np.r_[a, b[both]], np.r_[b, a[both]], np.r_[median, median[both]]
 
 
-MIN_RTT_MS = 0.001  # the token language's smallest step; keeps logarithms finite
+def between_nodes(fit: Callable[[Training], PredictPairs]) -> Callable[[Training], Predict]:
+    """Returns `fit` for measurements: no estimate where an address was not in training."""
 
+    @functools.wraps(fit)
+    def fit_measurements(train: Training) -> Predict:
+        predict = fit(train)
 
-def training_table(measurements: MeasurementTable) -> Training:
-    """Returns the answered ones of `measurements` for fitting.
+        def predict_rtt(queries: MeasurementTable) -> np.ndarray:
+            a, b = train.nodes.lookup(queries.src), train.nodes.lookup(queries.dst)
+            seen = (a >= 0) & (b >= 0)
+            rtt = np.full(len(queries), np.nan)
+            rtt[seen] = predict(a[seen], b[seen])
+            return rtt
 
-    Raises:
-        DataError: None was answered.
-    """
-    answered = measurements.take(measurements.rtt >= 0)
-    if not len(answered):
-        raise DataError("no measurement to fit on was answered; give data with RTTs")
-    nodes = Nodes(answered.src, answered.dst)
-    return Training(
-        measurements=answered,
-        nodes=nodes,
-        src=nodes.lookup(answered.src),
-        dst=nodes.lookup(answered.dst),
-        rtt=np.maximum(answered.rtt.astype(np.float64), MIN_RTT_MS),
-    )
+        return predict_rtt
+
+    return fit_measurements

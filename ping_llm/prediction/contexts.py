@@ -9,6 +9,7 @@ import dataclasses
 import numpy as np
 
 from ping_llm import addresses, tokenizer
+from ping_llm.estimators.pairs import earlier, lookup
 from ping_llm.hashing import hash_addresses
 from ping_llm.measurements import NO_TIME, MeasurementTable
 
@@ -52,10 +53,8 @@ def from_groups(
     """
     order = np.argsort(group, kind="stable")[np.count_nonzero(group < 0) :]
     groups, counts = np.unique(group[order], return_counts=True)
-    at = np.searchsorted(groups, of_query)
-    known = (of_query >= 0) & (np.append(groups, -2)[at] == of_query)
     offsets = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
-    return Contexts(measurements.take(order), offsets, np.where(known, at, -1))
+    return Contexts(measurements.take(order), offsets, lookup(groups, of_query))
 
 
 def same_source(
@@ -67,16 +66,8 @@ def same_source(
     """
     history = history.take(np.argsort(history.time, kind="stable"))
     sources, group = np.unique(hash_addresses(history.src), return_inverse=True)
-    return trim(from_groups(history, group, _numbers(sources, queries)), max_tokens=max_tokens)
-
-
-def _numbers(sources: np.ndarray, queries: MeasurementTable) -> np.ndarray:
-    """Returns where in `sources`, ascending hashes, each question's source is; -1: nowhere."""
-    wanted = hash_addresses(queries.src)
-    at = np.searchsorted(sources, wanted)
-    known = at < len(sources)
-    known[known] = sources[at[known]] == wanted[known]
-    return np.where(known, at, -1)
+    of_query = lookup(sources, hash_addresses(queries.src))
+    return trim(from_groups(history, group, of_query), max_tokens=max_tokens)
 
 
 def newest_before(
@@ -85,27 +76,20 @@ def newest_before(
     """Returns for each question the newest measurements of its source before it that fit.
 
     They are of earlier seconds than the question's, in the order of time, and fit `max_tokens`.
+    Measurements without a time count as the oldest; a question without one has no context.
     Questions that see the same measurements share a context.
     """
-    sources, source = np.unique(hash_addresses(history.src), return_inverse=True)
-    first = min(history.time.min(initial=2**40), queries.time.min(initial=2**40))
-    last = max(history.time.max(initial=0), queries.time.max(initial=0))
-    span = last - first + 1
-    keys = source * span + (history.time - first)
-    order = np.argsort(keys, kind="stable")
-    keys = keys[order]
-    at = _numbers(sources, queries)
-    begin = np.searchsorted(keys, at * span)
-    stop = np.searchsorted(keys, at * span + (queries.time - first))
-    # More than fit are cut off again below, by what they really take.
+    source, asked = hash_addresses(history.src), hash_addresses(queries.src)
+    order, begin, stop = earlier(source, history.time, asked, queries.time)
+    # More than fit are cut off again by `trim`, by what they really take.
     begin = np.maximum(begin, stop - max_tokens // tokenizer.BARE_TOKENS[4])
-    known = (at >= 0) & (stop > begin)
-    ranges, of_range = np.unique(np.c_[begin, stop][known], axis=0, return_inverse=True)
+    has_past = stop > begin
+    ranges, of_range = np.unique(np.c_[begin, stop][has_past], axis=0, return_inverse=True)
     counts = ranges[:, 1] - ranges[:, 0]
     offsets = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
     index = np.repeat(ranges[:, 0] - offsets[:-1], counts) + np.arange(offsets[-1])
     of_query = np.full(len(queries), -1)
-    of_query[known] = of_range.ravel()
+    of_query[has_past] = of_range.ravel()
     contexts = Contexts(history.take(order[index]), offsets, of_query)
     return trim(contexts, max_tokens=max_tokens)
 
@@ -122,9 +106,8 @@ def random_of_source(
     starts = np.searchsorted(source[order], source[order])
     rank = np.arange(len(order)) - starts
     chosen = order[rank < max_tokens // tokenizer.BARE_TOKENS[4]]
-    contexts = from_groups(
-        without_times(history.take(chosen)), source[chosen], _numbers(sources, queries)
-    )
+    of_query = lookup(sources, hash_addresses(queries.src))
+    contexts = from_groups(without_times(history.take(chosen)), source[chosen], of_query)
     return trim(contexts, max_tokens=max_tokens)
 
 
@@ -176,7 +159,7 @@ def _without_source(measurements: MeasurementTable, hidden: np.ndarray) -> Measu
 
 
 @dataclasses.dataclass(frozen=True)
-class Prompts:
+class EncodedPrompts:
     """Contexts and questions as tokens, ragged.
 
     Attributes:
@@ -198,37 +181,47 @@ class Prompts:
         return np.append(np.diff(self.context_offsets), 0)[self.of_query]
 
 
-def encode_prompts(contexts: Contexts, queries: MeasurementTable) -> Prompts:
+# Context 0 holds two measurements of 10.0.0.1: to 10.0.1.1 at second 100, to 10.0.1.2 at an unknown
+# time. Question 0 is 10.0.0.1 -> 10.0.9.9 at second 160, after context 0; question 1 is
+# 10.0.0.3 -> 10.0.9.9 without a time or context.
+#   context_tokens   START SRC 10.0.0.1 DST 10.0.1.1 TIMESTAMP_ABS 100 RTT_START 16 d6
+#                    START              DST 10.0.1.2                   RTT_START 1c 65
+#   context_offsets  [0, 32]
+#   anchors          [10.0.0.1 -> 10.0.1.2 at 100]: source of the last one, time of the last timed
+#   encoded          segment 0: anchor, question 0; segment 1: question 1
+#   query_tokens     START DST 10.0.9.9 TIMESTAMP_DELTA1 60 RTT_START   (anchor and RTT cut off)
+#                    START SRC 10.0.0.3 DST 10.0.9.9 RTT_START
+#   query_offsets    [0, 9, 21]
+def encode_prompts(contexts: Contexts, queries: MeasurementTable) -> EncodedPrompts:
     """Returns the tokens of contexts and of the questions after them."""
     m, n = contexts.measurements, len(queries)
     context_tokens, context_offsets = _encode(m, contexts.offsets)
-    # A question leaves out the source that its context ends with, and its time is counted from the
-    # last known one there: encode it after a measurement of both, the anchor, and cut that off.
-    rank = np.where(m.has_time, np.arange(len(m)), -1)
-    ends = contexts.offsets[1:] - 1
-    last_timed = np.maximum.accumulate(rank)[ends] if len(m) else ends
-    anchored = np.flatnonzero(contexts.of_query >= 0)
-    context = contexts.of_query[anchored]
-    timed = last_timed[context]
-    before = dataclasses.replace(
-        m.take(ends[context]),
-        time=np.where(timed >= contexts.offsets[context], m.time[timed], NO_TIME),
-        rtt=np.full(len(anchored), -1, np.float32),
+    # A question leaves out the source that its context ends with, and counts its time from the last
+    # one there. So it is encoded after an anchor, a measurement of both, which is cut off.
+    timed = np.maximum.accumulate(np.where(m.has_time, np.arange(len(m)), -1))
+    after_context = np.flatnonzero(contexts.of_query >= 0)
+    context = contexts.of_query[after_context]
+    last = contexts.offsets[context + 1] - 1
+    has_time = timed[last] >= contexts.offsets[context]
+    anchors = dataclasses.replace(
+        m.take(last),
+        time=np.where(has_time, m.time[timed[last]], NO_TIME),
+        rtt=np.full(len(last), -1, np.float32),
     )
     asked = dataclasses.replace(queries, rtt=np.zeros(n, np.float32))
-    # Anchor, question, anchor, question, ...; a question without a context stands alone.
-    joined = MeasurementTable.concat([before, asked])
-    order = np.argsort(np.concatenate([2 * anchored, 2 * np.arange(n) + 1]))
+    joined = MeasurementTable.concat([anchors, asked])
+    order = np.argsort(np.concatenate([2 * after_context, 2 * np.arange(n) + 1]))
     sizes = 1 + (contexts.of_query >= 0)
     tokens, offsets = _encode(joined.take(order), np.concatenate([[0], np.cumsum(sizes)]))
-    skipped = np.zeros(n, np.int64)
-    _, before_offsets = _encode(before, np.arange(len(anchored) + 1))
-    skipped[anchored] = np.diff(before_offsets)
-    starts, ends = offsets[:-1] + skipped, offsets[1:] - RTT_BYTES
-    lengths = ends - starts
+    anchor_tokens = np.zeros(n, np.int64)
+    anchor_tokens[after_context] = np.diff(_encode(anchors, np.arange(len(anchors) + 1))[1])
+    starts = offsets[:-1] + anchor_tokens
+    lengths = offsets[1:] - RTT_BYTES - starts
     query_offsets = np.concatenate([[0], np.cumsum(lengths)])
-    at = np.repeat(starts - query_offsets[:-1], lengths) + np.arange(query_offsets[-1])
-    return Prompts(context_tokens, context_offsets, tokens[at], query_offsets, contexts.of_query)
+    index = np.repeat(starts - query_offsets[:-1], lengths) + np.arange(query_offsets[-1])
+    return EncodedPrompts(
+        context_tokens, context_offsets, tokens[index], query_offsets, contexts.of_query
+    )
 
 
 def _encode(measurements: MeasurementTable, offsets: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -250,9 +243,8 @@ def dense(
     """
     begin = np.append(offsets[:-1], 0)[rows]
     lengths = np.append(np.diff(offsets), 0)[rows]
-    place = np.arange(length)
-    real = place < lengths[:, None]
-    at = np.where(real, begin[:, None] + place, 0)
-    found = np.append(tokens, 0)[at].astype(np.int32)
-    positions = np.where(real, start[:, None] + place, -1)
-    return np.where(real, found, 0), positions.astype(np.int32)
+    column = np.arange(length)
+    real = column < lengths[:, None]
+    index = np.where(real, begin[:, None] + column, len(tokens))
+    positions = np.where(real, start[:, None] + column, -1)
+    return np.append(tokens, 0)[index].astype(np.int32), positions.astype(np.int32)

@@ -76,26 +76,34 @@ def read(
     return x, Cache(keys, values, positions)
 
 
+# One question of one token, one head of width 1, q = [2.0] after scaling. Set 1 is a cache of two
+# tokens, keys [0.5, -9] of which the second is padding, values [10, 0]; set 2 is the token itself,
+# key [1.0], value [20].
+#            scores        peak   weights   total   weighted sum of values
+#   set 1    [1.0, -1e30]  1.0    [1, 0]    1       10
+#   set 2    [2.0]         2.0    [1]       1       20
+#   highest peak 2.0, scales [e^-1, 1] = [0.37, 1], total 0.37 * 1 + 1 * 1 = 1.37
+#   out = (0.37 * 10 + 1 * 20) / 1.37 = 17.3, as softmax over all three scores gives
 def _attend(
     q: Float[Array, "B T N H"],
     positions: Int[Array, "B T"],
     window: Int[Array, ""] | None,
-    parts: Sequence[tuple[Array, Array, Array | None]],
+    key_sets: Sequence[tuple[Array, Array, Array | None]],
 ) -> Float[Array, "B T N H"]:
     """Returns attention over several sets of keys, each [C, S, K, H] with its positions [C, S].
 
-    A set without positions is the queries' own: causal, by place. Each set is attended to in the
+    A set without positions is the queries' own: causal, by index. Each set is attended to in the
     layout of its own sharing, and the results are put together by their weights.
     """
     B, T, N, H = q.shape
-    K = parts[0][0].shape[2]
+    K = key_sets[0][0].shape[2]
     q = q * H**-0.5
     peaks, totals, sums = [], [], []
-    for keys, values, at in parts:
+    for keys, values, key_positions in key_sets:
         C = keys.shape[0]
         grouped = q.reshape(C, B // C * T, K, N // K, H)
         scores = jnp.einsum("cqkgh,cskh->ckqgs", grouped, keys, preferred_element_type=jnp.float32)
-        visible = _visible(positions.reshape(C, -1), window, at, T)  # [C or 1, q or 1, S]
+        visible = _visible(positions.reshape(C, -1), window, key_positions, T)
         scores = jnp.where(visible[:, None, :, None], scores, attention.MASKED)
         peak = jnp.max(scores, axis=-1)
         weights = jnp.exp(scores - peak[..., None])
@@ -113,18 +121,18 @@ def _attend(
 def _visible(
     positions: Int[Array, "C q"],
     window: Int[Array, ""] | None,
-    at: Int[Array, "C S"] | None,
+    key_positions: Int[Array, "C S"] | None,
     length: int,
 ) -> Bool[Array, "c q1 S"]:
     """Returns which keys each query sees."""
-    if at is None:
+    if key_positions is None:
         # One row of queries, its own keys: nothing is shared, and C is B.
-        at = positions
+        key_positions = positions
         visible = jnp.tril(jnp.ones((length, length), bool))[None]
     else:
-        visible = at[:, None, :] >= 0
+        visible = key_positions[:, None, :] >= 0
     if window is not None:
-        visible &= positions[:, :, None] - at[:, None, :] < window
+        visible &= positions[:, :, None] - key_positions[:, None, :] < window
     return visible
 
 
@@ -136,18 +144,18 @@ def empty_cache(model: Decoder, rows: int, length: int) -> Cache:
     return Cache(zeros, zeros, jnp.full((rows, length), -1, jnp.int32))
 
 
-def append(cache: Cache, new: Cache, place: Int[Array, ""]) -> Cache:
-    """Returns `cache` with the tokens of `new`, as many rows, put in from `place` on."""
+def append(cache: Cache, new: Cache, start: Int[Array, ""]) -> Cache:
+    """Returns `cache` with the tokens of `new`, as many rows, put in from column `start` on."""
     put = jax.lax.dynamic_update_slice_in_dim
     return Cache(
-        put(cache.keys, new.keys, place, 2),
-        put(cache.values, new.values, place, 2),
-        put(cache.positions, new.positions, place, 1),
+        put(cache.keys, new.keys, start, 2),
+        put(cache.values, new.values, start, 2),
+        put(cache.positions, new.positions, start, 1),
     )
 
 
 def last_logits(
     model: Decoder, x: Float[Array, "B T D"], index: Int[Array, "B n"]
 ) -> Float[Array, "B n V"]:
-    """Returns the logits at places `index` of each row, in float32."""
+    """Returns the logits at columns `index` of each row, in float32."""
     return model.logits(jnp.take_along_axis(x, index[:, :, None], axis=1))

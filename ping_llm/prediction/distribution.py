@@ -4,7 +4,7 @@ Several codes may decode to one value: what a distribution is over is the values
 """
 
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -41,7 +41,7 @@ class Distribution:
         """Returns distributions from probabilities of codes, normalised.
 
         Args:
-            row: Whose distribution each entry is part of [m].
+            row: Which distribution each entry belongs to [m].
             code: The codes, canonical or not; equal values add up [m].
             probability: Their probabilities, up to a factor of each row [m].
             p_failed: By row [n].
@@ -54,24 +54,25 @@ class Distribution:
         return cls(VALUES_MS[first : first + width], sums, p_failed)
 
     @classmethod
-    def mixture(cls, n: int, parts: Iterable[tuple[np.ndarray, "Distribution"]]) -> "Distribution":
-        """Returns the mean of the distributions that `parts` give to each of `n` measurements.
+    def mixture(
+        cls, n: int, answers: Sequence[tuple[np.ndarray, "Distribution"]]
+    ) -> "Distribution":
+        """Returns the mean of the distributions that `answers` give to each of `n` measurements.
 
         Args:
             n: Number of measurements.
-            parts: (which of them, their distributions); each of them as often as the others.
+            answers: (which of them, their distributions); each of them as often as the others.
         """
-        parts = list(parts)
-        firsts = [int(np.searchsorted(VALUES_MS, part.values_ms[0])) for _, part in parts]
-        ends = [first + len(part.values_ms) for first, (_, part) in zip(firsts, parts, strict=True)]
-        low = min(firsts)
-        sums, answered, count = np.zeros((n, max(ends) - low)), np.zeros(n), np.zeros(n)
-        for first, end, (rows, part) in zip(firsts, ends, parts, strict=True):
-            weight = 1 - part.p_failed
-            sums[rows, first - low : end - low] += weight[:, None] * part.probabilities
+        firsts = np.searchsorted(VALUES_MS, [each.values_ms[0] for _, each in answers])
+        ends = firsts + [len(each.values_ms) for _, each in answers]
+        low, high = firsts.min(), ends.max()
+        sums, answered, count = np.zeros((n, high - low)), np.zeros(n), np.zeros(n)
+        for first, end, (rows, each) in zip(firsts - low, ends - low, answers, strict=True):
+            weight = 1 - each.p_failed
+            sums[rows, first:end] += weight[:, None] * each.probabilities
             answered[rows] += weight
             count[rows] += 1
-        return cls(VALUES_MS[low : max(ends)], sums / answered[:, None], 1 - answered / count)
+        return cls(VALUES_MS[low:high], sums / answered[:, None], 1 - answered / count)
 
     def mean(self) -> np.ndarray:
         """Returns the mean RTTs in ms, those above the `TAIL` quantile counted as that [n].
@@ -92,9 +93,9 @@ class Distribution:
             Milliseconds [n, q].
         """
         cumulative = np.cumsum(self.probabilities, axis=1)
-        found = np.array([np.searchsorted(row, levels) for row in cumulative])
-        at = np.minimum(found.reshape(len(self), len(levels)), len(self.values_ms) - 1)
-        return self.values_ms[at]
+        index = np.array([np.searchsorted(row, levels) for row in cumulative])
+        index = np.minimum(index.reshape(len(self), len(levels)), len(self.values_ms) - 1)
+        return self.values_ms[index]
 
     def below(self, rtt: np.ndarray) -> np.ndarray:
         """Returns P(RTT < rtt) + P(RTT = rtt) / 2 [n], rtt rounded to its code [n].
@@ -104,7 +105,7 @@ class Distribution:
         cumulative = np.cumsum(self.probabilities, axis=1)
         rows = np.arange(len(self))
         padded = np.concatenate([np.zeros((len(self), 1)), cumulative], axis=1)
-        # Half a step of the code, about, either way.
+        # About half a step of the code to either side.
         low = np.searchsorted(self.values_ms, rtt * (1 - 2.0**-12))
         high = np.searchsorted(self.values_ms, rtt * (1 + 2.0**-12), side="right")
         return (padded[rows, low] + padded[rows, high]) / 2
@@ -118,7 +119,7 @@ class Distribution:
         cumulative = np.cumsum(self.probabilities, axis=1)[:, :-1]
         gaps = np.diff(self.values_ms)
         left = self.values_ms[:-1]
-        # The part of each gap that lies below rtt.
+        # The fraction of each gap that lies below rtt.
         share = np.clip((rtt[:, None] - left) / gaps, 0.0, 1.0)
         inside = (cumulative**2 * share + (1 - cumulative) ** 2 * (1 - share)) @ gaps
         outside = np.maximum(self.values_ms[0] - rtt, 0) + np.maximum(rtt - self.values_ms[-1], 0)

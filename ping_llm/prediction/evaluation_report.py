@@ -1,11 +1,11 @@
 """One HTML page about an evaluation."""
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from ping_llm import report
 from ping_llm.report import Html
+from ping_llm.storage import Location
 
 _HEADINGS = {
     "family": "By family",
@@ -15,8 +15,8 @@ _HEADINGS = {
 }
 
 
-def write_report(result: Mapping[str, Any], path: Path, *, title: str) -> None:
-    """Writes a page about what `evaluate` returned to `path`."""
+def write_report(result: Mapping[str, Any], location: Location, *, title: str) -> None:
+    """Writes a page about the JSON of what `evaluate` returned."""
     blocks = [
         _heading("What was scored"),
         _facts(result),
@@ -45,7 +45,7 @@ def write_report(result: Mapping[str, Any], path: Path, *, title: str) -> None:
         losses = result["loss_per_field"].items()
         rows = [(name, f"{loss:.3f}") for name, loss in losses]
         blocks += [_heading("Loss"), report.table(("field", "nats a token"), rows, numbers="-n")]
-    report.write_page(report.page(title, blocks), path)
+    report.write_page(report.page(title, blocks), location)
 
 
 def _heading(text: str) -> Html:
@@ -81,15 +81,9 @@ def _cell(scores: Mapping[str, Any], name: str, digits: int) -> str:
 
 def _methods(methods: Mapping[str, Mapping[str, Any]]) -> Html:
     headers = ("method", "kind", "median relative", "p90 relative", "median ms", "mean ms")
+    digits = {"median_rel": 4, "p90_rel": 4, "median_abs_ms": 3, "mae_ms": 3}
     rows = [
-        (
-            name,
-            scores["kind"],
-            _cell(scores, "median_rel", 4),
-            _cell(scores, "p90_rel", 4),
-            _cell(scores, "median_abs_ms", 3),
-            _cell(scores, "mae_ms", 3),
-        )
+        (name, scores["kind"], *(_cell(scores, key, digits[key]) for key in digits))
         for name, scores in sorted(methods.items(), key=lambda item: item[1]["median_rel"])
     ]
     note = Html("<p>In brackets: 95 % intervals, by bootstrap over pairs of addresses.</p>")
@@ -140,18 +134,18 @@ def _history_table(history: Mapping[str, Mapping[str, Any]]) -> Html:
 
 def _calibration_figure(calibration: Mapping[str, Any]):
     fig, axes = report.figure(width=4.6, height=4.4)
-    levels, parts = zip(*calibration["reliability"], strict=True)
+    levels, fractions = zip(*calibration["reliability"], strict=True)
     axes[0].plot([0, 1], [0, 1], color="#999999", linewidth=1)
-    axes[0].plot(levels, parts, marker="o", markersize=4, color=report.COLOURS[1])
+    axes[0].plot(levels, fractions, marker="o", markersize=4, color=report.COLOURS[1])
     axes[0].set_xlabel("level of the predicted quantile")
-    axes[0].set_ylabel("part of the measurements below it")
+    axes[0].set_ylabel("fraction of the measurements below it")
     return fig
 
 
 def _calibration_table(calibration: Mapping[str, Any]) -> Html:
     rows = [
-        (f"{level} % interval covers", f"{part:.1%}")
-        for level, part in calibration["coverage"].items()
+        (f"{level} % interval covers", f"{fraction:.1%}")
+        for level, fraction in calibration["coverage"].items()
     ]
     rows += [
         (f"pinball loss at {level} %", f"{loss:.3f} ms")
@@ -162,31 +156,22 @@ def _calibration_table(calibration: Mapping[str, Any]) -> Html:
 
 
 def _failures(failures: Mapping[str, Any]) -> Html:
-    rows = [
-        (
-            name,
-            "-" if failures[key]["auc"] is None else f"{failures[key]['auc']:.3f}",
-            f"{failures[key]['brier']:.5f}",
-        )
-        for key, name in (("model", "model"), ("failure_rate", "training rates of both ends"))
-    ]
+    rows = []
+    for key, name in (("model", "model"), ("failure_rate", "training rates of both ends")):
+        auc, brier = failures[key]["auc"], failures[key]["brier"]
+        rows.append((name, "-" if auc is None else f"{auc:.3f}", f"{brier:.5f}"))
     text = f"<p>{failures['n_failed']:,} of {failures['n']:,} measurements failed.</p>"
     return Html(text + report.table(("", "AUC", "Brier score"), rows, numbers="-nn"))
 
 
 def _rankings(rankings: Mapping[str, Mapping[str, float] | None]) -> Html:
-    found = {name: scores for name, scores in rankings.items() if scores is not None}
-    if not found:
+    ranked = {name: scores for name, scores in rankings.items() if scores is not None}
+    if not ranked:
         return Html("<p>No source has enough destinations among the scored measurements.</p>")
+    formats = {"top1_regret_ms": ".2f", "recall_at_1": ".3f", "recall_at_5": ".3f", "sources": ","}
     rows = [
-        (
-            name,
-            f"{scores['top1_regret_ms']:.2f}",
-            f"{scores['recall_at_1']:.3f}",
-            f"{scores['recall_at_5']:.3f}",
-            f"{scores['sources']:,}",
-        )
-        for name, scores in sorted(found.items(), key=lambda item: item[1]["top1_regret_ms"])
+        (name, *(format(scores[key], formats[key]) for key in formats))
+        for name, scores in sorted(ranked.items(), key=lambda item: item[1]["top1_regret_ms"])
     ]
     headers = ("method", "top-1 regret, ms", "recall at 1", "recall at 5", "sources")
     return report.table(headers, rows, numbers="-nnnn")
@@ -194,12 +179,8 @@ def _rankings(rankings: Mapping[str, Mapping[str, float] | None]) -> Html:
 
 def _groups(groups: Mapping[str, Mapping[str, Any]]) -> Html:
     names = list(next(iter(groups.values()))["methods"]) if groups else []
-    rows = [
-        (
-            label,
-            f"{group['n']:,}",
-            *(f"{group['methods'][name]['median_rel']:.4f}" for name in names),
-        )
-        for label, group in groups.items()
-    ]
+    rows = []
+    for label, group in groups.items():
+        cells = (f"{group['methods'][name]['median_rel']:.4f}" for name in names)
+        rows.append((label, f"{group['n']:,}", *cells))
     return report.table(("median relative", "n", *names), rows, numbers="-n" + "n" * len(names))

@@ -1,8 +1,11 @@
 """How good predictions are: errors with intervals, calibration, failures, order."""
 
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import numpy as np
+
+from ping_llm.estimators.pairs import group_starts
 
 RESAMPLES = 200
 COVERAGES = (0.5, 0.8, 0.95)
@@ -64,8 +67,8 @@ def intervals(
                     samples[method, name][i] = values @ weights / weights.sum()
                 else:
                     below = np.cumsum(weights)
-                    at = np.searchsorted(below, levels[name] * below[-1])
-                    samples[method, name][i] = values[min(at, len(values) - 1)]
+                    middle = np.searchsorted(below, levels[name] * below[-1])
+                    samples[method, name][i] = values[min(middle, len(values) - 1)]
     return {
         method: {
             name: np.quantile(samples[method, name], [0.025, 0.975]).tolist()
@@ -77,7 +80,7 @@ def intervals(
 
 def calibration(
     below: np.ndarray, quantiles: np.ndarray, crps: np.ndarray, actual: np.ndarray
-) -> dict[str, object]:
+) -> dict[str, Any]:
     """Returns how well distributions fit what happened.
 
     Args:
@@ -135,7 +138,7 @@ def ranking(
     Returns:
         `top1_regret_ms`: by how much the destination predicted nearest is farther than the nearest,
         mean over sources; `top1_regret_rel`: median of that over the nearest; `recall_at_1`,
-        `recall_at_5`: part of the k nearest that are among the k predicted nearest; `sources`.
+        `recall_at_5`: fraction of the k nearest that are among the k predicted nearest; `sources`.
     """
     starts = np.flatnonzero(np.diff(source, prepend=np.nan))
     regrets, relative, recalls = [], [], {1: [], 5: []}
@@ -147,8 +150,8 @@ def ranking(
         regrets.append(regret)
         relative.append(regret / real.min())
         by_real, by_guess = np.argsort(real, kind="stable"), np.argsort(guess, kind="stable")
-        for k, found in recalls.items():
-            found.append(len(np.intersect1d(by_real[:k], by_guess[:k])) / k)
+        for k, recall in recalls.items():
+            recall.append(len(np.intersect1d(by_real[:k], by_guess[:k])) / k)
     if not regrets:
         return None
     return {
@@ -164,14 +167,14 @@ def others_median(group: np.ndarray, values: np.ndarray) -> np.ndarray:
     """Returns for each value the median of the other values of its group; NaN where alone [n]."""
     order = np.lexsort((values, group))
     ordered, of_group = values[order], group[order]
-    starts = np.flatnonzero(np.r_[True, of_group[1:] != of_group[:-1]][: len(order)])
+    starts = group_starts(of_group)
     counts = np.diff(np.r_[starts, len(order)])
     count, start = np.repeat(counts, counts), np.repeat(starts, counts)
-    place = np.arange(len(order)) - start
-    # Among the count - 1 others, ranks low and high are in the middle; those at or behind `place`
-    # are one further on.
+    rank = np.arange(len(order)) - start
+    # Among the count - 1 others, ranks low and high are in the middle; those from `rank` on are one
+    # further on.
     low, high = (count - 2) // 2, (count - 1) // 2
-    low, high = low + (low >= place), high + (high >= place)
+    low, high = low + (low >= rank), high + (high >= rank)
     last = np.maximum(count - 1, 0)
     median = (ordered[start + np.clip(low, 0, last)] + ordered[start + np.clip(high, 0, last)]) / 2
     result = np.empty(len(values))

@@ -1,12 +1,11 @@
 """Answers for one pair, for a file of pairs, and for one source and many destinations."""
 
+import contextlib
+import dataclasses
 import hashlib
 import json
-import os
-import shutil
-import time as clock
+import time
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -15,296 +14,265 @@ import pyarrow as pa
 import pyarrow.csv as pa_csv
 import pyarrow.parquet as pq
 
-from ping_llm import addresses
-from ping_llm.columns import INVALID, MISSING, OK, parse_times, read_addresses, read_times
-from ping_llm.errors import ConfigError, DataError, StorageError
+from ping_llm import outputs, settings
+from ping_llm.errors import ConfigError, DataError
+from ping_llm.hashing import digest
+from ping_llm.ingest.files import READ_ERRORS, InputFile, find_files
+from ping_llm.ingest.formats.lines import open_text
 from ping_llm.ingest.sources import read_table
 from ping_llm.measurements import NO_TIME, MeasurementTable
-from ping_llm.prediction.rtt import LEVELS, Predictions, Predictor, questions
+from ping_llm.prediction.predictor import LEVELS, Predictor
+from ping_llm.prediction.settings import PredictSettings
 from ping_llm.progress import progress
+from ping_llm.storage import Location
 
 BLOCK_PAIRS = 8192  # answered, then kept, at once
+_COLUMNS = ("src_addr", "dst_addr", "event_time")
 _KEY = b"ping_llm"  # of the settings and result among a Parquet file's metadata
-_READ_ERRORS = (pa.ArrowInvalid, pa.ArrowKeyError, OSError)
 
 
-def predict(
-    run: str | Path,
-    *,
-    src: str | None = None,
-    dst: str | None = None,
-    time: str | None = None,
-    pairs: str | Path | None = None,
-    output: str | Path | None = None,
-    rank: str | Path | None = None,
-    history: str | Path | None = None,
-) -> dict[str, Any]:
-    """Returns RTT distributions and failure probabilities, fit for JSON.
+@dataclasses.dataclass(frozen=True)
+class PairAnswer:
+    """What the model says about one pair.
 
-    Three forms: one pair (`src` and `dst`), a file of pairs (`pairs` and `output`), or the
-    addresses in a file as destinations, ordered by expected RTT (`src` and `rank`).
-
-    Args:
-        run: A run directory.
+    Attributes:
         src: Source address.
         dst: Destination address.
-        time: When, as ISO 8601 (UTC where it has no zone) or seconds since 1970; None: any time.
-        pairs: Parquet or CSV file with the columns `src_addr` and `dst_addr`, and `event_time`
-            where times are known.
-        output: Parquet file for the answers, row by row as in `pairs`. What is done is kept when
-            the work is stopped; the same call goes on from there.
-        rank: Text file with one destination address a line.
-        history: Measurements to read first: of each question's own source, the newest that fit.
+        time: When, in seconds since 1970 UTC; None: at any time.
+        rtt_ms: Quantiles `p5` to `p95` and `mean` of the RTT in ms, given that it is answered.
+        p_failed: Probability that it is not.
+        unseen: Which of `src` and `dst` were not in training; None: not known.
+        history: Measurements that were read before the question.
+    """
+
+    src: str
+    dst: str
+    time: int | None
+    rtt_ms: dict[str, float]
+    p_failed: float
+    unseen: list[str] | None
+    history: int
+
+
+@dataclasses.dataclass(frozen=True)
+class RankingResult:
+    """Destinations in the order of their expected RTT.
+
+    Attributes:
+        ranked: The answers, shortest mean first.
+    """
+
+    ranked: list[PairAnswer]
+
+
+@dataclasses.dataclass(frozen=True)
+class PairsResult:
+    """What became of a file of pairs.
+
+    Attributes:
+        pairs: Number of pairs.
+        output: The file of answers.
+        pairs_per_second: Answered in a second; None where nothing was left to answer.
+    """
+
+    pairs: int
+    output: str
+    pairs_per_second: float | None
+
+
+@settings.takes(PredictSettings)
+def predict(chosen: PredictSettings) -> PairAnswer | RankingResult | PairsResult:
+    """Returns RTT distributions and failure probabilities.
+
+    There are three forms: one pair (`src` and `dst`), a file of pairs (`pairs` and `output`), or
+    the addresses in a file as destinations, ordered by expected RTT (`src` and `rank`).
 
     Raises:
-        ConfigError: The arguments are of no form, or `output` was begun with others.
+        ConfigError: The settings are of no form, or `output` was begun with others or is being
+            written by another process.
         DataError: A file or an address cannot be read.
+        StorageError: A file is absent, or `output` cannot be written.
         CheckpointError: `run` is no run.
     """
-    if pairs is not None and output is not None and not (src or dst or time or rank):
-        return _predict_pairs(Path(run), Path(pairs), Path(output), history)
-    if src is None or (dst is None) == (rank is None) or pairs is not None or output is not None:
-        raise ConfigError(
-            "give --src and --dst for one pair, --pairs and --output for a file of pairs, or --src "
-            "and --rank for destinations in order"
-        )
-    when = None if time is None else _parse_time(time)
-    destinations = [dst] if dst is not None else _read_lines(Path(str(rank)))
-    queries = questions([src] * len(destinations), destinations, [when] * len(destinations))
-    known = None if history is None else read_table([str(history)])
-    predictor = Predictor.load(run)
-    contexts = None if known is None else predictor.contexts(known, queries)
+    if chosen.pairs is not None:
+        return _predict_pairs(chosen)
+    questions, destinations = _read_questions(chosen)
+    history = None if chosen.history is None else read_table([chosen.history])
+    predictor = Predictor.load(chosen.run)
+    contexts = None if history is None else predictor.contexts(history, questions)
     if contexts is not None and not contexts.lengths().any():
-        raise DataError(f"{history} holds no measurement from {src}; give some of that source")
-    order, predictions = predictor.rank(queries, contexts)
+        raise DataError(
+            f"{chosen.history} holds no measurement from {chosen.src}; give some of that source"
+        )
+    when = None if questions.time[0] == NO_TIME else int(questions.time[0])
+    rows = zip(destinations, predictor.ask(questions, contexts).to_pylist(), strict=True)
     answers = [
-        {"src": src, "dst": destinations[i], "time": when, **answer(predictions, i)} for i in order
+        PairAnswer(
+            src=str(chosen.src),
+            dst=dst,
+            time=when,
+            rtt_ms={name: row[f"rtt_{name}"] for name in (*LEVELS, "mean")},
+            p_failed=row["p_failed"],
+            unseen=None
+            if row["unseen_src"] is None
+            else [end for end in ("src", "dst") if row[f"unseen_{end}"]],
+            history=row["history"],
+        )
+        for dst, row in sorted(rows, key=lambda each: each[1]["rtt_mean"])
     ]
-    return answers[0] if dst is not None else {"ranked": answers}
+    return RankingResult(answers) if chosen.rank is not None else answers[0]
 
 
-def answer(predictions: Predictions, i: int) -> dict[str, Any]:
-    """Returns one answer, fit for JSON."""
-    named = {
-        f"p{level * 100:.0f}": ms
-        for level, ms in zip(LEVELS, predictions.quantiles_ms[i], strict=True)
-    }
-    unseen = None
-    if predictions.unseen_src is not None and predictions.unseen_dst is not None:
-        flags = {"src": predictions.unseen_src[i], "dst": predictions.unseen_dst[i]}
-        unseen = [name for name, flag in flags.items() if flag]
-    return {
-        "rtt_ms": {**named, "mean": float(predictions.mean_ms[i])},
-        "p_failed": float(predictions.p_failed[i]),
-        "unseen": unseen,
-        "history": int(predictions.history[i]),
-    }
+def _read_questions(chosen: PredictSettings) -> tuple[MeasurementTable, list[str]]:
+    """Returns the questions of one pair or of one source, and their destinations as text."""
 
+    def ask(destinations: list[str]) -> MeasurementTable:
+        ends = {"src_addr": [chosen.src] * len(destinations), "dst_addr": destinations}
+        times = {"event_time": [chosen.time] * len(destinations)}
+        return MeasurementTable.from_arrow(ends | times, questions=True)
 
-def _parse_time(text: str) -> int:
-    seconds, problem = parse_times(pa.array([text]))
-    if problem[0] != OK:
-        raise DataError(f"time {text!r} is neither ISO 8601 nor seconds since 1970")
-    return int(seconds[0])
-
-
-def _read_lines(path: Path) -> list[str]:
+    if chosen.rank is None:
+        destinations, where = [str(chosen.dst)], ""
+    else:
+        lines = Location.of(chosen.rank).read_text().splitlines()
+        destinations, where = [line.strip() for line in lines if line.strip()], f"{chosen.rank}, "
+        if not destinations:
+            raise DataError(f"{chosen.rank} is empty; give one destination address a line")
     try:
-        lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{path} cannot be read as text: {error}") from None
-    found = [line for line in lines if line]
-    if not found:
-        raise DataError(f"{path} is empty; give one destination address a line")
-    return found
+        return ask(destinations), destinations
+    except DataError as error:
+        text = f"{where}{error}"
+        raise DataError(text if where else text.removeprefix("row 1: ")) from None
 
 
 # --- a file of pairs ---------------------------------------------------------------------------
 
 
-def _predict_pairs(
-    run: Path, pairs: Path, output: Path, history: str | Path | None
-) -> dict[str, Any]:
-    if output.suffix != ".parquet":
-        raise ConfigError(f"output {output} must be a .parquet file")
-    known = None if history is None else read_table([str(history)])
-    predictor = Predictor.load(run)
-    settings = {
-        "model": _model_hash(predictor),
-        "pairs": _file_hash(pairs),
-        "history": None if history is None else _file_hash(Path(history)),
+def _predict_pairs(chosen: PredictSettings) -> PairsResult:
+    pairs, output = Location.of(str(chosen.pairs)), Location.of(str(chosen.output))
+    files = find_files([str(pairs)])
+    history = None if chosen.history is None else read_table([chosen.history])
+    predictor = Predictor.load(chosen.run)
+    facts = {
+        "model": _model_digest(predictor),
+        "pairs": outputs.content_fingerprint(pairs),
+        "history": chosen.history and outputs.content_fingerprint(Location.of(chosen.history)),
         "block_pairs": BLOCK_PAIRS,
     }
-    if output.exists():
-        return _finished(output, settings)
-    total = _count(pairs)
-    parts = output.with_name(output.name + ".parts")
-    done, seconds, answered = 0, 0.0, 0
-    with progress(f"predict {pairs.name}", total=total, unit="pairs") as bar:
-        for i, block in enumerate(_read_blocks(pairs)):
-            if i == 0:
-                _open_parts(parts, settings)
-            part = parts / f"{i:06d}.parquet"
-            if not part.exists():
-                started = clock.monotonic()
-                contexts = None if known is None else predictor.contexts(known, block)
-                table = _to_table(predictor.predict(block, contexts))
-                _write(table, part)
-                seconds += clock.monotonic() - started
-                answered += len(block)
-            done += len(block)
-            bar.update(done=done)
-    result = {
-        "pairs": done,
-        "output": str(output),
-        "pairs_per_second": round(answered / seconds, 1) if seconds else None,
-    }
-    _join(parts, output, {"settings": settings, "result": result})
-    return result
+    blocks = output.parent / f"{output.name}.parts"
+
+    def stored() -> dict[str, Any] | None:
+        if output.exists():
+            return _read_metadata(output)["settings"]
+        begun = blocks / "settings.json"
+        return json.loads(begun.read_text()) if begun.is_file() else None
+
+    with outputs.claim(output, what="predict", settings=facts, stored=stored) as claim:
+        if output.exists():
+            return PairsResult(**_read_metadata(output)["result"])
+        total = _count(files)
+        finished, done, answered, seconds = set(blocks.names()), 0, 0, 0.0
+        with progress(f"predict {output.name}", total=total, unit="pairs") as bar:
+            for i, questions in enumerate(_read_blocks(files, pairs)):
+                if f"{i:06d}.parquet" not in finished:
+                    started = time.monotonic()
+                    contexts = None if history is None else predictor.contexts(history, questions)
+                    answers = predictor.ask(questions, contexts)
+                    if "settings.json" not in finished:
+                        outputs.publish_json(blocks / "settings.json", facts, claim=claim)
+                        finished.add("settings.json")
+                    with outputs.publish_file(blocks / f"{i:06d}.parquet", claim=claim) as path:
+                        pq.write_table(answers, path)
+                    seconds += time.monotonic() - started
+                    answered += len(questions)
+                done += len(questions)
+                bar.update(done=done)
+        rate = round(answered / seconds, 1) if seconds else None
+        result = PairsResult(done, str(output), rate)
+        _join(blocks, output, {"settings": facts, "result": dataclasses.asdict(result)}, claim)
+        return result
 
 
-def _model_hash(predictor: Predictor) -> str:
-    digest = hashlib.sha256()
-    for leaf in jax.tree.leaves(predictor.params):
-        digest.update(np.asarray(leaf).tobytes())
-    return digest.hexdigest()[:16]
+def _model_digest(predictor: Predictor) -> str:
+    leaves = jax.tree.leaves(predictor.params)
+    return digest([hashlib.sha256(np.asarray(leaf).tobytes()).hexdigest() for leaf in leaves])
 
 
-def _file_hash(path: Path) -> str:
+def _read_metadata(output: Location) -> dict[str, Any]:
+    """Returns what `_join` wrote beside the answers."""
     try:
-        with open(path, "rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()[:16]
-    except OSError as error:
-        raise DataError(f"{path} cannot be read: {error.strerror}") from None
-
-
-def _differences(stored: dict[str, Any], settings: dict[str, Any]) -> str:
-    return ", ".join(name for name in settings if stored.get(name) != settings[name])
-
-
-def _finished(output: Path, settings: dict[str, Any]) -> dict[str, Any]:
-    """Returns the result of a finished output, if it is of these settings."""
-    try:
-        kept = json.loads((pq.read_schema(output).metadata or {})[_KEY])
-    except (*_READ_ERRORS, KeyError, ValueError):
+        with output.open_input() as source:
+            return json.loads((pq.read_schema(source).metadata or {})[_KEY])
+    except (*READ_ERRORS, KeyError, ValueError):
         raise ConfigError(f"{output} exists and is not ours; choose another output") from None
-    if different := _differences(kept["settings"], settings):
-        raise ConfigError(f"{output} was made with another {different}; choose another output")
-    return kept["result"]
 
 
-def _open_parts(parts: Path, settings: dict[str, Any]) -> None:
-    path = parts / "settings.json"
+def _join(blocks: Location, output: Location, kept: dict[str, Any], claim: outputs.Claim) -> None:
+    """Makes one file out of the blocks, and removes them."""
+    files = [blocks / name for name in blocks.names() if name.endswith(".parquet")]
+    with outputs.publish_file(output, claim=claim) as path:
+        writer = None
+        for file in files:
+            with file.open_input() as source:
+                table = pq.read_table(source).replace_schema_metadata({_KEY: json.dumps(kept)})
+            writer = writer or pq.ParquetWriter(path, table.schema)
+            writer.write_table(table)
+        if writer is not None:
+            writer.close()
+    blocks.remove()
+
+
+def _count(files: list[InputFile]) -> int | None:
+    """Returns the number of pairs, where it is known without reading them."""
+    if any(file.format != "parquet" for file in files):
+        return None
+    total = 0
+    for file in files:
+        with _named(file), file.location.open_input() as source:
+            total += pq.read_metadata(source).num_rows
+    return total
+
+
+def _read_blocks(files: list[InputFile], pairs: Location) -> Iterator[MeasurementTable]:
+    empty = True
+    for file in files:
+        row = 1
+        with _named(file):
+            for batch in _read_batches(file):
+                for start in range(0, len(batch), BLOCK_PAIRS):
+                    block = batch.slice(start, BLOCK_PAIRS)
+                    yield MeasurementTable.from_arrow(block, questions=True, first_row=row)
+                    row += len(block)
+        empty &= row == 1
+    if empty:
+        raise DataError(f"{pairs} holds no pairs")
+
+
+def _read_batches(file: InputFile) -> Iterator[pa.RecordBatch]:
+    """Yields the columns of a file that make questions, some rows at a time."""
+    raw, text = open_text(file)
+    with text:
+        if file.format == "parquet":
+            with pq.ParquetFile(raw) as parquet:
+                names = [name for name in parquet.schema_arrow.names if name in _COLUMNS]
+                yield from parquet.iter_batches(BLOCK_PAIRS, columns=names)
+        elif file.format == "arrow":
+            with pa.ipc.open_file(raw) as reader:
+                yield from map(reader.get_batch, range(reader.num_record_batches))
+        elif file.format == "csv":
+            as_text = pa_csv.ConvertOptions(column_types=dict.fromkeys(_COLUMNS, pa.string()))
+            with pa_csv.open_csv(text, convert_options=as_text) as reader:
+                yield from reader
+        else:
+            raise DataError("it is no table; give Parquet, Arrow or CSV")
+
+
+@contextlib.contextmanager
+def _named(file: InputFile) -> Iterator[None]:
+    """Makes the errors of a reader name the file."""
     try:
-        if path.exists():
-            if different := _differences(json.loads(path.read_text()), settings):
-                raise ConfigError(
-                    f"{parts} was begun with another {different}; remove it or take another output"
-                )
-            return
-        parts.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_suffix(".tmp")
-        temporary.write_text(json.dumps(settings))
-        temporary.replace(path)
-    except OSError as error:
-        raise StorageError(f"{parts} cannot be written: {error.strerror}") from None
-
-
-def _read_batches(path: Path) -> Iterator[pa.RecordBatch]:
-    if path.suffix == ".parquet":
-        with pq.ParquetFile(path) as file:
-            wanted = {"src_addr", "dst_addr", "event_time"}
-            columns = [name for name in file.schema_arrow.names if name in wanted]
-            yield from file.iter_batches(BLOCK_PAIRS, columns=columns)
-    else:
-        names = ("src_addr", "dst_addr", "event_time")
-        options = pa_csv.ConvertOptions(column_types=dict.fromkeys(names, pa.string()))
-        with pa_csv.open_csv(path, convert_options=options) as reader:
-            yield from reader
-
-
-def _count(path: Path) -> int | None:
-    """Returns the number of rows, where that is known without reading them."""
-    try:
-        return pq.read_metadata(path).num_rows if path.suffix == ".parquet" else None
-    except _READ_ERRORS as error:
-        raise DataError(f"{path} cannot be read as Parquet: {error}") from None
-
-
-def _read_blocks(path: Path) -> Iterator[MeasurementTable]:
-    row = 0
-    try:
-        for batch in _read_batches(path):
-            for start in range(0, len(batch), BLOCK_PAIRS):
-                block = batch.slice(start, BLOCK_PAIRS)
-                yield _to_questions(block, path, row)
-                row += len(block)
-    except _READ_ERRORS as error:
-        raise DataError(f"{path} cannot be read as a table of pairs: {error}") from None
-    if row == 0:
-        raise DataError(f"{path} holds no pairs")
-
-
-def _to_questions(block: pa.RecordBatch, path: Path, row: int) -> MeasurementTable:
-    for name in ("src_addr", "dst_addr"):
-        if name not in block.schema.names:
-            raise DataError(f"{path} has no column {name}; it has {', '.join(block.schema.names)}")
-
-    def refuse(name: str, bad: np.ndarray, what: str) -> None:
-        for i in np.flatnonzero(bad):
-            value = block[name][int(i)].as_py()
-            raise DataError(f"{path}, row {row + i + 1}: {name} {value!r} is no {what}")
-
-    (src, no_src), (dst, no_dst) = (
-        read_addresses(block[name]) for name in ("src_addr", "dst_addr")
-    )
-    refuse("src_addr", no_src, "address")
-    refuse("dst_addr", no_dst, "address")
-    families = addresses.family(src)
-    mixed = np.flatnonzero(families != addresses.family(dst))
-    if len(mixed):
-        raise DataError(f"{path}, row {row + mixed[0] + 1}: addresses of different families")
-    times = np.full(len(block), NO_TIME)
-    if "event_time" in block.schema.names:
-        times, problems = read_times(block["event_time"])
-        refuse("event_time", problems == INVALID, "time")
-        times = np.where(problems == MISSING, NO_TIME, times)
-    rtt = np.full(len(block), -1, np.float32)
-    return MeasurementTable(time=times, src=src, dst=dst, family=families, rtt=rtt)
-
-
-def _to_table(predictions: Predictions) -> pa.Table:
-    columns = {
-        f"rtt_p{level * 100:.0f}": predictions.quantiles_ms[:, i] for i, level in enumerate(LEVELS)
-    }
-    columns |= {"rtt_mean": predictions.mean_ms, "p_failed": predictions.p_failed}
-    for name, flags in (
-        ("unseen_src", predictions.unseen_src),
-        ("unseen_dst", predictions.unseen_dst),
-    ):
-        columns[name] = pa.nulls(len(predictions), pa.bool_()) if flags is None else flags
-    return pa.table({**columns, "history": predictions.history.astype(np.int32)})
-
-
-def _write(table: pa.Table, path: Path) -> None:
-    temporary = path.with_suffix(".tmp")
-    try:
-        pq.write_table(table, temporary)
-        os.replace(temporary, path)
-    except OSError as error:
-        raise StorageError(f"{path} cannot be written: {error.strerror or error}") from None
-
-
-def _join(parts: Path, output: Path, kept: dict[str, Any]) -> None:
-    """Makes one file out of the parts, and removes them."""
-    files = sorted(parts.glob("*.parquet"))
-    schema = pq.read_schema(files[0]).with_metadata({_KEY: json.dumps(kept)})
-    temporary = output.with_name(output.name + ".tmp")
-    try:
-        with pq.ParquetWriter(temporary, schema) as writer:
-            for file in files:
-                writer.write_table(pq.read_table(file).replace_schema_metadata(schema.metadata))
-        os.replace(temporary, output)
-        shutil.rmtree(parts)
-    except OSError as error:
-        raise StorageError(f"{output} cannot be written: {error.strerror or error}") from None
+        yield
+    except READ_ERRORS as error:
+        raise DataError(f"{file.location} cannot be read as {file.format}: {error}") from None
+    except DataError as error:
+        raise DataError(f"{file.location}, {error}") from None

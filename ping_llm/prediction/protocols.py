@@ -14,13 +14,12 @@ The protocol is the split that the data were prepared with, or `raw` for files t
 import dataclasses
 import functools
 from collections.abc import Callable
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from ping_llm.data.rows import ProbeRows, is_dataset, read_metadata
 from ping_llm.errors import ConfigError, DataError
+from ping_llm.estimators.pairs import lookup, pair_keys
 from ping_llm.hashing import hash_addresses, mix
 from ping_llm.ingest.sources import read_table
 from ping_llm.measurements import MeasurementTable
@@ -34,57 +33,61 @@ from ping_llm.prediction.contexts import (
     without_times,
 )
 from ping_llm.prediction.metrics import others_median
+from ping_llm.storage import Location
 
 HISTORIES = (0, 1, 2, 4, 8, 16)
 SEED = 0
+_NOT_SCORED = 2**31
 
 
 @dataclasses.dataclass(frozen=True)
-class Trial:
-    """One way to ask for the scored rows.
+class Condition:
+    """What models and methods are given before they predict the scored rows.
 
     Attributes:
         train: What static methods are fitted on.
-        contexts: What the model reads before each row.
-        also: More ways to ask about the rows, (questions, contexts), to average the answers.
-        online: For *time*: what it reads where it may see all that came before; else None.
-        everything: For *time*: all measurements, for online methods; else None.
+        prompts: What the model is asked, (questions, contexts); its answers to them are averaged.
+        online: For *time*: the contexts where it may see all that came before; else None.
+        history: For *time*: all measurements, for online methods; else None.
     """
 
     train: MeasurementTable
-    contexts: Contexts
-    also: tuple[tuple[MeasurementTable, Contexts], ...] = ()
+    prompts: tuple[tuple[MeasurementTable, Contexts], ...]
     online: Contexts | None = None
-    everything: MeasurementTable | None = None
+    history: MeasurementTable | None = None
 
 
 @dataclasses.dataclass(frozen=True)
-class Task:
+class EvaluationTask:
     """What is evaluated.
 
     Attributes:
         protocol: "pair", "probe", "time" or "raw".
         rows: The measurements that are scored [n].
-        questions: The same as the model is asked about them: without times but for *time* [n].
-        total: How many there were to choose `rows` from.
-        others: Median RTT of the other measurements of each row's pair among those, which no
+        available: How many there were to choose `rows` from.
+        pair_medians: Median RTT of the other measurements of each row's pair among those, which no
             prediction that is the same for all of them can beat; NaN where there are none [n].
-        described: How the model's contexts are made, in words.
-        trials: The trials by their number of context measurements; for most protocols one, None.
+        context: How the model's contexts are made, in words.
+        conditions: Makers of the conditions, by their number of context measurements; for most
+            protocols one, None. The last gives most.
     """
 
     protocol: str
     rows: MeasurementTable
-    questions: MeasurementTable
-    total: int
-    others: np.ndarray
-    described: str
-    trials: dict[int | None, Callable[[], Trial]]
+    available: int
+    pair_medians: np.ndarray
+    context: str
+    conditions: dict[int | None, Callable[[], Condition]]
 
 
 def load_task(
-    data: Path, *, trained_on: Path, max_rows: int | None, max_tokens: int, n_contexts: int = 1
-) -> Task:
+    data: Location,
+    *,
+    trained_on: Location,
+    max_rows: int | None,
+    max_tokens: int,
+    n_contexts: int = 1,
+) -> EvaluationTask:
     """Returns what is evaluated on `data`.
 
     Args:
@@ -106,7 +109,7 @@ def load_task(
             )
         rows, train = read_table([str(data)]), ProbeRows(trained_on, "train").to_table()
         both_ends = read_metadata(trained_on)["settings"]["both_ends"]
-        return _known_sources("raw", rows, train, max_rows, max_tokens, n_contexts, both_ends)
+        return _seen_sources("raw", rows, train, max_rows, max_tokens, n_contexts, both_ends)
     settings = read_metadata(data)["settings"]
     protocol = settings["split"]
     if protocol != "pair" and n_contexts > 1:
@@ -120,35 +123,24 @@ def load_task(
     if protocol == "probe":
         return _new_sources(rows, train, max_rows, max_tokens)
     if protocol == "time":
-        everything = MeasurementTable.concat([train, ProbeRows(data, "valid").to_table(), rows])
-        return _later_times(rows, train, everything, max_rows, max_tokens)
+        history = MeasurementTable.concat([train, ProbeRows(data, "valid").to_table(), rows])
+        return _later_times(rows, train, history, max_rows, max_tokens)
     both_ends = settings["both_ends"]
-    return _known_sources(protocol, rows, train, max_rows, max_tokens, n_contexts, both_ends)
-
-
-def pair_keys(measurements: MeasurementTable) -> np.ndarray:
-    """Returns a 64-bit key of each unordered pair of addresses [n]."""
-    src, dst = hash_addresses(measurements.src), hash_addresses(measurements.dst)
-    return mix(np.minimum(src, dst), np.maximum(src, dst))
+    return _seen_sources(protocol, rows, train, max_rows, max_tokens, n_contexts, both_ends)
 
 
 def _some(rows: MeasurementTable, max_rows: int | None) -> tuple[MeasurementTable, np.ndarray]:
-    """Returns (at most `max_rows` of `rows`, `Task.others` of them)."""
+    """Returns (at most `max_rows` of `rows`, their `EvaluationTask.pair_medians`)."""
     answered = np.flatnonzero(rows.rtt >= 0)
-    others = np.full(len(rows), np.nan)
-    others[answered] = others_median(pair_keys(rows.take(answered)), rows.rtt[answered])
+    medians = np.full(len(rows), np.nan)
+    medians[answered] = others_median(pair_keys(rows.take(answered)), rows.rtt[answered])
     chosen = np.arange(len(rows))
     if max_rows is not None and len(rows) > max_rows:
-        chosen = np.random.default_rng(SEED).choice(len(rows), max_rows, replace=False)
-    chosen = np.sort(chosen)
-    return rows.take(chosen), others[chosen]
+        chosen = np.sort(np.random.default_rng(SEED).choice(len(rows), max_rows, replace=False))
+    return rows.take(chosen), medians[chosen]
 
 
-def _reversed(rows: MeasurementTable) -> MeasurementTable:
-    return dataclasses.replace(rows, src=rows.dst, dst=rows.src)
-
-
-def _known_sources(
+def _seen_sources(
     protocol: str,
     rows: MeasurementTable,
     train: MeasurementTable,
@@ -156,87 +148,86 @@ def _known_sources(
     max_tokens: int,
     n_contexts: int,
     both_ends: bool,
-) -> Task:
-    chosen, others = _some(rows, max_rows)
-    questions = without_times(chosen)
+) -> EvaluationTask:
+    scored, medians = _some(rows, max_rows)
+    questions = without_times(scored)
+    reverse = dataclasses.replace(questions, src=questions.dst, dst=questions.src)
 
-    def trial() -> Trial:
-        ways = []
+    def condition() -> Condition:
+        prompts = []
         for i in range(n_contexts):
-            queries = _reversed(questions) if both_ends and i % 2 else questions
-            drawn = random_of_source(train, queries, max_tokens=max_tokens, seed=SEED + i)
-            ways.append((queries, drawn))
-        return Trial(train, ways[0][1], also=tuple(ways[1:]))
+            asked = reverse if both_ends and i % 2 else questions
+            drawn = random_of_source(train, asked, max_tokens=max_tokens, seed=SEED + i)
+            prompts.append((asked, drawn))
+        return Condition(train, tuple(prompts))
 
-    described = "training measurements of the source, drawn at random, without times"
+    context = "training measurements of the source, drawn at random, without times"
     if n_contexts > 1:
-        described += f"; mean over {n_contexts} draws"
-        described += ", every second for the pair turned round" if both_ends else ""
-    return Task(protocol, chosen, questions, len(rows), others, described, {None: trial})
+        context += f"; mean over {n_contexts} draws"
+        context += ", every second for the pair turned round" if both_ends else ""
+    return EvaluationTask(protocol, scored, len(rows), medians, context, {None: condition})
 
 
 def _later_times(
     rows: MeasurementTable,
     train: MeasurementTable,
-    everything: MeasurementTable,
+    history: MeasurementTable,
     max_rows: int | None,
     max_tokens: int,
-) -> Task:
-    chosen, others = _some(rows, max_rows)
+) -> EvaluationTask:
+    scored, medians = _some(rows, max_rows)
 
-    def trial() -> Trial:
-        return Trial(
-            train,
-            newest_before(train, chosen, max_tokens=max_tokens),
-            online=newest_before(everything, chosen, max_tokens=max_tokens),
-            everything=everything,
+    def condition() -> Condition:
+        past, online = (
+            newest_before(table, scored, max_tokens=max_tokens) for table in (train, history)
         )
+        return Condition(train, ((scored, past),), online, history)
 
-    described = "the newest measurements of the source before the question, with times: `model` of "
-    described += "the training rows, `model_online` of all rows"
-    return Task("time", chosen, chosen, len(rows), others, described, {None: trial})
+    context = (
+        "the newest measurements of the source before the question, with times: `model` of the "
+        "training rows, `model_online` of all rows"
+    )
+    return EvaluationTask("time", scored, len(rows), medians, context, {None: condition})
 
 
 def _new_sources(
     rows: MeasurementTable, train: MeasurementTable, max_rows: int | None, max_tokens: int
-) -> Task:
+) -> EvaluationTask:
     seen = np.unique(np.concatenate([hash_addresses(train.src), hash_addresses(train.dst)]))
     src, dst = hash_addresses(rows.src), hash_addresses(rows.dst)
     # Only destinations that training knows: one unknown at a time.
     new = ~np.isin(src, seen) & np.isin(dst, seen)
     if not new.any():
         raise DataError("no test row is from a source that training has not seen; hold out more")
-    rows, src, dst = rows.take(new), src[new], dst[new]
-    place, given = _give_destinations(src, dst)
-    scored, others = _some(rows.take(~given), max_rows)
-    first = np.flatnonzero(given)
-    pool = without_times(rows.take(first))
+    rows = rows.take(new)
+    rank, given = _give_destinations(src[new], dst[new])
+    scored, medians = _some(rows.take(~given), max_rows)
+    questions, pool, rank = without_times(scored), without_times(rows.take(given)), rank[given]
     sources, group = np.unique(hash_addresses(pool.src), return_inverse=True)
-    wanted = hash_addresses(scored.src)
-    of_query = np.minimum(np.searchsorted(sources, wanted), max(len(sources) - 1, 0))
-    of_query = np.where(sources[of_query] == wanted, of_query, -1)
+    of_query = lookup(sources, hash_addresses(scored.src))
 
-    def trial(history: int) -> Trial:
+    def condition(history: int) -> Condition:
         if history == 0:
-            return Trial(train, no_contexts(len(scored)))
-        kept = place[first] < history
+            return Condition(train, ((questions, no_contexts(len(scored))),))
+        kept = rank < history
         contexts = from_groups(pool.take(kept), group[kept], of_query)
-        return Trial(
-            MeasurementTable.concat([train, pool.take(kept)]), trim(contexts, max_tokens=max_tokens)
+        return Condition(
+            MeasurementTable.concat([train, pool.take(kept)]),
+            ((questions, trim(contexts, max_tokens=max_tokens)),),
         )
 
-    trials: dict[int | None, Callable[[], Trial]] = {}
-    for history in HISTORIES:
-        trials[history] = functools.partial(trial, history)
-    described = "measurements of the new source to other destinations, which all methods are given"
-    return Task("probe", scored, without_times(scored), len(rows), others, described, trials)
+    conditions: dict[int | None, Callable[[], Condition]] = {
+        history: functools.partial(condition, history) for history in HISTORIES
+    }
+    context = "measurements of the new source to other destinations, which all methods are given"
+    return EvaluationTask("probe", scored, len(rows), medians, context, conditions)
 
 
 def _give_destinations(src: np.ndarray, dst: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Returns (place in its source's context, whether it is for contexts only) of each row.
+    """Returns (rank in its source's context, whether it is for contexts only) of each row.
 
     Of each source up to 16 destinations, and at most half, are given away: one measurement to each
-    is its place in the context, from 0; other measurements to them are not scored (place 2**31).
+    has its rank in the context, from 0; other measurements to them are not scored (rank 2**31).
     """
     rng = np.random.default_rng(SEED)
     pairs, pair = np.unique(mix(src, dst), return_inverse=True)
@@ -247,23 +238,9 @@ def _give_destinations(src: np.ndarray, dst: np.ndarray) -> tuple[np.ndarray, np
     counts = np.bincount(source)
     rank = np.empty(len(pairs), np.int64)
     rank[order] = np.arange(len(pairs)) - np.repeat(np.cumsum(counts) - counts, counts)
-    limit = np.minimum(HISTORIES[-1], counts // 2)[source]
-    given = rank < limit
-    place = np.full(len(src), 2**31)
+    given = rank < np.minimum(HISTORIES[-1], counts // 2)[source]
+    rank_of_row = np.full(len(src), _NOT_SCORED)
     shuffled = rng.permutation(len(pair))
     _, first = np.unique(pair[shuffled], return_index=True)
-    one_each = shuffled[first]  # by pair
-    place[one_each] = rank
-    return place, given[pair]
-
-
-def describe(task: Task) -> dict[str, Any]:
-    """Returns what was evaluated, fit for JSON."""
-    return {
-        "protocol": task.protocol,
-        "n": int(np.count_nonzero(task.rows.rtt >= 0)),
-        "n_failed": int(np.count_nonzero(task.rows.rtt < 0)),
-        "rows_available": task.total,
-        "pairs": len(np.unique(pair_keys(task.rows))),
-        "context": task.described,
-    }
+    rank_of_row[shuffled[first]] = rank  # one row of each pair
+    return rank_of_row, given[pair]

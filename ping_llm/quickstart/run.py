@@ -64,7 +64,7 @@ def _run_every_step(output: Location, seed: int) -> QuickstartResult:
     train(rows, run, preset="tiny", steps=STEPS, batch_size=BATCH_SIZE, seq_len=SEQ_LEN, seed=seed)
     if not (output / "evaluation.json").exists():
         result = evaluate(run, rows, max_rows=SCORED, report=scores)
-        publish_json(output / "evaluation.json", result)
+        publish_json(output / "evaluation.json", result.to_json())
     activations = str(output / "activations")
     extract_activations(run, rows, activations, format="measurements", limit=EXTRACTED)
     metrics = (output / "run" / "metrics.jsonl").read_text().splitlines()

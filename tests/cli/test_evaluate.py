@@ -7,6 +7,7 @@ from tiny_runs import write_run
 from ping_llm.cli import cli
 from ping_llm.ingest.prepare import prepare_data
 from ping_llm.simulation.simulate import simulate
+from ping_llm.storage import Location
 
 
 @pytest.fixture(scope="module")
@@ -38,15 +39,35 @@ def test_the_table_and_the_json_name_the_same_methods(made):
     assert max(map(len, text.splitlines())) <= 100
 
 
+def test_data_and_report_may_be_remote(made, bucket):
+    (bucket / "pings.parquet").upload(made / "pings.parquet")
+    for file in Location.of(made / "rows").find():
+        (bucket / "rows" / file.location.name).upload(file.location.path)
+    for name in ("pings.parquet", "rows"):
+        report = bucket / f"{name}.html"
+        given = ["--run", made / "run", "--baselines", "none", "--max-rows", 5, "--json"]
+        results = []
+        for place in (bucket, Location.of(made)):
+            result = invoke(*given, "--data", place / name, "--report", report)
+            assert result.exit_code == 0, result.output
+            results.append(json.loads(result.stdout) | {"seconds": 0})
+        assert results[0] == results[1]
+        assert "Calibration" in report.read_text()
+
+
 BAD = {
-    "unknown baseline": (["--data", "rows", "--baselines", "magic"], "baseline 'magic' is not one"),
+    "a baseline beside all": (
+        ["--data", "rows", "--baselines", "all,prefix"],
+        "give all alone, or names of methods",
+    ),
     "online baseline of pairs": (
         ["--data", "rows", "--baselines", "median9"],
         "baseline 'median9' is for data prepared with --split time; this is pair",
     ),
     "no test rows": (["--data", "no_test"], "no_test has no test rows"),
     "no test rows of new probes": (["--data", "probes"], "probes has no test rows"),
-    "no data": (["--data", "words.txt"], "words.txt"),
+    "no data": (["--data", "nowhere"], "nowhere does not exist"),
+    "data of no format": (["--data", "words.txt"], "words.txt"),
     "empty data": (["--data", "empty.csv"], "empty.csv"),
     "training data gone": (
         ["--data", "pings.parquet", "--run", "elsewhere"],
@@ -69,5 +90,8 @@ def test_bad_input_has_its_message(made, case, monkeypatch):
 
 
 def test_usage_errors_exit_with_2(made):
-    assert invoke("--run", made / "run", "--data", made / "nowhere").exit_code == 2
-    assert invoke("--run", made / "run", "--data", made / "rows", "--max-rows", 0).exit_code == 2
+    given = ["--run", made / "run", "--data", made / "rows"]
+    assert invoke(*given, "--max-rows", 0).exit_code == 2
+    refused = invoke(*given, "--baselines", "magic")
+    assert refused.exit_code == 2
+    assert "baselines='magic' is not one of all, none, global_median" in refused.stderr

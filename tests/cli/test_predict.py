@@ -7,11 +7,14 @@ import pytest
 from click.testing import CliRunner
 from tiny_runs import write_run
 
+from ping_llm import outputs
 from ping_llm.cli import cli
 from ping_llm.ingest.prepare import prepare_data
 from ping_llm.prediction import predict as predict_module
 from ping_llm.prediction.predict import predict
+from ping_llm.prediction.predictor import Predictor
 from ping_llm.simulation.simulate import simulate
+from ping_llm.storage import Location
 
 
 @pytest.fixture(scope="module")
@@ -75,17 +78,17 @@ def test_a_file_of_pairs_stopped_and_started_again_gives_what_one_call_gives(mad
     monkeypatch.setattr(predict_module, "BLOCK_PAIRS", 16)
     given = {"run": made / "run", "pairs": made / "pairs.parquet"}
     whole = predict(**given, output=made / "whole.parquet")
-    assert whole["pairs"] == 50
-    write, calls = predict_module._write, []
+    assert whole.pairs == 50
+    ask, calls = Predictor.ask, []
 
-    def stop_at_the_third(table, path):
-        calls.append(path)
+    def stop_at_the_third(*questions):
+        calls.append(questions)
         if len(calls) == 3:
             raise KeyboardInterrupt
-        write(table, path)
+        return ask(*questions)
 
     output = made / "stopped.parquet"
-    monkeypatch.setattr(predict_module, "_write", stop_at_the_third)
+    monkeypatch.setattr(Predictor, "ask", stop_at_the_third)
     with pytest.raises(KeyboardInterrupt):
         predict(**given, output=output)
     assert not output.exists()
@@ -107,7 +110,36 @@ def test_a_finished_file_is_left_alone_and_other_pairs_are_refused_by_name(made)
     pq.write_table(other, made / "other.parquet")
     refused = invoke(*given, "--pairs", made / "other.parquet")
     assert refused.exit_code == 1
-    assert "another pairs" in refused.stderr
+    assert "again.parquet was begun with other settings: pairs='" in refused.stderr
+
+
+def test_a_second_process_on_one_output_is_refused_at_once_in_one_line(made):
+    output = made / "contended.parquet"
+    given = ["--run", made / "run", "--pairs", made / "pairs.parquet", "--output", output]
+    with outputs.claim(Location.of(output), what="predict"):  # as another process would
+        refused = invoke(*given)
+    assert refused.exit_code == 1
+    assert "contended.parquet is being written by another process (predict, pid" in refused.stderr
+    assert len(refused.stderr.strip().splitlines()) == 1
+    assert invoke(*given).exit_code == 0
+    assert pq.read_table(output).num_rows == 50
+
+
+def test_pairs_history_ranks_and_answers_may_be_remote(made, bucket, tmp_path):
+    src, dst = first_pair(made)
+    (made / "remote.txt").write_text(f"{dst}\n")
+    for name in ("pairs.parquet", "pings.parquet", "remote.txt"):
+        (bucket / name).upload(made / name)
+    answers = []
+    for place in (bucket, Location.of(made)):
+        given = {"run": made / "run", "history": str(place / "pings.parquet")}
+        output = bucket / "out.parquet" if place is bucket else Location.of(tmp_path / "o.parquet")
+        predict(**given, pairs=str(place / "pairs.parquet"), output=str(output))
+        assert not (output.parent / f"{output.name}.parts").exists()
+        with output.open_input() as source:
+            answers.append(pq.read_table(source).replace_schema_metadata())
+    assert answers[0].equals(answers[1])
+    assert len(predict(**given, src=src, rank=str(bucket / "remote.txt")).ranked) == 1
 
 
 def test_csv_pairs_are_those_of_parquet(made):
@@ -130,11 +162,17 @@ BAD = {
     "no form": (["--src", "10.0.0.1"], "give --src and --dst for one pair"),
     "two forms": (["--src", "10.0.0.1", "--dst", "10.0.0.2", "--rank", "empty.txt"], "give --src"),
     "pairs without output": (["--pairs", "empty.txt"], "--pairs and --output"),
-    "bad address": (["--src", "10.0.0.300", "--dst", "10.0.0.1"], "'10.0.0.300' is no address"),
+    "bad address": (
+        ["--src", "10.0.0.300", "--dst", "10.0.0.1"],
+        "error: src_addr is '10.0.0.300'; expected an address like 192.0.2.1 or 2001:db8::1",
+    ),
     "families": (["--src", "10.0.0.1", "--dst", "::1"], "of different families"),
-    "bad time": (["--src", "10.0.0.1", "--dst", "10.0.0.2", "--time", "soon"], "time 'soon'"),
+    "bad time": (["--src", "10.0.0.1", "--dst", "10.0.0.2", "--time", "soon"], "time is 'soon'"),
     "empty rank": (["--src", "10.0.0.1", "--rank", "empty.txt"], "empty.txt is empty"),
-    "rank line": (["--src", "10.0.0.1", "--rank", "words.txt"], "'hello' is no address"),
+    "rank line": (
+        ["--src", "10.0.0.1", "--rank", "words.txt"],
+        "words.txt, row 1: dst_addr is 'hello'",
+    ),
     "history of others": (
         ["--src", "192.0.2.1", "--dst", "192.0.2.2", "--history", "pings.parquet"],
         "holds no measurement from 192.0.2.1",
@@ -150,15 +188,15 @@ BAD = {
     ),
     "pairs with a bad row": (
         ["--pairs", "bad.csv", "--output", "o.parquet"],
-        "row 2: dst_addr '10.0.0' is no address",
+        "bad.csv, row 2: dst_addr is '10.0.0'; expected an address",
     ),
     "pairs of mixed families": (
         ["--pairs", "mixed.csv", "--output", "o.parquet"],
-        "row 1: addresses of different families",
+        "row 1: 10.0.0.1, ::1 and ip_version 4 are of different families",
     ),
     "pairs with a bad time": (
         ["--pairs", "time.csv", "--output", "o.parquet"],
-        "event_time 'noon' is no time",
+        "row 1: event_time is 'noon'; expected ISO 8601 or seconds since 1970",
     ),
     "no pairs": (["--pairs", "none.csv", "--output", "o.parquet"], "holds no pairs"),
     "output of another kind": (

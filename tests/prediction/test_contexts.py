@@ -2,11 +2,11 @@ import dataclasses
 
 import numpy as np
 import pytest
+from tiny_runs import questions
 
 from ping_llm import tokenizer
 from ping_llm.measurements import NO_TIME, MeasurementTable
 from ping_llm.prediction.contexts import encode_prompts, from_groups, random_of_source, same_source
-from ping_llm.prediction.rtt import questions
 
 T0 = 1_600_000_000
 

@@ -2,13 +2,14 @@ import dataclasses
 
 import numpy as np
 import pytest
-from tiny_runs import SEQ_LEN, decoder
+from tiny_runs import SEQ_LEN, decoder, questions
 
 from ping_llm import addresses, tokenizer
 from ping_llm.errors import ConfigError
 from ping_llm.measurements import NO_TIME, MeasurementTable
-from ping_llm.prediction.generate import Grammar, sample
-from ping_llm.prediction.rtt import Predictor, questions
+from ping_llm.prediction.generate import sample
+from ping_llm.prediction.grammar import Grammar
+from ping_llm.prediction.predictor import Predictor
 
 
 def walk(lanes, steps, seed, timed):

@@ -5,16 +5,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from tiny_runs import SEQ_LEN, decoder
+from tiny_runs import SEQ_LEN, decoder, questions
 
 from ping_llm import tokenizer
-from ping_llm.errors import DataError
 from ping_llm.estimators.pairs import Nodes
 from ping_llm.measurements import NO_TIME
+from ping_llm.prediction import predictor as predictor_module
 from ping_llm.prediction import rtt as rtt_module
-from ping_llm.prediction.contexts import from_groups, no_contexts
-from ping_llm.prediction.distribution import VALUES_MS
-from ping_llm.prediction.rtt import Predictor, questions
+from ping_llm.prediction.contexts import encode_prompts, from_groups, no_contexts
+from ping_llm.prediction.distribution import VALUE_OF_CODE, VALUES_MS
+from ping_llm.prediction.predictor import Predictor
 from ping_llm.tokenizer import BYTE_0, FAILED, RTT_START
 
 
@@ -78,14 +78,8 @@ def test_the_distribution_is_the_products_of_the_whole_models_probabilities(pred
     expected = np.zeros(2**16)
     expected[:] = (p1[:, None] * p2).ravel()
     np.testing.assert_allclose(found.p_failed, p_failed, rtol=1e-4)
-    by_value = np.bincount(rtt_module_values(), expected)
+    by_value = np.bincount(VALUE_OF_CODE, expected)
     np.testing.assert_allclose(found.probabilities[0], by_value, atol=1e-7)
-
-
-def rtt_module_values():
-    from ping_llm.prediction.distribution import VALUE_OF_CODE
-
-    return VALUE_OF_CODE
 
 
 def test_probabilities_sum_to_one(predictor):
@@ -98,18 +92,19 @@ def test_answers_do_not_depend_on_what_else_is_asked_nor_on_the_order(predictor)
     queries = asked(20, times=[None, 1_600_000_000] * 10)
     history = measured(9).take(np.arange(9) % 3 != 2)  # the third source has none
     order = np.random.default_rng(0).permutation(20)
-    together = predictor.predict(queries, predictor.contexts(history, queries))
+    together = predictor.ask(queries, predictor.contexts(history, queries))
     mixed = queries.take(order)
-    shuffled = predictor.predict(mixed, predictor.contexts(history, mixed))
-    for name in ("quantiles_ms", "mean_ms", "p_failed", "history"):
+    shuffled = predictor.ask(mixed, predictor.contexts(history, mixed))
+    names = ("rtt_p5", "rtt_p50", "rtt_p95", "rtt_mean", "p_failed", "history")
+    for name in names:
         np.testing.assert_allclose(
-            getattr(shuffled, name), getattr(together, name)[order], rtol=1e-5, err_msg=name
+            shuffled[name].to_numpy(), together[name].to_numpy()[order], rtol=1e-5, err_msg=name
         )
     for i in (0, 7):
         single = queries.take(np.array([i]))
-        alone = predictor.predict(single, predictor.contexts(history, single))
-        np.testing.assert_allclose(alone.quantiles_ms[0], together.quantiles_ms[i], rtol=1e-5)
-        np.testing.assert_allclose(alone.p_failed[0], together.p_failed[i], rtol=1e-5)
+        alone = predictor.ask(single, predictor.contexts(history, single))
+        for name in names:
+            assert alone[name][0].as_py() == pytest.approx(together[name][i].as_py(), rel=1e-5)
 
 
 def test_second_bytes_of_some_questions_are_those_of_all(predictor):
@@ -119,21 +114,24 @@ def test_second_bytes_of_some_questions_are_those_of_all(predictor):
     some_without = dataclasses.replace(
         contexts, of_query=np.where(np.arange(70) % 5 == 0, -1, contexts.of_query)
     )
-    for rows, chunk in predictor._chunks(query, some_without):
-        first = rng.integers(0, 256, (len(rows), 3))
-        whole = chunk.second_bytes(np.arange(len(rows)), first)
-        for part in (np.array([len(rows) - 1]), np.flatnonzero(rng.random(len(rows)) < 0.3)):
+    prompts = encode_prompts(some_without, query)
+    for plan in rtt_module._plan(prompts):
+        batch = rtt_module._Batch(predictor.graphdef, predictor.params, prompts, plan)
+        n = len(batch.rows)
+        first = rng.integers(0, 256, (n, 3))
+        whole = batch.second_bytes(np.arange(n), first)
+        for part in (np.array([n - 1]), np.flatnonzero(rng.random(n) < 0.3)):
             if len(part):
-                found = chunk.second_bytes(part, first[part])
+                found = batch.second_bytes(part, first[part])
                 np.testing.assert_allclose(found, whole[part], atol=1e-6)
                 seen += len(part)
     assert seen > 10
 
 
-def test_pooled_answers_are_means_of_the_answers_whatever_is_asked_together(predictor, monkeypatch):
+def test_mixtures_are_means_of_the_answers_whatever_is_asked_together(predictor, monkeypatch):
     query, history = asked(7), measured(9)
     turned = dataclasses.replace(query, src=query.dst, dst=query.src)
-    ways = [(query, predictor.contexts(history, query)), (turned, no_contexts(7))]
+    prompts = [(query, predictor.contexts(history, query)), (turned, no_contexts(7))]
 
     def probability(answers):
         # P(answered, RTT = value) [n, values]
@@ -143,10 +141,10 @@ def test_pooled_answers_are_means_of_the_answers_whatever_is_asked_together(pred
             whole[rows[:, None], at] = part.probabilities * (1 - part.p_failed)[:, None]
         return whole
 
-    expected = sum(probability(predictor.distributions(*way)) for way in ways) / 2
-    np.testing.assert_allclose(probability(predictor.pooled(ways)), expected, atol=1e-6)
-    monkeypatch.setattr(rtt_module, "_POOLED", 3)
-    np.testing.assert_allclose(probability(predictor.pooled(ways)), expected, atol=1e-6)
+    expected = sum(probability(predictor.distributions(*each)) for each in prompts) / 2
+    np.testing.assert_allclose(probability(predictor.mixtures(prompts)), expected, atol=1e-6)
+    monkeypatch.setattr(predictor_module, "_POOLED", 3)
+    np.testing.assert_allclose(probability(predictor.mixtures(prompts)), expected, atol=1e-6)
 
 
 def test_the_likelihood_of_a_measurement_is_its_probability(predictor, monkeypatch):
@@ -174,20 +172,19 @@ def test_a_question_in_another_family_than_its_history_or_without_a_time_is_answ
     query = asked(2, six=True)
     history = measured(6)
     contexts = from_groups(history, np.zeros(6, int), np.array([0, -1]))
-    found = predictor.predict(query, contexts)
-    assert found.history.tolist() == [6, 0]
-    assert np.isfinite(found.quantiles_ms).all()
+    found = predictor.ask(query, contexts)
+    assert found["history"].to_pylist() == [6, 0]
+    assert np.isfinite(found["rtt_p95"].to_numpy()).all()
 
 
 def test_addresses_outside_training_are_flagged():
     known = asked(2)
-    predictor = Predictor(*decoder(), max_tokens=SEQ_LEN, known=Nodes(known.src, known.dst))
-    src, dst = predictor.unseen(asked(4))
-    assert src is not None
-    assert dst is not None
-    assert src.tolist() == [False, False, True, False]
-    assert dst.tolist() == [False, False, True, True]
-    assert Predictor(*decoder(), max_tokens=SEQ_LEN).unseen(known) == (None, None)
+    predictor = Predictor(*decoder(), max_tokens=SEQ_LEN, seen=Nodes(known.src, known.dst))
+    unseen = predictor.unseen(asked(4))
+    assert unseen is not None
+    assert unseen[:, 0].tolist() == [False, False, True, False]
+    assert unseen[:, 1].tolist() == [False, False, True, True]
+    assert Predictor(*decoder(), max_tokens=SEQ_LEN).unseen(known) is None
 
 
 def test_unseen_sources_are_asked_as_hidden_and_only_by_what_they_measured():
@@ -196,33 +193,14 @@ def test_unseen_sources_are_asked_as_hidden_and_only_by_what_they_measured():
         history = dataclasses.replace(query.slice(0, 1), rtt=np.array([7.0], np.float32))
         known = questions(["10.0.0.1"], ["10.0.0.100"])
         nodes = Nodes(known.src, known.dst)
-        predictor = Predictor(*decoder(), max_tokens=SEQ_LEN, known=nodes, hide_unseen=hide)
-        predictions = predictor.predict(query, predictor.contexts(history, query))
-        assert predictions.history.tolist() == [1, 1]
-        assert predictions.unseen_src is not None
-        assert predictions.unseen_src.tolist() == [asker != "10.0.0.1"] * 2
-        return predictions.mean_ms
+        predictor = Predictor(*decoder(), max_tokens=SEQ_LEN, seen=nodes, hide_unseen=hide)
+        predictions = predictor.ask(query, predictor.contexts(history, query))
+        assert predictions["history"].to_pylist() == [1, 1]
+        assert predictions["unseen_src"].to_pylist() == [asker != "10.0.0.1"] * 2
+        return predictions["rtt_mean"].to_numpy()
 
     first = answers("10.0.0.7", hide=True)
     np.testing.assert_array_equal(first, answers("10.0.0.8", hide=True))
     np.testing.assert_array_equal(first, answers("0.0.0.0", hide=False))
     assert np.all(first != answers("10.0.0.7", hide=False))
     np.testing.assert_array_equal(answers("10.0.0.1", hide=True), answers("10.0.0.1", hide=False))
-
-
-def test_ranking_is_by_expected_rtt(predictor):
-    order, predictions = predictor.rank(asked(10), no_contexts(10))
-    assert np.all(np.diff(predictions.mean_ms[order]) >= 0)
-
-
-@pytest.mark.parametrize(
-    ("src", "dst", "words"),
-    [
-        ("10.0.0.256", "10.0.0.1", "'10.0.0.256' is no address"),
-        ("10.0.0.1", "", "'' is no address"),
-        ("10.0.0.1", "2001:db8::1", "different families"),
-    ],
-)
-def test_a_pair_that_cannot_be_is_named(src, dst, words):
-    with pytest.raises(DataError, match=words):
-        questions([src], [dst])

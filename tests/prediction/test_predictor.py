@@ -1,0 +1,127 @@
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pandas as pd
+import polars as pl
+import pyarrow as pa
+import pytest
+from tiny_runs import SEQ_LEN, decoder, write_run
+
+import ping_llm
+from ping_llm import MeasurementTable, Predictor
+from ping_llm.errors import DataError
+from ping_llm.prediction import rtt
+
+PAIRS = {"src_addr": ["10.0.0.1", "10.0.0.2"], "dst_addr": ["10.0.9.9"] * 2, "note": ["a", "b"]}
+HISTORY = {
+    "src_addr": ["10.0.0.1"] * 3,
+    "dst_addr": ["10.0.1.1", "10.0.1.2", "10.0.1.3"],
+    "event_time": [100, 200, None],
+    "rtt": [7.0, 9.0, -1.0],
+}
+ANSWERS = ["rtt_p5", "rtt_p25", "rtt_p50", "rtt_p75", "rtt_p95", "rtt_mean", "p_failed"]
+ANSWERS += ["unseen_src", "unseen_dst", "history"]
+
+
+@pytest.fixture(scope="module")
+def predictor():
+    return Predictor(*decoder(), max_tokens=SEQ_LEN)
+
+
+@pytest.mark.parametrize(
+    ("make", "kind"),
+    [
+        (pd.DataFrame, pd.DataFrame),
+        (pl.DataFrame, pl.DataFrame),
+        (pa.table, pa.Table),
+        (dict, pa.Table),
+        (lambda table: MeasurementTable.from_arrow(table, questions="rtt" not in table), pa.Table),
+    ],
+    ids=["pandas", "polars", "Arrow", "lists", "MeasurementTable"],
+)
+def test_a_table_of_any_library_comes_back_as_one_with_the_same_answers(predictor, make, kind):
+    answers = predictor.predict(make(PAIRS), history=make(HISTORY))
+    assert type(answers) is kind
+    table = pa.table(answers)
+    assert table.schema.names[-len(ANSWERS) :] == ANSWERS
+    expected = predictor.predict(PAIRS, history=HISTORY)
+    assert table.select(ANSWERS).to_pylist() == expected.select(ANSWERS).to_pylist()
+    assert table["src_addr"].to_pylist() == PAIRS["src_addr"]
+    assert "note" not in table.schema.names or table["note"].to_pylist() == PAIRS["note"]
+    assert table["history"].to_pylist() == [3, 0]
+    quantiles = np.stack([table[name].to_numpy() for name in ANSWERS[:5]], 1)
+    assert np.all(np.diff(quantiles, axis=1) >= 0)
+
+
+def test_an_index_that_repeats_stays_and_old_answers_are_replaced(predictor):
+    frame = pd.DataFrame(PAIRS, index=["x", "x"])
+    once = predictor.predict(frame)
+    assert once.index.tolist() == ["x", "x"]
+    assert list(frame) == list(PAIRS)
+    for again in (once, pl.DataFrame(once), pa.table(once)):
+        answers = pa.table(predictor.predict(again, history=HISTORY))
+        assert answers.schema.names.count("history") == 1
+        assert answers["history"].to_pylist() == [3, 0]
+
+
+def test_rtts_of_questions_are_not_looked_at(predictor):
+    unknown = predictor.predict({**PAIRS, "rtt": [float("nan"), None]})
+    assert unknown["rtt_p50"].equals(predictor.predict(PAIRS)["rtt_p50"])
+
+
+def test_no_questions_have_no_answers(predictor):
+    answers = predictor.predict(pd.DataFrame(PAIRS)[:0])
+    assert len(answers) == 0
+    assert list(answers)[-len(ANSWERS) :] == ANSWERS
+
+
+def test_a_bad_value_is_named_with_its_row_and_table(predictor):
+    with pytest.raises(DataError, match=r"^row 2: dst_addr is '10\.0\.0'; expected an address"):
+        predictor.predict({**PAIRS, "dst_addr": ["10.0.0.1", "10.0.0"]})
+    with pytest.raises(DataError, match=r"^history: the table has no column rtt"):
+        predictor.predict(PAIRS, history=PAIRS)
+    with pytest.raises(DataError, match="no column dst_addr; it has src_addr"):
+        predictor.predict(pd.DataFrame({"src_addr": ["10.0.0.1"]}))
+
+
+def test_a_measurement_scores_as_its_failure_or_rtt_surprises_after_the_past_of_its_source(
+    predictor,
+):
+    scores = predictor.score(pd.DataFrame(HISTORY))
+    second = {name: values[1:2] for name, values in HISTORY.items()}
+    measured = MeasurementTable.from_arrow(second)
+    # Before the second stand the first and the one without a time.
+    both = MeasurementTable.concat(
+        [MeasurementTable.from_arrow({n: v[i : i + 1] for n, v in HISTORY.items()}) for i in (0, 2)]
+    )
+    expected = -predictor.log_likelihood(measured, predictor.contexts(both, measured))
+    np.testing.assert_allclose(scores[1], expected[0], rtol=1e-5)
+    failed = MeasurementTable.from_arrow({n: v[2:] for n, v in HISTORY.items()})
+    np.testing.assert_allclose(
+        scores[2], -np.log(predictor.ask(failed)["p_failed"][0].as_py()), rtol=1e-5
+    )
+
+
+def test_predictors_of_one_structure_share_their_compiled_programs(predictor):
+    predictor.predict(PAIRS)
+    compiled = rtt._ask._cache_size()
+    Predictor(*decoder(), max_tokens=SEQ_LEN).predict(PAIRS)
+    assert rtt._ask._cache_size() == compiled
+
+
+def test_the_public_names_are_there_and_load_nothing_before_they_are_asked_for(tmp_path):
+    assert {getattr(ping_llm, name).__name__ for name in ping_llm.__all__} == set(ping_llm.__all__)
+    with pytest.raises(AttributeError, match="no attribute 'Nothing'"):
+        _ = ping_llm.Nothing
+    code = "import sys, ping_llm, json; print(json.dumps(list(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, check=True)
+    assert not {"numpy", "jax", "pyarrow", "msgspec"} & set(json.loads(done.stdout))
+
+
+def test_a_run_is_loaded_with_what_it_was_trained_on(tmp_path):
+    loaded = Predictor.load(write_run(tmp_path / "run"))
+    assert loaded.max_tokens == SEQ_LEN
+    answers = loaded.predict(PAIRS)
+    assert answers["unseen_src"].null_count == 2  # its data set is gone
