@@ -7,10 +7,11 @@ from pathlib import Path
 from ping_llm.extraction.run import extract_activations
 from ping_llm.ingest.prepare import prepare_data
 from ping_llm.inspection.dataset import inspect_data
+from ping_llm.outputs import publish_json
 from ping_llm.prediction.evaluate import evaluate
 from ping_llm.simulation.simulate import simulate
+from ping_llm.storage import Location
 from ping_llm.training.loop import train
-from ping_llm.training.metrics import write_text
 
 # Small enough for two cores and minutes; enough to learn the language and some geography.
 PROBES, DAYS, MEASUREMENTS = 100, 7.0, 200_000
@@ -48,7 +49,7 @@ def quickstart(output: Path, *, seed: int = 0) -> QuickstartResult:
     scores, scored = output / "evaluation.html", output / "evaluation.json"
     if not scored.exists():
         result = evaluate(run, rows, max_rows=SCORED, report=scores)
-        write_text(scored, json.dumps(result, indent=2) + "\n")
+        publish_json(Location.of(scored), result)
     activations = output / "activations"
     extract_activations(run, rows, activations, format="measurements", limit=EXTRACTED)
     losses = [json.loads(line)["loss"] for line in (run / "metrics.jsonl").read_text().splitlines()]

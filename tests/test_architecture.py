@@ -26,6 +26,7 @@ LEVELS = [
     {"measurements", "outputs"},
     {"tokenizer", "models"},
     {"activations", "estimators", "simulation"},
+    {"runs"},
     {"data", "checkpoints"},
     {"ingest", "training", "extraction"},
     {"prediction", "inspection"},
@@ -96,7 +97,9 @@ def test_imports_point_one_way(path):
         if names[0] != "ping_llm" or names[1] in {part, "__version__"}:
             continue
         if part in {"__init__", "__main__"}:
-            assert not at_top or module == "ping_llm.cli.main", f"{part} imports {module} at its top"
+            assert not at_top or module == "ping_llm.cli.main", (
+                f"{part} imports {module} at its top"
+            )
             continue
         assert LEVEL_OF[names[1]] < LEVEL_OF[part], f"{part} may not import {module}"
 
@@ -161,7 +164,7 @@ def test_the_top_of_the_cli_imports_only_what_is_light(path):
         name = module.split(".")[0]
         light = name == "click" or name in sys.stdlib_module_names
         own = module.startswith(("ping_llm.cli", "ping_llm.errors", "ping_llm.__version__"))
-        own = own or module.startswith("ping_llm.") and ".settings" in module
+        own = own or (module.startswith("ping_llm.") and ".settings" in module)
         assert not at_top or light or own, f"{path.name} imports {module} at its top"
 
 

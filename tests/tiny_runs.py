@@ -14,7 +14,9 @@ from ping_llm.data.pipeline import data_fingerprint
 from ping_llm.data.windows import USUAL
 from ping_llm.models.config import DecoderConfig
 from ping_llm.models.decoder import Decoder
+from ping_llm.settings import load
 from ping_llm.tokenizer import LANGUAGE_VERSION
+from ping_llm.training.settings import TrainSettings
 
 CONFIG = DecoderConfig(
     vocab_size=267,
@@ -27,6 +29,12 @@ CONFIG = DecoderConfig(
     dtype="float32",
 )
 SEQ_LEN = 256
+
+
+def train_settings(*overrides: str, config_file: Path | None = None, **flags) -> TrainSettings:
+    """Returns the settings of a training that nobody starts."""
+    flags = {"data": "rows", "output": "run", **flags}
+    return load(TrainSettings, config_file=config_file, overrides=overrides, flags=flags)
 
 
 @functools.cache

@@ -10,10 +10,10 @@ import numpy as np
 from ping_llm import sharding
 from ping_llm.bench import peers as yardsticks
 from ping_llm.errors import ConfigError
-from ping_llm.models.config import DecoderConfig
+from ping_llm.models.config import DecoderConfig, Dtype
 from ping_llm.training import flops
-from ping_llm.training.config import TrainConfig
 from ping_llm.training.optimizer import make_optimizer
+from ping_llm.training.settings import TrainSettings
 from ping_llm.training.step import init_state, make_train_step
 
 WARM_UP_STEPS = 2
@@ -35,7 +35,7 @@ class Measured:
 
 
 def shape(
-    *, n_layers: int, d_model: int, n_heads: int, d_ff: int, vocab_size: int, dtype: str
+    *, n_layers: int, d_model: int, n_heads: int, d_ff: int, vocab_size: int, dtype: Dtype
 ) -> DecoderConfig:
     """Returns a decoder with heads of `d_model / n_heads`, each with keys of its own."""
     if n_heads < 1 or d_model % n_heads:
@@ -65,7 +65,9 @@ def measure(
         compare: Whether the yardsticks take turns with our step.
         seed: Decides parameters and tokens.
     """
-    settings = TrainConfig(preset="bench", model=cfg, batch_size=batch_size, seq_len=seq_len)
+    settings = TrainSettings(
+        data="random", output="none", model=cfg, batch_size=batch_size, seq_len=seq_len
+    )
     rng = np.random.default_rng(seed)
     tokens = rng.integers(0, cfg.vocab_size, (batch_size, seq_len + 1), np.int32)
     inputs, targets = tokens[:, :-1], tokens[:, 1:]
@@ -98,7 +100,7 @@ def _once(stepper: yardsticks.Steps, inputs: np.ndarray, targets: np.ndarray):
 
 
 def _own(
-    cfg: TrainConfig, inputs: np.ndarray, targets: np.ndarray, seed: int
+    cfg: TrainSettings, inputs: np.ndarray, targets: np.ndarray, seed: int
 ) -> Callable[[], None]:
     mesh, tx = sharding.make_mesh(), make_optimizer(cfg)
     sharding.batch_share(mesh, cfg.batch_size)  # for its error, where the batch cannot be shared

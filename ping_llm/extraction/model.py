@@ -19,7 +19,6 @@ from jax.sharding import PartitionSpec as P
 
 from ping_llm import sharding
 from ping_llm.activations.writer import Part
-from ping_llm.checkpoints import load_run
 from ping_llm.data.windows import WindowLaw
 from ping_llm.errors import ConfigError
 from ping_llm.extraction.batches import PackedBatch
@@ -30,6 +29,8 @@ from ping_llm.models import qwen2
 from ping_llm.models.config import SITES, DecoderConfig
 from ping_llm.models.decoder import Decoder
 from ping_llm.progress import progress
+from ping_llm.runs import load_run
+from ping_llm.settings import from_json
 
 DEFAULT_MAX_LENGTH = 2048
 
@@ -71,7 +72,7 @@ def open_model(model: str | Path) -> ModelSource:
     if "model" in config and "train" in config:
         if jax.process_count() > 1:
             raise ConfigError(f"{model} is a run; runs are small, and read by one process each")
-        cfg = DecoderConfig.from_json(config["model"])
+        cfg = from_json(DecoderConfig, config["model"])
         train = config["train"]
         law = WindowLaw.of(train)
         return ModelSource(str(model), None, Path(model), cfg, train["seq_len"], law)
@@ -88,7 +89,7 @@ def identity(source: ModelSource) -> dict[str, Any]:
         weights = [fingerprint(str(file), file.stat().st_size) for file in files]
     else:
         assert source.run is not None
-        params = load_run(source.run)[2]
+        params = load_run(source.run).params
         weights = [zlib.crc32(np.asarray(leaf).tobytes()) for leaf in jax.tree.leaves(params)]
     return {"config": digest(cfg), "weights": digest(weights)}
 
@@ -188,7 +189,7 @@ def _load(source: ModelSource, cfg: ExtractionConfig, mesh: Mesh) -> tuple[Any, 
             )
         return nnx.split(model)
     assert source.run is not None
-    _, _, params = load_run(source.run)
+    params = load_run(source.run).params
     own = dataclasses.replace(source.cfg, dtype=cfg.compute_dtype, remat=False)
     graphdef = nnx.graphdef(nnx.eval_shape(lambda: Decoder(own, rngs=nnx.Rngs(0))))
     return graphdef, jax.device_put(params, nnx.get_named_sharding(params, mesh))

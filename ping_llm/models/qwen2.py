@@ -4,13 +4,14 @@ A checkpoint is a directory with `config.json` and safetensors. Whatever its con
 is either done or refused by name. Weights go to their devices one tensor at a time.
 """
 
+import contextlib
 import dataclasses
 import functools
 import json
 import os
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -18,14 +19,16 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
+from safetensors import SafetensorError, safe_open
 
 from ping_llm.errors import CheckpointError, ConfigError
-from ping_llm.models.config import DTYPES, DecoderConfig, YarnScaling
+from ping_llm.models.config import DTYPES, DecoderConfig, Dtype, YarnScaling
 from ping_llm.models.decoder import Decoder
-from ping_llm.models.safetensors import SafetensorsFile
 
 MODEL_TYPES = ("qwen2", "qwen3")
 FILES = ("*.json", "*.safetensors", "*.jinja", "merges.txt")  # what is fetched from the hub
+
+_DTYPES = {"F32": jnp.dtype("float32"), "F16": jnp.dtype("float16"), "BF16": jnp.dtype("bfloat16")}
 
 # Keys of config.json that change nothing in a forward pass.
 _NO_EFFECT = {
@@ -199,11 +202,11 @@ def config_from_json(fields: Mapping[str, Any], *, where: str = "config.json") -
     return config
 
 
-def _dtype(fields: Mapping[str, Any], where: str) -> str:
+def _dtype(fields: Mapping[str, Any], where: str) -> Dtype:
     name = str(fields.get("dtype") or fields.get("torch_dtype") or "float32").removeprefix("torch.")
     if name not in DTYPES:
         raise ConfigError(f"{where}: dtype {name!r} is not one of {', '.join(DTYPES)}")
-    return name
+    return cast(Dtype, name)
 
 
 def _rope(
@@ -330,20 +333,42 @@ class _Tensors:
         self.shapes: dict[str, tuple[int, ...]] = {}
         self.dtypes: dict[str, np.dtype] = {}
         for file in files:
-            with SafetensorsFile(directory / file) as opened:
-                for name, shape in opened.shapes.items():
-                    short = _short(name)
+            with _opened(directory / file) as opened:
+                for name in opened.keys():  # noqa: SIM118
+                    short, tensor = _short(name), opened.get_slice(name)
                     if short in self.where:
                         raise CheckpointError(
                             f"{directory}: {name} is in {self.where[short][0]} and in {file}"
                         )
+                    if (dtype := tensor.get_dtype()) not in _DTYPES:
+                        raise CheckpointError(
+                            f"{directory / file}: {name} has dtype {dtype}, not one of "
+                            f"{', '.join(_DTYPES)}"
+                        )
                     self.where[short] = file, name
-                    self.shapes[short], self.dtypes[short] = shape, opened.dtypes[name]
+                    self.shapes[short], self.dtypes[short] = (
+                        tuple(tensor.get_shape()),
+                        _DTYPES[dtype],
+                    )
 
     def read(self, short: str) -> np.ndarray:
+        # The file is mapped, and what was read of it counts as resident until it is closed.
         file, name = self.where[short]
-        with SafetensorsFile(self._directory / file) as opened:
-            return opened.read(name)
+        with _opened(self._directory / file) as opened:
+            return opened.get_tensor(name)
+
+
+@contextlib.contextmanager
+def _opened(path: Path) -> Iterator[Any]:
+    try:
+        with safe_open(path, framework="numpy") as file:
+            yield file
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error}") from None
+    except SafetensorError as error:
+        raise CheckpointError(
+            f"{path} is not a sound safetensors file ({error}); fetch it again"
+        ) from None
 
 
 def _check(tensors: _Tensors, wanted: list[_Weight], whole: DecoderConfig, where: Path) -> None:

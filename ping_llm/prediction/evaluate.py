@@ -13,7 +13,6 @@ import optax
 from flax import nnx
 
 from ping_llm import tokenizer
-from ping_llm.checkpoints import load_run
 from ping_llm.data.pipeline import data_fingerprint, eval_batches
 from ping_llm.data.rows import is_dataset
 from ping_llm.errors import ConfigError, DataError
@@ -25,6 +24,8 @@ from ping_llm.prediction.contexts import Contexts
 from ping_llm.prediction.protocols import Task, Trial, describe, load_task, pair_keys
 from ping_llm.prediction.rtt import QUESTION_TOKENS, Predictor
 from ping_llm.progress import progress
+from ping_llm.runs import read_config
+from ping_llm.storage import Location
 from ping_llm.tokenizer import Measurements
 
 MAX_ROWS = 10_000
@@ -87,7 +88,7 @@ def evaluate(
     data = Path(data)
     names = _chosen(baselines)
     predictor = Predictor.load(run)
-    config, _, _ = load_run(run)
+    config = read_config(Location.of(run))
     task = load_task(
         data,
         trained_on=Path(config["data"]["path"]),

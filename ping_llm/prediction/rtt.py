@@ -16,7 +16,6 @@ import numpy as np
 from flax import nnx
 
 from ping_llm import tokenizer
-from ping_llm.checkpoints import load_run
 from ping_llm.data.pipeline import data_fingerprint
 from ping_llm.data.rows import is_dataset
 from ping_llm.data.windows import WindowLaw
@@ -34,6 +33,7 @@ from ping_llm.prediction.contexts import (
 )
 from ping_llm.prediction.distribution import Distribution
 from ping_llm.prediction.table import split_nodes, take
+from ping_llm.runs import load_run
 from ping_llm.tokenizer import Measurements
 
 LEVELS = (0.05, 0.25, 0.5, 0.75, 0.95)
@@ -185,12 +185,12 @@ class Predictor:
         Raises:
             CheckpointError: `run` is no run, or has no checkpoint.
         """
-        config, graphdef, params = load_run(run)
-        known = _trained_addresses(config["data"])
-        train = config["train"]
+        loaded = load_run(run)
+        known = _trained_addresses(loaded.config["data"])
+        train = loaded.config["train"]
         return cls(
-            graphdef,
-            params,
+            loaded.graphdef,
+            loaded.params,
             max_tokens=train["seq_len"],
             known=known,
             hide_unseen=WindowLaw.of(train).hidden_source_fraction > 0,
