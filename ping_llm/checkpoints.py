@@ -134,7 +134,7 @@ class Checkpoints:
             objective: What is minimised, on the valid split at this step, where it is known.
         """
         self.wait()
-        self._objectives[step] = objective
+        self._objectives = {**self._objectives, step: objective}
         self._objectives = self.kept()
         notes = {**notes, _OBJECTIVE: objective}
         items = {name: ocp.args.StandardSave(by_path(tree)) for name, tree in trees.items()}

@@ -3,9 +3,7 @@
 A test compares the pages with what this makes, so they stay true.
 """
 
-import dataclasses
 import inspect
-import re
 from pathlib import Path
 
 import click
@@ -63,18 +61,11 @@ def cli_page() -> str:
     return "\n".join(lines)
 
 
-def attributes(cls: type) -> dict[str, str]:
-    """Returns what a class docstring's `Attributes:` section says of each attribute."""
-    section = inspect.cleandoc(cls.__doc__ or "").partition("Attributes:\n")[2]
-    entries = re.split(r"\n    (?=\w+: )", "\n" + section.split("\n\n")[0])
-    pairs = (entry.strip().partition(": ") for entry in entries if entry.strip())
-    return {name: re.sub(r"\s+", " ", text) for name, _, text in pairs}
-
-
 def config_page() -> str:
     """Returns docs/reference/configuration.md."""
     from ping_llm.models.config import DecoderConfig, YarnScaling
-    from ping_llm.training.config import TrainConfig
+    from ping_llm.settings import describe
+    from ping_llm.training.settings import TrainSettings
 
     lines = [
         "# Configuration",
@@ -82,19 +73,15 @@ def config_page() -> str:
         "<!-- Made by generate.py from the code: `nox -s docs`. -->",
         "",
     ]
-    for cls in (TrainConfig, DecoderConfig, YarnScaling):
+    for cls in (TrainSettings, DecoderConfig, YarnScaling):
         summary = inspect.cleandoc(cls.__doc__ or "").split("\n\n")[0].replace("\n", " ")
         lines += [f"## `{cls.__name__}`", "", summary, ""]
-        lines += ["| field | default | |", "| --- | --- | --- |"]
-        said = attributes(cls)
-        for field in dataclasses.fields(cls):
-            required = field.default is dataclasses.MISSING
-            if field.default_factory is not dataclasses.MISSING:
-                default = f"`{field.default_factory()!r}`"
-            else:
-                default = "required" if required else f"`{field.default!r}`"
-            text = said[field.name].replace("|", "\\|")
-            lines.append(f"| `{field.name}` | {default} | {text} |")
+        lines += ["| field | type | default | |", "| --- | --- | --- | --- |"]
+        for each in describe(cls):
+            default = "required" if each.required else f"`{each.shown_default}`"
+            kind, text = (part.replace("|", "\\|") for part in (each.type_text, each.help))
+            bounds = f" {each.bounds_text.capitalize()}." if each.bounds else ""
+            lines.append(f"| `{each.name}` | {kind} | {default} | {text}{bounds} |")
         lines.append("")
     return "\n".join(lines)
 

@@ -340,16 +340,11 @@ class _Tensors:
                         raise CheckpointError(
                             f"{directory}: {name} is in {self.where[short][0]} and in {file}"
                         )
+                    self.where[short], self.shapes[short] = (file, name), tuple(tensor.get_shape())
                     if (dtype := tensor.get_dtype()) not in _DTYPES:
-                        raise CheckpointError(
-                            f"{directory / file}: {name} has dtype {dtype}, not one of "
-                            f"{', '.join(_DTYPES)}"
-                        )
-                    self.where[short] = file, name
-                    self.shapes[short], self.dtypes[short] = (
-                        tuple(tensor.get_shape()),
-                        _DTYPES[dtype],
-                    )
+                        known = ", ".join(_DTYPES)
+                        raise CheckpointError(f"{name} in {file} is {dtype}, not one of {known}")
+                    self.dtypes[short] = _DTYPES[dtype]
 
     def read(self, short: str) -> np.ndarray:
         # The file is mapped, and what was read of it counts as resident until it is closed.

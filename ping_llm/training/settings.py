@@ -7,6 +7,12 @@ from ping_llm.errors import ConfigError
 from ping_llm.models.config import PRESETS, DecoderConfig
 from ping_llm.settings import Settings, field
 
+_POSITIVE: dict[str, Any] = {"gt": 0, "flag": False}
+_WEIGHT: dict[str, Any] = {"ge": 0, "flag": False}
+_FRACTION: dict[str, Any] = {"ge": 0, "le": 1, "flag": False}
+_COUNT: dict[str, Any] = {"gt": 0, "flag": False, "changeable": True}
+_PROCESS: dict[str, Any] = {"default": None, "stored": False}
+
 
 class TrainSettings(Settings):
     """Train a decoder on probe rows.
@@ -54,64 +60,48 @@ class TrainSettings(Settings):
         stored=False,
     )
     coordinator: str | None = field(
-        help="Several processes: address of process 0, HOST:PORT.", default=None, stored=False
+        help="Several processes: address of process 0, HOST:PORT.", **_PROCESS
     )
-    num_processes: int | None = field(
-        help="Several processes: how many.", default=None, stored=False
-    )
-    process_id: int | None = field(
-        help="Several processes: which one this is, from 0.", default=None, stored=False
-    )
+    num_processes: int | None = field(help="Several processes: how many.", **_PROCESS)
+    process_id: int | None = field(help="Several processes: which one this is, from 0.", **_PROCESS)
     model: DecoderConfig = field(
         help="Shape of the decoder; the preset sets its fields.",
         default=PRESETS["tiny"],
         default_text="that of the preset",
     )
     result_last_fraction: float = field(
-        help="Fraction of the windows in which the result of a measurement comes last, as in a "
-        "question; in the others the fields are in random order.",
+        help="Fraction of windows that end a measurement with its result; others shuffle it.",
         default=0.0,
-        ge=0,
-        le=1,
-        flag=False,
+        **_FRACTION,
     )
     untimed_fraction: float = field(
-        help="Fraction of the windows that show no time.", default=0.3, ge=0, le=1, flag=False
+        help="Fraction of the windows that show no time.", default=0.3, **_FRACTION
     )
     hidden_source_fraction: float = field(
-        help="Fraction of the windows that show 0.0.0.0 or :: for their source, to teach the model "
-        "to locate a source by its measurements alone.",
+        help="Fraction of windows that hide their source, to teach locating it.",
         default=0.0,
-        ge=0,
-        le=1,
-        flag=False,
+        **_FRACTION,
     )
     loss_weights: tuple[float, ...] = field(
-        help="Weight of a target in the objective, by its field: structure, source, destination, "
-        "time, RTT. The reported loss is not weighted.",
+        help="Weights of targets by field: structure, source, destination, time, RTT.",
         default=(1.0, 1.0, 1.0, 1.0, 1.0),
-        ge=0,
-        flag=False,
+        **_WEIGHT,
     )
     z_loss: float = field(
-        help="Weight of the mean squared log of the softmax's denominator in the objective.",
-        default=0.0,
-        ge=0,
-        flag=False,
+        help="Weight of the mean squared log of the softmax's denominator.", default=0.0, **_WEIGHT
     )
     optimizer: Literal["adamw", "muon"] = field(
         help="AdamW, or Muon for the kernels and AdamW for the rest.", default="adamw", flag=False
     )
-    learning_rate: float = field(help="Peak learning rate.", default=1e-3, gt=0, flag=False)
+    learning_rate: float = field(help="Peak learning rate.", default=1e-3, **_POSITIVE)
     embedding_learning_rate_factor: float = field(
-        help="Factor on the learning rate of embeddings.", default=1.0, gt=0, flag=False
+        help="Factor on the learning rate of embeddings.", default=1.0, **_POSITIVE
     )
     norm_learning_rate_factor: float = field(
-        help="Factor on the learning rate of norms and biases.", default=1.0, gt=0, flag=False
+        help="Factor on the learning rate of norms and biases.", default=1.0, **_POSITIVE
     )
     schedule: Literal["cosine", "wsd"] = field(
-        help="Cosine decay; or warm-up, stable, decay: at the peak until the last `decay_fraction` "
-        "of the steps.",
+        help="Cosine, or `wsd`: at the peak until the last `decay_fraction` of the steps.",
         default="cosine",
         flag=False,
     )
@@ -119,109 +109,65 @@ class TrainSettings(Settings):
         help="Fraction of the steps over which `wsd` decays.", default=0.2, gt=0, le=1, flag=False
     )
     final_learning_rate_fraction: float = field(
-        help="Fraction of the peak that is left at the last step.",
-        default=0.1,
-        ge=0,
-        le=1,
-        flag=False,
+        help="Fraction of the peak that is left at the last step.", default=0.1, **_FRACTION
     )
     warmup_steps: int = field(
-        help="Steps over which the learning rate rises to its peak.", default=100, ge=0, flag=False
+        help="Steps over which the learning rate rises to its peak.", default=100, **_WEIGHT
     )
-    weight_decay: float = field(help="Decoupled weight decay.", default=0.1, ge=0, flag=False)
+    weight_decay: float = field(help="Decoupled weight decay.", default=0.1, **_WEIGHT)
     weight_decay_groups: tuple[Literal["kernel", "embedding", "norm"], ...] = field(
         help="Which parameters decay; norm includes biases.", default=("kernel",), flag=False
     )
-    beta1: float = field(help="Decay of Adam's first moment.", default=0.9, ge=0, le=1, flag=False)
-    beta2: float = field(
-        help="Decay of Adam's second moment.", default=0.95, ge=0, le=1, flag=False
-    )
-    muon_beta: float = field(help="Decay of Muon's momentum.", default=0.95, ge=0, le=1, flag=False)
+    beta1: float = field(help="Decay of Adam's first moment.", default=0.9, **_FRACTION)
+    beta2: float = field(help="Decay of Adam's second moment.", default=0.95, **_FRACTION)
+    muon_beta: float = field(help="Decay of Muon's momentum.", default=0.95, **_FRACTION)
     clip_norm: float = field(
-        help="Largest global norm of a gradient; a longer one is scaled down to it.",
+        help="Largest global norm of a gradient; a longer one is scaled down.",
         default=1.0,
-        gt=0,
-        flag=False,
+        **_POSITIVE,
     )
     spike_factor: float | None = field(
-        help="Skip a step whose gradient has more than this many times the running mean norm; "
-        "none: only one that is not finite.",
+        help="Skip gradients of this many times the mean norm; none: only if it is not finite.",
         default=20.0,
         gt=1,
         flag=False,
     )
     max_skipped_steps: int = field(
-        help="Skipped steps in a row that end the run.",
-        default=10,
-        gt=0,
-        flag=False,
-        changeable=True,
+        help="Skipped steps in a row that end the run.", default=10, **_COUNT
     )
     accumulate_steps: int = field(
-        help="Parts into which a batch is split, computed one after another, to save memory.",
+        help="Parts of a batch that are computed one after another, to save memory.",
         default=1,
-        gt=0,
-        flag=False,
+        **_POSITIVE,
     )
-    log_every: int = field(
-        help="Steps between lines of `metrics.jsonl`.",
-        default=10,
-        gt=0,
-        flag=False,
-        changeable=True,
-    )
+    log_every: int = field(help="Steps between lines of `metrics.jsonl`.", default=10, **_COUNT)
     eval_every: int = field(
-        help="Steps between evaluations on the valid split, apart from the one at the last step.",
+        help="Steps between evaluations on the valid split; the last step has one too.",
         default=200,
-        gt=0,
-        flag=False,
-        changeable=True,
+        **_COUNT,
     )
     eval_batches: int = field(
-        help="Batches of the valid split in an evaluation.",
-        default=8,
-        gt=0,
-        flag=False,
-        changeable=True,
+        help="Batches of the valid split in an evaluation.", default=8, **_COUNT
     )
     checkpoint_every: int = field(
-        help="Steps between checkpoints, apart from those at the last step and at each evaluation "
-        "that is the best so far.",
+        help="Steps between checkpoints; the last step and a new best one have one too.",
         default=200,
-        gt=0,
-        flag=False,
-        changeable=True,
+        **_COUNT,
     )
     keep_checkpoints: int = field(
-        help="Number of newest checkpoints to keep, besides the best on the valid split.",
-        default=3,
-        gt=0,
-        flag=False,
-        changeable=True,
+        help="Newest checkpoints to keep, besides the best on the valid split.", default=3, **_COUNT
     )
 
     # The settings of `small` were measured on real data (docs/results.md); those of `base` and
     # `large` are usual for models of their size.
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {
-        "tiny": {"model": PRESETS["tiny"], "learning_rate": 3e-3, "warmup_steps": 20},
-        "small": {
-            "model": PRESETS["small"],
-            "optimizer": "muon",
-            "learning_rate": 5e-3,
-            "warmup_steps": 20,
-        },
-        "base": {
-            "model": PRESETS["base"],
-            "learning_rate": 6e-4,
-            "batch_size": 64,
-            "warmup_steps": 500,
-        },
-        "large": {
-            "model": PRESETS["large"],
-            "learning_rate": 3e-4,
-            "batch_size": 128,
-            "warmup_steps": 1000,
-        },
+        name: {"model": PRESETS[name], **changes}
+        for name, changes in {
+            "tiny": {"learning_rate": 3e-3, "warmup_steps": 20},
+            "small": {"optimizer": "muon", "learning_rate": 5e-3, "warmup_steps": 20},
+            "base": {"learning_rate": 6e-4, "batch_size": 64, "warmup_steps": 500},
+            "large": {"learning_rate": 3e-4, "batch_size": 128, "warmup_steps": 1000},
+        }.items()
     }
 
     def check(self) -> None:
