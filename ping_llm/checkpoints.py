@@ -14,7 +14,7 @@ import jax
 import orbax.checkpoint as ocp
 
 from ping_llm.errors import CheckpointError
-from ping_llm.runs import best_step, by_path, check_shapes
+from ping_llm.models.trees import by_path, check_shapes
 
 TREES = ("params", "opt_state")
 _NOTES = "notes"
@@ -204,6 +204,12 @@ class Checkpoints:
         return CheckpointError(
             f"{self.directory}: a checkpoint could not be written: {_line(error)}; {kept}"
         )
+
+
+def best_step(objectives: Mapping[int, float | None]) -> int:
+    """Returns the step of the lowest objective, or the newest where none is known."""
+    known = {step: value for step, value in objectives.items() if value is not None}
+    return min(known, key=known.__getitem__) if known else max(objectives)
 
 
 def _unreadable(where: Path, error: Exception) -> CheckpointError:

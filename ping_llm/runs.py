@@ -9,7 +9,7 @@ import dataclasses
 import json
 import shutil
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from ping_llm.errors import CheckpointError, ConfigError, DataError
 from ping_llm.hashing import file_digest
 from ping_llm.models.config import DecoderConfig
 from ping_llm.models.decoder import Decoder
+from ping_llm.models.trees import by_path, check_shapes
 from ping_llm.outputs import Claim, publish_json
 from ping_llm.storage import Location
 
@@ -79,6 +80,8 @@ def load_run(run: str | Path | Location) -> LoadedRun:
         if exported.is_file():
             exported.download(directory / EXPORTED)
         elif objectives := _objectives(location):
+            from ping_llm.checkpoints import best_step
+
             best = best_step(objectives)
             fetch_checkpoint(location, best, directory, only=("params/", "notes/", "_"))
         return LoadedRun(config, graphdef, read(location, directory, abstract))
@@ -114,41 +117,12 @@ def check_language(run: Location, config: Mapping[str, Any]) -> None:
         )
 
 
-def best_step(objectives: Mapping[int, float | None]) -> int:
-    """Returns the step of the lowest objective, or the newest where none is known."""
-    known = {step: value for step, value in objectives.items() if value is not None}
-    return min(known, key=known.__getitem__) if known else max(objectives)
-
-
 # --- weights -------------------------------------------------------------------------------------
-
-
-def by_path(tree: Any) -> dict[str, Any]:
-    """Returns the leaves of a tree by their paths in it, such as `blocks.mlp.up.kernel.value`."""
-    leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
-    return {jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in leaves}
 
 
 def by_name(params: Any) -> dict[str, Any]:
     """Returns parameters by the names they have in an export, such as `blocks.mlp.up.kernel`."""
     return {path.removesuffix(".value"): leaf for path, leaf in by_path(params).items()}
-
-
-def check_shapes(
-    where: object, wanted: Mapping[str, Any], stored: Mapping[str, Sequence[int]]
-) -> None:
-    """Raises a `CheckpointError` where stored shapes are not those of the arrays wanted."""
-    if missing := sorted(wanted.keys() - stored.keys()):
-        raise CheckpointError(f"{where} lacks {missing[0]}; it is of another model or damaged")
-    if extra := sorted(stored.keys() - wanted.keys()):
-        raise CheckpointError(f"{where} holds {extra[0]}, which this model does not have")
-    for name, leaf in wanted.items():
-        have, want = tuple(stored[name]), tuple(leaf.shape)
-        if have != want:
-            raise CheckpointError(
-                f"{where}: {name} has shape {have}, this model's has {want}; "
-                "load it with the settings it was trained with"
-            )
 
 
 def _read_exported(run: Location, directory: Path, abstract: Any) -> Any:

@@ -24,6 +24,7 @@ from safetensors import SafetensorError, safe_open
 from ping_llm.errors import CheckpointError, ConfigError
 from ping_llm.models.config import DTYPES, DecoderConfig, Dtype, YarnScaling
 from ping_llm.models.decoder import Decoder
+from ping_llm.storage import Location
 
 MODEL_TYPES = ("qwen2", "qwen3")
 FILES = ("*.json", "*.safetensors", "*.jinja", "merges.txt")  # what is fetched from the hub
@@ -90,10 +91,9 @@ def resolve(model: str | Path) -> Path:
     Raises:
         CheckpointError: There is no such directory, and the hub does not give the files either.
     """
-    path = Path(model)
-    if path.is_dir():
-        return path
-    text = str(model)
+    location, text = Location.of(model), str(model)
+    if location.is_local and location.is_dir():
+        return location.path
     if text.count("/") != 1 or text.startswith((".", "/", "~")):
         raise CheckpointError(
             f"{model} is neither a directory nor a hub id such as Qwen/Qwen2.5-0.5B"
@@ -101,7 +101,8 @@ def resolve(model: str | Path) -> Path:
     import huggingface_hub
 
     try:
-        return Path(huggingface_hub.snapshot_download(text, allow_patterns=list(FILES)))
+        directory = huggingface_hub.snapshot_download(text, allow_patterns=list(FILES))
+        return Path(directory)
     except Exception as error:  # the hub raises many kinds, also those of its HTTP client
         reason = (str(error).strip().splitlines() or [""])[0]
         raise CheckpointError(
