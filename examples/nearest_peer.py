@@ -8,15 +8,15 @@ PEERS.txt has one address a line; PINGS holds measurements in any format that pr
 import sys
 from pathlib import Path
 
+from ping_llm.ingest.sources import read_table
 from ping_llm.prediction.rtt import Predictor, questions
-from ping_llm.prediction.table import read_files
 
 
 def main(run: str, source: str, peers: str, pings: str | None = None) -> list[str]:
     addresses = Path(peers).read_text().split()
     queries = questions([source] * len(addresses), addresses)
     predictor = Predictor.load(run)
-    contexts = None if pings is None else predictor.contexts(read_files([pings]), queries)
+    contexts = None if pings is None else predictor.contexts(read_table([pings]), queries)
     order, found = predictor.rank(queries, contexts)
     for i in order[:10]:
         low, _, median, _, high = found.quantiles_ms[i]

@@ -32,7 +32,7 @@ class Addresses:
     """A column of addresses, dictionary-encoded.
 
     Attributes:
-        values: The distinct addresses [U, 16], uint8; IPv4 as IPv4-mapped IPv6.
+        values: The distinct addresses [U], `addresses.ADDRESS`.
         family: 4 or 6; 0 where the text is no address [U], int8.
         codes: Which of `values` a record has; -1 where it has none [n], int32.
     """
@@ -76,7 +76,7 @@ def parse_addresses(column: pa.Array) -> Addresses:
     values, family = addresses.parse_texts(starts, lengths, data)
     empty = np.append(lengths == 0, False)
     codes = np.where(empty[indices], -1, indices).astype(np.int32)
-    return Addresses(addresses.as_bytes(values), family, codes)
+    return Addresses(values, family, codes)
 
 
 def from_fixed_binary(column: pa.Array) -> np.ndarray:
@@ -114,7 +114,7 @@ def read_addresses(column: pa.Array) -> tuple[np.ndarray, np.ndarray]:
         column = _plain(column)
         return from_fixed_binary(column), _missing(column)
     parsed = parse_addresses(column)
-    values = np.append(addresses.from_bytes(parsed.values), np.zeros(1, addresses.ADDRESS))
+    values = np.append(parsed.values, np.zeros(1, addresses.ADDRESS))
     return values[parsed.codes], parsed.problems()
 
 

@@ -7,12 +7,12 @@ import base64
 import html
 import io
 import math
-import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ping_llm.errors import StorageError
+from ping_llm.outputs import publish_file, publish_text
+from ping_llm.storage import Location
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -58,13 +58,13 @@ def _series(metrics: Sequence[Mapping[str, Any]], key: str) -> tuple[list[float]
     return [step for step, _ in kept], [value for _, value in kept]
 
 
-def loss_plot(metrics: Sequence[Mapping[str, Any]], path: Path) -> None:
+def loss_plot(metrics: Sequence[Mapping[str, Any]], location: str | Path | Location) -> None:
     """Writes a PNG of a run's losses against its steps.
 
     Args:
         metrics: Lines of `metrics.jsonl`: `step`, and where present `loss`, `valid_loss` and the
             losses of single fields, `loss_<field>`. A line may lack any of the losses.
-        path: Where the picture goes; an older one there is replaced in one move.
+        location: The file, local or remote; an older one is replaced in one move.
     """
     from matplotlib.ticker import MaxNLocator
 
@@ -93,7 +93,7 @@ def loss_plot(metrics: Sequence[Mapping[str, Any]], path: Path) -> None:
         ax.set_ylim(bottom=0.0)
         if ax.lines:
             ax.legend(frameon=False)
-    save_figure(fig, path)
+    save_figure(fig, location)
 
 
 # --- one HTML page -------------------------------------------------------------------------------
@@ -173,22 +173,17 @@ def page(title: str, blocks: Iterable[Html]) -> str:
 # --- files ---------------------------------------------------------------------------------------
 
 
-def write_page(text: str, path: Path) -> None:
-    """Writes a page to `path`; an older file there is replaced in one move."""
-    _replace(Path(path), lambda temporary: temporary.write_text(text, encoding="utf-8"))
+def write_page(text: str, location: str | Path | Location) -> None:
+    """Writes a page to a local or remote file; an older one is replaced in one move.
+
+    Raises:
+        ConfigError: `location` is a directory.
+        StorageError: It cannot be written.
+    """
+    publish_text(Location.of(location), text)
 
 
-def save_figure(fig: "Figure", path: Path) -> None:
-    """Writes `fig` to `path` as PNG; an older file there is replaced in one move."""
-    _replace(Path(path), lambda temporary: fig.savefig(temporary, format="png", dpi=130))
-
-
-def _replace(path: Path, write: Callable[[Path], object]) -> None:
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    try:
-        write(temporary)
-        temporary.replace(path)
-    except OSError as error:
-        raise StorageError(f"cannot write {path}: {error.strerror or error}") from None
-    finally:
-        temporary.unlink(missing_ok=True)
+def save_figure(fig: "Figure", location: str | Path | Location) -> None:
+    """Writes `fig` as PNG, as `write_page` does."""
+    with publish_file(Location.of(location)) as path:
+        fig.savefig(path, format="png", dpi=130)

@@ -165,7 +165,9 @@ def describe(cls: type) -> tuple[Setting, ...]:
 
 
 def _describe(each: dataclasses.Field, kind: Any) -> Setting:
-    kinds = typing.get_args(kind) if isinstance(kind, types.UnionType) else (kind,)
+    # `Literal["a"] | None` is a typing.Union, `int | None` is not.
+    is_union = typing.get_origin(kind) in (types.UnionType, typing.Union)
+    kinds = typing.get_args(kind) if is_union else (kind,)
     optional = types.NoneType in kinds
     if optional:
         (kind,) = set(kinds) - {types.NoneType}

@@ -2,9 +2,7 @@
 
 import contextlib
 import os
-import resource
 import secrets
-import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -16,6 +14,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from ping_llm.errors import ConfigError, PingLLMError
+from ping_llm.resources import peak_rss_bytes
 
 MESH_AXES = ("data", "fsdp", "tensor")
 
@@ -182,7 +181,4 @@ def peak_device_bytes() -> int:
     """Returns the most memory used on one device so far; on a CPU, by this process."""
     stats = [device.memory_stats() for device in jax.local_devices()]
     peaks = [stat["peak_bytes_in_use"] for stat in stats if stat]
-    if peaks:
-        return max(peaks)
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    return max(peaks) if peaks else peak_rss_bytes()

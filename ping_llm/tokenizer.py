@@ -14,7 +14,9 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
+from ping_llm import addresses
 from ping_llm.errors import DataError
+from ping_llm.measurements import NO_TIME, MeasurementTable
 
 # Counts up when the same measurements become other tokens: no model reads two versions.
 LANGUAGE_VERSION = 2
@@ -78,45 +80,6 @@ FIRST_TIME_TOKENS = 9
 NEXT_TIME_TOKENS = 5
 MAX_MEASUREMENT_TOKENS = SOURCE_TOKENS[6] + BARE_TOKENS[6] + FIRST_TIME_TOKENS
 
-IPV4_PREFIX = bytes(10) + b"\xff\xff"
-
-
-def unspecified(ip_version: np.ndarray) -> np.ndarray:
-    """Returns 0.0.0.0 or ::, which say that there is no address [n, 16], uint8.
-
-    So RFC 1122 (section 3.2.1.3) and RFC 4291 (section 2.5.2).
-
-    Args:
-        ip_version: 4 or 6 [n].
-    """
-    addresses = np.zeros((len(ip_version), 16), np.uint8)
-    addresses[ip_version == 4] = np.frombuffer(IPV4_PREFIX + bytes(4), np.uint8)
-    return addresses
-
-
-@dataclasses.dataclass(frozen=True)
-class Measurements:
-    """Some measurements, one array a field.
-
-    Attributes:
-        event_time: Seconds since 1970 UTC [n], int64.
-        has_time: Whether the time is known; where it is not, `event_time` means nothing [n], bool.
-        src_addr: Source addresses, IPv4 as IPv4-mapped IPv6 [n, 16], uint8.
-        dst_addr: Destination addresses, likewise [n, 16], uint8.
-        ip_version: 4 or 6, of both addresses [n], int8.
-        rtt: Round-trip time in ms, below 0 where the measurement failed [n], floating.
-    """
-
-    event_time: np.ndarray
-    has_time: np.ndarray
-    src_addr: np.ndarray
-    dst_addr: np.ndarray
-    ip_version: np.ndarray
-    rtt: np.ndarray
-
-    def __len__(self) -> int:
-        return len(self.event_time)
-
 
 @dataclasses.dataclass(frozen=True)
 class Problem:
@@ -167,7 +130,7 @@ def decode_rtt(codes: np.ndarray) -> np.ndarray:
 # the family, the form of its time, whether it failed, whether its source is left out, and the order
 # of the fields. The two tables below hold every such layout.
 
-_NO_TIME, _ABS, _DELTA1, _DELTA4 = range(4)
+_UNTIMED, _ABS, _DELTA1, _DELTA4 = range(4)
 _TIME_TOKENS = (0, FIRST_TIME_TOKENS, 2, NEXT_TIME_TOKENS)
 
 
@@ -216,14 +179,14 @@ def _big_endian(values: np.ndarray, n_bytes: int) -> np.ndarray:
     return values.astype(f">u{n_bytes}").view(np.uint8).reshape(len(values), n_bytes)
 
 
-def _time_forms(measurements: Measurements, segment_offsets: np.ndarray):
+def _time_forms(measurements: MeasurementTable, segment_offsets: np.ndarray):
     """Returns (form of each time [n] uint8, seconds since the previous time [n] uint64)."""
     forms = np.zeros(len(measurements), np.uint8)
     deltas = np.zeros(len(measurements), np.uint64)
     timed = np.flatnonzero(measurements.has_time)
     if len(timed) == 0:
         return forms, deltas
-    times = measurements.event_time[timed]
+    times = measurements.time[timed]
     # A segment's first time is the first of `timed` at or after the segment's start.
     first = np.searchsorted(timed, segment_offsets[:-1])
     forward = np.empty(len(timed), bool)
@@ -237,12 +200,12 @@ def _time_forms(measurements: Measurements, segment_offsets: np.ndarray):
     return forms, deltas
 
 
-def _same_source(measurements: Measurements, segment_offsets: np.ndarray) -> np.ndarray:
+def _same_source(measurements: MeasurementTable, segment_offsets: np.ndarray) -> np.ndarray:
     """Returns whether each measurement has the source of the one before it in its segment [n]."""
     n = len(measurements)
     same = np.zeros(n, bool)
-    halves = np.ascontiguousarray(measurements.src_addr).view(np.uint64)  # [n, 2]
-    family = measurements.ip_version
+    halves = np.ascontiguousarray(measurements.src).view(np.uint64).reshape(n, 2)
+    family = measurements.family
     same[1:] = (halves[1:] == halves[:-1]).all(axis=1) & (family[1:] == family[:-1])
     firsts = segment_offsets[:-1]
     same[firsts[firsts < n]] = False
@@ -250,7 +213,7 @@ def _same_source(measurements: Measurements, segment_offsets: np.ndarray) -> np.
 
 
 def encode(
-    measurements: Measurements, *, segment_offsets: np.ndarray, field_order: np.ndarray
+    measurements: MeasurementTable, *, segment_offsets: np.ndarray, field_order: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
     """Returns the tokens of segments of measurements, end to end, and where each segment starts.
 
@@ -270,7 +233,7 @@ def encode(
     n = len(measurements)
     forms, deltas = _time_forms(measurements, segment_offsets)
     failed = measurements.rtt < 0
-    family6 = measurements.ip_version == 6
+    family6 = measurements.family == 6
     same_source = _same_source(measurements, segment_offsets)
     rest = family6.view(np.uint8) | forms << 1 | failed.view(np.uint8) << 3
     rest |= same_source.view(np.uint8) << 4
@@ -284,15 +247,16 @@ def encode(
     def write(field: int, where: np.ndarray, head: int, payload: np.ndarray) -> None:
         _scatter(tokens, starts[where] + _FIELD_STARTS[field][layout[where]], head, payload)
 
+    src_bytes, dst_bytes = (addresses.as_bytes(a) for a in (measurements.src, measurements.dst))
     for among, width, src, dst in (
         (~family6, 4, SRC_IPV4, DST_IPV4),
         (family6, 16, SRC_IPV6, DST_IPV6),
     ):
         where = np.flatnonzero(among & ~same_source)
-        write(0, where, src, measurements.src_addr[where, 16 - width :])
+        write(0, where, src, src_bytes[where, 16 - width :])
         where = np.flatnonzero(among)
-        write(1, where, dst, measurements.dst_addr[where, 16 - width :])
-    times = measurements.event_time
+        write(1, where, dst, dst_bytes[where, 16 - width :])
+    times = measurements.time
     for form, head, width, values in (
         (_ABS, TIMESTAMP_ABS, 8, times),
         (_DELTA1, TIMESTAMP_DELTA1, 1, deltas),
@@ -325,7 +289,7 @@ _FIELD_OF_HEAD = {
 _FIELD_NAMES = ("source", "destination", "timestamp", "result")
 
 
-def decode(tokens: Sequence[int] | np.ndarray) -> tuple[Measurements, list[Problem]]:
+def decode(tokens: Sequence[int] | np.ndarray) -> tuple[MeasurementTable, list[Problem]]:
     """Returns the measurements in the tokens of one segment, and what did not parse.
 
     Any ids may be given. A measurement that is not well-formed is left out as a whole and adds one
@@ -386,7 +350,8 @@ def decode(tokens: Sequence[int] | np.ndarray) -> tuple[Measurements, list[Probl
 def _read_time(head: int, payload: bytes, previous: int | None) -> tuple[int | None, str]:
     """Returns (the time, why there is none)."""
     if head == TIMESTAMP_ABS:
-        return int.from_bytes(payload, "big", signed=True), ""
+        time = int.from_bytes(payload, "big", signed=True)
+        return (None, f"{token_name(head)} is no time") if time == NO_TIME else (time, "")
     if previous is None:
         return None, f"{token_name(head)} without a timestamp before it"
     time = previous + int.from_bytes(payload, "big")
@@ -402,22 +367,22 @@ def _incomplete(fields: dict[int, tuple[int, bytes]], begin: int) -> Problem | N
     return None
 
 
-def _measurements(found: list[dict[int, tuple[int, bytes]]], times: list[int | None]):
-    def addresses(field: int) -> np.ndarray:
-        packed = [fields[field][1] for fields in found]
-        mapped = b"".join(IPV4_PREFIX + p if len(p) == 4 else p for p in packed)
-        return np.frombuffer(mapped, np.uint8).reshape(-1, 16)
-
+def _measurements(
+    found: list[dict[int, tuple[int, bytes]]], times: list[int | None]
+) -> MeasurementTable:
+    src, dst = (
+        addresses.from_packed(fields[field][1] for fields in found)
+        for field in (_SOURCE, _DESTINATION)
+    )
     results = [fields[_RESULT] for fields in found]
     codes = np.array([int.from_bytes(payload, "big") for _, payload in results], np.uint16)
     failed = np.array([head == FAILED for head, _ in results], bool)
-    return Measurements(
-        event_time=np.array([time or 0 for time in times], np.int64),
-        has_time=np.array([time is not None for time in times], bool),
-        src_addr=addresses(_SOURCE),
-        dst_addr=addresses(_DESTINATION),
-        ip_version=np.array([4 if len(f[_SOURCE][1]) == 4 else 6 for f in found], np.int8),
-        rtt=np.where(failed, -1.0, decode_rtt(codes)),
+    return MeasurementTable(
+        time=np.array([NO_TIME if time is None else time for time in times], np.int64),
+        src=src,
+        dst=dst,
+        family=np.array([4 if len(f[_SOURCE][1]) == 4 else 6 for f in found], np.int8),
+        rtt=np.where(failed, -1.0, decode_rtt(codes)).astype(np.float32),
     )
 
 

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from sized_rows import write_sized_rows
 
+from ping_llm.addresses import from_bytes
 from ping_llm.data.rows import SCHEMA_VERSION, SPLITS, FlatRows, RowWriter
 
 os.environ["XLA_FLAGS"] = " ".join(
@@ -38,11 +39,11 @@ def _rows(*, seed: int, probes: int, measurements: int) -> FlatRows:
     distance = np.abs(np.repeat(source, measurements) - destination)
     times = 1_700_000_000 + np.sort(rng.integers(0, 86_400, (probes, measurements)))
     return FlatRows(
-        src_addr=mapped[source],
+        src_addr=from_bytes(mapped)[source],
         ip_version=np.full(probes, 4, np.int8),
         offsets=np.arange(probes + 1, dtype=np.int64) * measurements,
         event_time=times.reshape(-1).astype(np.int64),
-        dst_addr=mapped[destination],
+        dst_addr=from_bytes(mapped)[destination],
         rtt=(1.0 + 10 * distance).astype(np.float32),
     )
 

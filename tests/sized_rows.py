@@ -4,24 +4,24 @@ import json
 
 import numpy as np
 
+from ping_llm.addresses import MAPPED_PREFIX, from_bytes
 from ping_llm.data.rows import SPLITS, FlatRows, RowWriter
-from ping_llm.tokenizer import IPV4_PREFIX
 
 
 def make_row(rng, n, *, version=4, source=0):
     """Makes one probe row of n measurements, each with a destination and an RTT of its own."""
     address = np.zeros((n + 1, 16), np.uint8)
     if version == 4:
-        address[:, :12] = np.frombuffer(IPV4_PREFIX, np.uint8)
+        address[:, :12] = np.frombuffer(MAPPED_PREFIX, np.uint8)
     address[:, 12] = version
     address[:, 13] = source
     address[1:, 14:] = np.arange(n, dtype=">u2").view(np.uint8).reshape(-1, 2)
     return FlatRows(
-        src_addr=address[:1] | np.uint8(128) * (np.arange(16) == 12),
+        src_addr=from_bytes(address[:1] | np.uint8(128) * (np.arange(16) == 12)),
         ip_version=np.array([version], np.int8),
         offsets=np.array([0, n]),
         event_time=np.sort(rng.integers(0, 40 * n + 1, n)) + 1_700_000_000,
-        dst_addr=address[1:],
+        dst_addr=from_bytes(address[1:]),
         rtt=np.where(rng.random(n) < 0.05, -1, rng.gamma(2, 30, n)).astype(np.float32),
     )
 

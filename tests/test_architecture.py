@@ -21,10 +21,10 @@ MODULES = {
 # A part may import the parts of earlier levels, and itself; never one of its own level.
 LEVELS = [
     {"errors", "text"},
-    {"hashing", "progress", "packing", "addresses"},
-    {"storage", "settings", "sharding", "report", "columns"},
+    {"hashing", "progress", "resources", "packing", "addresses"},
+    {"storage", "settings", "sharding", "columns"},
     {"measurements", "outputs"},
-    {"tokenizer", "models"},
+    {"tokenizer", "models", "report"},
     {"activations", "estimators", "simulation"},
     {"data", "checkpoints"},
     {"runs"},
@@ -38,8 +38,17 @@ LEVEL_OF = {part: level for level, parts in enumerate(LEVELS) for part in parts}
 
 # Parts that never load JAX, not even inside a function.
 WITHOUT_JAX = {
-    *("errors", "text", "hashing", "progress", "packing", "addresses", "storage", "settings"),
-    *("report", "columns", "measurements", "outputs", "tokenizer", "estimators", "simulation"),
+    *("errors", "text", "hashing", "progress", "resources", "packing", "addresses", "storage"),
+    *(
+        "settings",
+        "report",
+        "columns",
+        "measurements",
+        "outputs",
+        "tokenizer",
+        "estimators",
+        "simulation",
+    ),
     *("data", "ingest", "inspection"),
 }
 

@@ -55,6 +55,7 @@ class SampleSettings(Settings):
         default=None, gt=0, help="Threads.", stored=False, default_text="one per CPU"
     )
     weights: tuple[float, ...] = field(default=(1.0, 1.0), ge=0, help="Of the fields.", flag=False)
+    half: Literal["low", "high"] | None = field(default=None, help="Which half.")
     groups: tuple[Literal["kernel", "norm"], ...] = field(default=("kernel",), help="What decays.")
     both_ends: bool = field(default=False, help="Count twice.")
     shuffle: bool = field(default=True, help="Mix.")
@@ -308,6 +309,7 @@ def test_describe_is_what_the_reference_page_says():
     assert described["inputs"].type_text == "path,..."
     assert described["inputs"].required
     assert described["groups"].choices == ("kernel", "norm")
+    assert (described["half"].choices, described["half"].optional) == (("low", "high"), True)
     assert described["model"].is_table
 
 

@@ -1,19 +1,21 @@
-"""The same training step written plainly, in JAX alone and in PyTorch.
+"""The same work in other frameworks, for `ping-llm bench ... --compare`.
 
-`ping-llm bench train --compare` runs them beside the package's own step. Both do what a good first
-version does and no more: causal attention over whole rows, no segments, no losses by field.
+The training steps, in plain JAX and in PyTorch, do what a good first version does and no more:
+causal attention over whole rows, no segments, no losses by field.
 """
 
 import functools
-from collections.abc import Callable
+import os
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 
-from ping_llm.errors import ConfigError
+from ping_llm.extraction.parity import require_torch
 from ping_llm.models.config import DecoderConfig
 
 # Takes (inputs, targets) [B, T] and a number of steps; returns the loss of the last one.
@@ -24,6 +26,8 @@ BETAS, WEIGHT_DECAY, LEARNING_RATE, CLIP_NORM = (0.9, 0.95), 0.1, 1e-3, 1.0
 
 def bare_jax(cfg: DecoderConfig) -> Steps:
     """Returns steps in JAX and Optax alone: a dict of weights and a Python loop over the layers."""
+    import optax
+
     D, F, H, N = cfg.d_model, cfg.d_ff, cfg.head_dim, cfg.n_heads
     dtype = jnp.dtype(cfg.dtype)
     rng = np.random.default_rng(0)
@@ -94,12 +98,11 @@ def pytorch(cfg: DecoderConfig, *, compiled: bool) -> Steps:
         compiled: Whether `torch.compile` is used.
 
     Raises:
-        ConfigError: PyTorch is not installed.
+        ConfigError: PyTorch or transformers is not installed.
     """
-    try:
-        import torch
-    except ImportError:
-        raise ConfigError("--compare needs PyTorch: pip install 'ping-llm[parity]'") from None
+    require_torch()
+    import torch
+
     device = "cuda" if torch.cuda.is_available() else "cpu"
     H, dtype = cfg.head_dim, getattr(torch, cfg.dtype)
     functional = torch.nn.functional
@@ -143,9 +146,9 @@ def pytorch(cfg: DecoderConfig, *, compiled: bool) -> Steps:
             self.norm = torch.nn.RMSNorm(cfg.d_model, cfg.rms_norm_eps)
 
         def forward(self, inputs, targets):
-            places = torch.arange(inputs.shape[1], device=inputs.device)[:, None]
+            positions = torch.arange(inputs.shape[1], device=inputs.device)[:, None]
             exponents = torch.arange(0, H, 2, device=inputs.device) / H
-            angles = places * cfg.rope_theta**-exponents
+            angles = positions * cfg.rope_theta**-exponents
             cos, sin = angles.cos().to(dtype), angles.sin().to(dtype)
             x = self.embed(inputs)
             for layer in self.layers:
@@ -174,3 +177,37 @@ def pytorch(cfg: DecoderConfig, *, compiled: bool) -> Steps:
         return float(loss.detach())
 
     return run
+
+
+def transformers_seconds(directory: Path, prompts: Sequence[np.ndarray], *, dtype: str) -> float:
+    """Returns the time of transformers' backbone, in batches of 4 padded to their longest.
+
+    Args:
+        directory: The model.
+        prompts: Token ids of each prompt.
+        dtype: Dtype of parameters and activations.
+
+    Raises:
+        ConfigError: PyTorch or transformers is not installed.
+    """
+    require_torch()
+    import torch
+    import transformers
+
+    torch.set_num_threads(os.cpu_count() or 1)
+    model = transformers.AutoModel.from_pretrained(directory, dtype=getattr(torch, dtype)).eval()
+
+    def forward(batch: Sequence[np.ndarray]) -> None:
+        ids = torch.zeros(len(batch), max(map(len, batch)), dtype=torch.long)
+        mask = torch.zeros_like(ids)
+        for row, prompt in enumerate(batch):
+            ids[row, : len(prompt)] = torch.from_numpy(np.asarray(prompt, np.int64))
+            mask[row, : len(prompt)] = 1
+        model(ids, attention_mask=mask, use_cache=False)
+
+    with torch.inference_mode():
+        forward([prompt[:32] for prompt in prompts[:4]])  # warms up
+        started = time.perf_counter()
+        for first in range(0, len(prompts), 4):
+            forward(prompts[first : first + 4])
+        return time.perf_counter() - started

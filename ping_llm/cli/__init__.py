@@ -10,31 +10,24 @@ from ping_llm import __version__
 from ping_llm.cli.options import debug_option
 from ping_llm.errors import PingLLMError, Stopped
 
-# Each command: the module here that defines it as `command`, and its line in `ping-llm --help`.
-# The lines are repeated here, under a test, so that `--help` need not import the modules.
+# The first line of each command's help text. It is repeated here, under a test: `ping-llm --help`
+# imports no command, which would take longer than all the rest.
 COMMANDS = {
-    "bench": ("bench", "Measure the throughput of one part on this machine."),
-    "evaluate": ("evaluate", "Compare a model with classical methods."),
-    "export": ("export", "Write a run's model as safetensors and a config."),
-    "extract-activations": (
-        "extract_activations",
-        "Write a model's activations over a data set into a store.",
-    ),
-    "generate": ("generate", "Sample measurements from a model."),
+    "bench": "Measure the throughput of one part on this machine.",
+    "evaluate": "Compare a model with classical methods.",
+    "export": "Write a run's model as safetensors and a config.",
+    "extract-activations": "Write a model's activations over a data set into a store.",
+    "generate": "Sample measurements from a model.",
     "inspect-activations": (
-        "inspect_activations",
-        "Show what an activation store holds, whether it is whole, and who is at work on it.",
+        "Show what an activation store holds, whether it is whole, and who is at work on it."
     ),
-    "inspect-data": ("inspect_data", "Show what a data set holds, and what is wrong with it."),
-    "predict": ("predict", "Predict RTT distributions and failures."),
-    "prepare-data": ("prepare_data", "Turn measurements into probe rows for training."),
-    "quickstart": ("quickstart", "Run the whole story once on simulated data, in minutes."),
-    "simulate": ("simulate", "Write the measurements of a synthetic internet."),
-    "train": ("train", "Train a decoder on probe rows."),
-    "verify-parity": (
-        "verify_parity",
-        "Compare a checkpoint's activations with those of transformers.",
-    ),
+    "inspect-data": "Show what a data set holds, and what is wrong with it.",
+    "predict": "Predict RTT distributions and failures.",
+    "prepare-data": "Turn measurements into probe rows for training.",
+    "quickstart": "Run the whole story once on simulated data, in minutes.",
+    "simulate": "Write the measurements of a synthetic internet.",
+    "train": "Train a decoder on probe rows.",
+    "verify-parity": "Compare a checkpoint's activations with those of transformers.",
 }
 
 
@@ -51,12 +44,13 @@ class LazyGroup(click.Group):
         del ctx
         if cmd_name not in COMMANDS:
             return None
-        return importlib.import_module(f"ping_llm.cli.{COMMANDS[cmd_name][0]}").command
+        return importlib.import_module(f"ping_llm.cli.{cmd_name.replace('-', '_')}").command
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """Writes the table of commands without importing any of them."""
+        del ctx
         with formatter.section("Commands"):
-            formatter.write_dl([(name, COMMANDS[name][1]) for name in self.list_commands(ctx)])
+            formatter.write_dl(sorted(COMMANDS.items()))
 
     def invoke(self, ctx: click.Context) -> Any:
         """Runs the command. Exits 1 after a `PingLLMError`, 130 / 143 after SIGINT / SIGTERM."""

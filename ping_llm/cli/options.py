@@ -36,6 +36,12 @@ def common_options(command: Callable[..., Any]) -> Callable[..., Any]:
     return as_json(debug_option(command))
 
 
+class SettingsCommand(click.Command):
+    """A command whose arguments and options are those of a settings class."""
+
+    settings_class: "type[Settings]"
+
+
 def settings_command(
     name: str, cls: type[S]
 ) -> Callable[[Callable[[S], tuple[Any, str] | tuple[Any, str, int]]], click.Command]:
@@ -64,7 +70,9 @@ def settings_command(
 
         if settings.takes_file(cls):
             params.extend(_file_options())
-        return click.command(name, params=params, help=inspect.getdoc(cls))(run)
+        command = click.command(name, SettingsCommand, params=params, help=inspect.getdoc(cls))(run)
+        command.settings_class = cls
+        return command
 
     return decorate
 

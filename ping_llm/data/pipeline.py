@@ -24,7 +24,7 @@ from ping_llm.data import windows
 from ping_llm.data.rows import ProbeRows, read_metadata
 from ping_llm.data.windows import WindowLaw
 from ping_llm.errors import ConfigError, DataError
-from ping_llm.inspection.statistics import hash_addresses
+from ping_llm.hashing import hash_addresses
 from ping_llm.packing import Batch, best_fit, next_token_batch, pack
 
 # A bigger chunk leaves less padding: its last sequence is half empty on average, and the others

@@ -14,7 +14,9 @@ import numpy as np
 import pyarrow as pa
 
 from ping_llm import storage
+from ping_llm.columns import from_fixed_binary, to_fixed_binary
 from ping_llm.errors import DataError
+from ping_llm.measurements import MeasurementTable
 
 SCHEMA_VERSION = 1
 SPLITS = ("train", "valid", "test")
@@ -37,11 +39,11 @@ class FlatRows:
     """Some probe rows with their measurements end to end; views, not copies, where from disk.
 
     Attributes:
-        src_addr: Source address of each row [R, 16], uint8; IPv4 as IPv4-mapped IPv6.
+        src_addr: Source address of each row [R], `addresses.ADDRESS`.
         ip_version: 4 or 6 [R], int8.
         offsets: Row r holds measurements `offsets[r]:offsets[r + 1]` of the rest [R + 1], int64.
         event_time: Seconds since 1970 UTC, ascending within a row [M], int64.
-        dst_addr: Destination addresses [M, 16], uint8.
+        dst_addr: Destination addresses [M], `addresses.ADDRESS`.
         rtt: Round-trip times in ms, below 0 where the measurement failed [M], float32.
     """
 
@@ -55,17 +57,16 @@ class FlatRows:
     def __len__(self) -> int:
         return len(self.src_addr)
 
-
-def _binary16(array: pa.Array) -> np.ndarray:
-    """Returns a fixed_size_binary(16) array as uint8 [n, 16], without a copy."""
-    flat = np.frombuffer(array.buffers()[1] or b"", np.uint8)
-    return flat[array.offset * 16 : (array.offset + len(array)) * 16].reshape(-1, 16)
-
-
-def _binary16_array(values: np.ndarray) -> pa.Array:
-    """Returns uint8 [n, 16] as a fixed_size_binary(16) array, without a copy."""
-    buffer = pa.py_buffer(np.ascontiguousarray(values, np.uint8))
-    return pa.FixedSizeBinaryArray.from_buffers(pa.binary(16), len(values), [None, buffer])
+    def to_table(self) -> MeasurementTable:
+        """Returns the measurements, sources one after the other."""
+        counts = np.diff(self.offsets)
+        return MeasurementTable(
+            time=self.event_time,
+            src=np.repeat(self.src_addr, counts),
+            dst=self.dst_addr,
+            family=np.repeat(self.ip_version, counts),
+            rtt=self.rtt,
+        )
 
 
 def to_record_batch(rows: FlatRows) -> pa.RecordBatch:
@@ -75,11 +76,11 @@ def to_record_batch(rows: FlatRows) -> pa.RecordBatch:
         pa.ListArray.from_arrays(offsets, values)
         for values in (
             pa.array(rows.event_time, pa.int64()),
-            _binary16_array(rows.dst_addr),
+            to_fixed_binary(rows.dst_addr),
             pa.array(rows.rtt, pa.float32()),
         )
     ]
-    columns = [_binary16_array(rows.src_addr), pa.array(rows.ip_version, pa.int8()), *lists]
+    columns = [to_fixed_binary(rows.src_addr), pa.array(rows.ip_version, pa.int8()), *lists]
     return pa.RecordBatch.from_arrays(columns, schema=ROW_SCHEMA)
 
 
@@ -91,11 +92,11 @@ def from_record_batch(batch: pa.RecordBatch) -> FlatRows:
     src, version, times, dsts, rtts = batch.columns
     offsets = times.offsets.to_numpy().astype(np.int64)
     return FlatRows(
-        src_addr=_binary16(src),
+        src_addr=from_fixed_binary(src),
         ip_version=version.to_numpy(),
         offsets=offsets - offsets[0],
         event_time=times.flatten().to_numpy(),
-        dst_addr=_binary16(dsts.flatten()),
+        dst_addr=from_fixed_binary(dsts.flatten()),
         rtt=rtts.flatten().to_numpy(),
     )
 
@@ -166,6 +167,10 @@ class ProbeRows:
 
     def __len__(self) -> int:
         return len(self.batch_index)
+
+    def to_table(self) -> MeasurementTable:
+        """Returns all measurements, sources one after the other."""
+        return MeasurementTable.concat([batch.to_table() for batch in self.batches])
 
 
 def split_files(directory: Path, split: str) -> list[Path]:
@@ -289,7 +294,7 @@ class RowBuilder:
         if len(sources) == 0:
             return
         if self._open is not None:
-            if np.array_equal(self._open.src_addr[0], sources.src_addr[0]):
+            if self._open.src_addr[0] == sources.src_addr[0]:
                 sources = _join_first(self._open, sources)
             else:
                 self._writer.append(self._open)

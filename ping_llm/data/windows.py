@@ -11,10 +11,11 @@ from typing import Any
 
 import numpy as np
 
-from ping_llm import tokenizer
-from ping_llm.data.rows import FlatRows, ProbeRows
+from ping_llm import addresses, tokenizer
+from ping_llm.data.rows import ProbeRows
 from ping_llm.errors import ConfigError
-from ping_llm.tokenizer import Measurements
+from ping_llm.hashing import scramble
+from ping_llm.measurements import NO_TIME, MeasurementTable
 
 MEASUREMENTS_PER_VISIT = 30
 MAX_VISITS = 16
@@ -40,17 +41,10 @@ _PERMUTATIONS = np.array(
 )
 
 
-def _mix(x: np.ndarray) -> np.ndarray:
-    """Returns uint64 `x` scrambled: the finaliser of SplitMix64."""
-    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return x ^ (x >> np.uint64(31))
-
-
 def draw(key: np.ndarray, index: np.ndarray | int) -> np.ndarray:
     """Returns random bits `index` of the stream `key`, uint64: output `index` of SplitMix64."""
     index = np.atleast_1d(np.asarray(index, np.uint64))  # arrays wrap around without a warning
-    return _mix(key + (index + np.uint64(1)) * _GOLDEN)
+    return scramble(key + (index + np.uint64(1)) * _GOLDEN)
 
 
 def _uniform(key: np.ndarray, index: np.ndarray | int) -> np.ndarray:
@@ -62,7 +56,7 @@ def make_keys(seed: int, *parts: np.ndarray) -> np.ndarray:
     """Returns one uint64 key for each element of the integer arrays `parts`, all [n] alike."""
     key = np.full(np.shape(parts[0]), seed % 2**64, np.uint64)
     for part in parts:
-        key = draw(_mix(key), part)
+        key = draw(scramble(key), part)
     return key
 
 
@@ -329,48 +323,32 @@ def select(
     return Selection(segment_offsets, hidden, index, has_time, order)
 
 
-def gather(rows: ProbeRows, row: np.ndarray, selection: Selection) -> Measurements:
+def gather(rows: ProbeRows, row: np.ndarray, selection: Selection) -> MeasurementTable:
     """Returns the selected measurements of rows `row` [v], read from the files."""
     offsets = selection.segment_offsets
     counts, n = np.diff(offsets), len(selection.index)
-    event_time, rtt = np.empty(n, np.int64), np.empty(n, np.float32)
-    dst_addr, src_addr = np.empty((n, 16), np.uint8), np.empty((len(row), 16), np.uint8)
-    # Addresses move as one item of 16 bytes each: half the time of a row of an array.
-    batch_index = rows.batch_index[row].tolist()
-    columns = {b: _columns(rows.batches[b]) for b in set(batch_index)}
-    dst_items, src_items = dst_addr.view(_ADDRESS)[:, 0], src_addr.view(_ADDRESS)[:, 0]
+    time, rtt = np.empty(n, np.int64), np.empty(n, np.float32)
+    dst, src = np.empty(n, addresses.ADDRESS), np.empty(len(row), addresses.ADDRESS)
+    batches = [rows.batches[b] for b in rows.batch_index[row].tolist()]
     starts = np.empty(len(row), np.int64)
-    row_in_batch = rows.row_in_batch[row].tolist()
-    for i, (b, r) in enumerate(zip(batch_index, row_in_batch, strict=True)):
-        starts[i] = rows.batches[b].offsets[r]
-        src_items[i] = columns[b][0][r]
+    for i, (batch, r) in enumerate(zip(batches, rows.row_in_batch[row].tolist(), strict=True)):
+        starts[i], src[i] = batch.offsets[r], batch.src_addr[r]
     hidden = selection.hidden_source
-    src_addr[hidden] = tokenizer.unspecified(rows.ip_version[row[hidden]])
+    src[hidden] = addresses.unspecified(rows.ip_version[row[hidden]])
     index = np.repeat(starts, counts) + selection.index
     bounds = offsets.tolist()
-    for b, start, stop in zip(batch_index, bounds, bounds[1:], strict=False):
-        _, times, dsts, rtts = columns[b]
+    for batch, start, stop in zip(batches, bounds, bounds[1:], strict=False):
         at = index[start:stop]
-        event_time[start:stop] = times[at]
-        dst_items[start:stop] = dsts[at]
-        rtt[start:stop] = rtts[at]
-    return Measurements(
-        event_time=event_time,
-        has_time=selection.has_time,
-        src_addr=np.repeat(src_items, counts).view(np.uint8).reshape(n, 16),
-        dst_addr=dst_addr,
-        ip_version=np.repeat(rows.ip_version[row], counts),
+        time[start:stop] = batch.event_time[at]
+        dst[start:stop] = batch.dst_addr[at]
+        rtt[start:stop] = batch.rtt[at]
+    return MeasurementTable(
+        time=np.where(selection.has_time, time, NO_TIME),
+        src=np.repeat(src, counts),
+        dst=dst,
+        family=np.repeat(rows.ip_version[row], counts),
         rtt=rtt,
     )
-
-
-_ADDRESS = np.dtype((np.void, 16))
-
-
-def _columns(flat: FlatRows) -> tuple[np.ndarray, ...]:
-    """Returns (sources, times, destinations, RTTs) with an address as one item."""
-    src_addr, dst_addr = (part.view(_ADDRESS)[:, 0] for part in (flat.src_addr, flat.dst_addr))
-    return src_addr, flat.event_time, dst_addr, flat.rtt
 
 
 def encode_visits(

@@ -6,19 +6,19 @@ import functools
 import numpy as np
 
 from ping_llm.errors import DataError
-from ping_llm.inspection.statistics import hash_addresses
-from ping_llm.tokenizer import Measurements
+from ping_llm.hashing import hash_addresses
+from ping_llm.measurements import MeasurementTable
 
 
 class Nodes:
     """The addresses of a table, numbered.
 
     Attributes:
-        addresses: Address of each number [N, 16], uint8, in the order of their hashes.
+        addresses: Address of each number [N], `addresses.ADDRESS`, in the order of their hashes.
     """
 
     def __init__(self, *columns: np.ndarray):
-        """Numbers every address in `columns`, each [n, 16]."""
+        """Numbers every address in `columns`, each [n]."""
         addresses = np.concatenate(columns)
         self._hashes, first = np.unique(hash_addresses(addresses), return_index=True)
         self.addresses = addresses[first]
@@ -65,7 +65,7 @@ class Training:
         rtt: RTT in ms, at least `MIN_RTT_MS` [n], float64.
     """
 
-    measurements: Measurements
+    measurements: MeasurementTable
     nodes: Nodes
     src: np.ndarray
     dst: np.ndarray
@@ -89,22 +89,20 @@ class Training:
 MIN_RTT_MS = 0.001  # the token language's smallest step; keeps logarithms finite
 
 
-def training_table(measurements: Measurements) -> Training:
+def training_table(measurements: MeasurementTable) -> Training:
     """Returns the answered ones of `measurements` for fitting.
 
     Raises:
         DataError: None was answered.
     """
-    from ping_llm.prediction.table import take
-
-    answered = take(measurements, measurements.rtt >= 0)
+    answered = measurements.take(measurements.rtt >= 0)
     if not len(answered):
         raise DataError("no measurement to fit on was answered; give data with RTTs")
-    nodes = Nodes(answered.src_addr, answered.dst_addr)
+    nodes = Nodes(answered.src, answered.dst)
     return Training(
         measurements=answered,
         nodes=nodes,
-        src=nodes.lookup(answered.src_addr),
-        dst=nodes.lookup(answered.dst_addr),
+        src=nodes.lookup(answered.src),
+        dst=nodes.lookup(answered.dst),
         rtt=np.maximum(answered.rtt.astype(np.float64), MIN_RTT_MS),
     )

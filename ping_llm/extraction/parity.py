@@ -6,7 +6,6 @@ torch and transformers come with the extra `[parity]`. Nothing else here needs t
 import dataclasses
 import gc
 import importlib.util
-import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -89,32 +88,6 @@ def reference_activations(
             model(torch.from_numpy(np.asarray(prompt, np.int64))[None], use_cache=False)
             results.append(dict(held))
     return results
-
-
-def padded_forward_seconds(
-    directory: Path, prompts: Sequence[np.ndarray], *, batch_size: int, dtype: str, threads: int
-) -> float:
-    """Returns the time that transformers' backbone takes, in batches padded to their longest."""
-    import torch
-    import transformers
-
-    torch.set_num_threads(threads)
-    model = transformers.AutoModel.from_pretrained(directory, dtype=getattr(torch, dtype)).eval()
-
-    def forward(some: Sequence[np.ndarray]) -> None:
-        ids = torch.zeros(len(some), max(map(len, some)), dtype=torch.long)
-        mask = torch.zeros_like(ids)
-        for row, prompt in enumerate(some):
-            ids[row, : len(prompt)] = torch.from_numpy(np.asarray(prompt, np.int64))
-            mask[row, : len(prompt)] = 1
-        model(ids, attention_mask=mask, use_cache=False)
-
-    with torch.inference_mode():
-        forward([prompt[:32] for prompt in prompts[:batch_size]])  # warms up
-        started = time.perf_counter()
-        for at in range(0, len(prompts), batch_size):
-            forward(prompts[at : at + batch_size])
-        return time.perf_counter() - started
 
 
 def relative_l2(ours: np.ndarray, theirs: np.ndarray) -> float:

@@ -12,11 +12,13 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from ping_llm import addresses
 from ping_llm.data.rows import SPLITS, FlatRows, RowBuilder, RowWriter
 from ping_llm.errors import DataError
+from ping_llm.hashing import keyed_hash_addresses
 from ping_llm.ingest.files import InputFile
 from ping_llm.ingest.records import REJECTED_SCHEMA, Chunk
-from ping_llm.ingest.sorting import MIRRORED, Run, Sorted, cut_into_ranges, is_ipv4, read_range
+from ping_llm.ingest.sorting import MIRRORED, Run, Sorted, cut_into_ranges, read_range
 from ping_llm.ingest.sources import Unit, cut_into_units, read_unit, renumber
 from ping_llm.ingest.splits import TRAIN, SplitRule
 from ping_llm.progress import Progress, progress
@@ -236,8 +238,8 @@ def split_rows(
     if rule.split == "time":
         split = rule.by_time(part.event_time, cuts[part.input_index & ~np.uint32(MIRRORED)])
     else:
-        src = rule.hash_addresses(part.src_addr)[source]
-        split = rule.by_addresses(src, rule.hash_addresses(part.dst_addr))
+        src = keyed_hash_addresses(part.src_addr, rule.seed)[source]
+        split = rule.by_addresses(src, keyed_hash_addresses(part.dst_addr, rule.seed))
     kept = (part.input_index < MIRRORED) | (split == TRAIN)
     chosen = {name: np.flatnonzero(kept & (split == code)) for code, name in enumerate(SPLITS)}
     rows = {name: _take(part, which, source[which]) for name, which in chosen.items() if len(which)}
@@ -247,13 +249,13 @@ def split_rows(
 def _take(part: Sorted, which: np.ndarray, source: np.ndarray) -> FlatRows:
     """Returns measurements `which` of `part`, one row a source."""
     starts = np.flatnonzero(np.append(True, source[1:] != source[:-1]))
-    src_addr = part.src_addr[source[starts]]
+    src_addr = addresses.from_bytes(part.src_addr)[source[starts]]
     return FlatRows(
         src_addr=src_addr,
-        ip_version=np.where(is_ipv4(src_addr), 4, 6).astype(np.int8),
+        ip_version=addresses.family(src_addr),
         offsets=np.append(starts, len(which)),
         event_time=part.event_time[which].astype(np.int64),
-        dst_addr=part.dst_addr[which],
+        dst_addr=addresses.from_bytes(part.dst_addr)[which],
         rtt=part.rtt[which],
     )
 

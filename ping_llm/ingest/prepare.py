@@ -13,14 +13,11 @@ import os
 import re
 import shutil
 import tempfile
-import threading
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path, PurePath
 from typing import Any
-
-import psutil
 
 from ping_llm import storage
 from ping_llm.data.rows import SCHEMA_VERSION, SPLITS, is_dataset, read_metadata
@@ -28,6 +25,7 @@ from ping_llm.errors import ConfigError, DataError, StorageError
 from ping_llm.ingest.files import InputFile, find_files
 from ping_llm.ingest.local import LocalEngine
 from ping_llm.ingest.splits import SplitRule
+from ping_llm.resources import PeakMemory
 
 ENGINES = ("local", "spark")
 SMALLEST_MEMORY = 500_000_000
@@ -287,33 +285,3 @@ def _workplace(place: Path, output: str) -> Iterator[Path]:
             ) from error
         finally:
             shutil.rmtree(place, ignore_errors=True)
-
-
-class PeakMemory:
-    """Samples the memory of this process and its children in the background."""
-
-    def __init__(self, interval_s: float = 0.1):
-        self._interval_s, self._stop = interval_s, threading.Event()
-        self._peak = 0
-        self._thread = threading.Thread(target=self._watch, daemon=True)
-
-    def __enter__(self) -> "PeakMemory":
-        self._thread.start()
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self._stop.set()
-        self._thread.join()
-
-    def _watch(self) -> None:
-        while not self._stop.wait(self._interval_s):
-            self.peak()
-
-    def peak(self) -> int:
-        """Returns the largest resident set size so far, in bytes, summed over the processes."""
-        me, total = psutil.Process(), 0
-        for process in [me, *me.children(recursive=True)]:
-            with contextlib.suppress(psutil.NoSuchProcess):
-                total += process.memory_info().rss
-        self._peak = max(self._peak, total)
-        return self._peak

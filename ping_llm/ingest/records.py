@@ -5,17 +5,10 @@ import dataclasses
 import numpy as np
 import pyarrow as pa
 
+from ping_llm.addresses import as_bytes, from_bytes
 from ping_llm.columns import INVALID, MISSING, OK, Addresses
+from ping_llm.measurements import MeasurementTable
 
-MEASUREMENT_SCHEMA = pa.schema(
-    [
-        ("event_time", pa.int64()),  # seconds since 1970 UTC
-        ("src_addr", pa.binary(16)),  # IPv4 as IPv4-mapped IPv6
-        ("dst_addr", pa.binary(16)),
-        ("ip_version", pa.int8()),
-        ("rtt", pa.float32()),  # ms; -1 = failed
-    ]
-)
 REJECTED_SCHEMA = pa.schema(
     [
         ("file", pa.string()),
@@ -90,25 +83,14 @@ class Chunk:
             rtt=self.rtt[apart],
         )
 
-    def to_record_batch(self) -> pa.RecordBatch:
-        """Returns the measurements as a batch of `MEASUREMENT_SCHEMA`."""
-        addresses = [
-            pa.FixedSizeBinaryArray.from_buffers(
-                pa.binary(16), len(self), [None, pa.py_buffer(values[codes])]
-            )
-            for values, codes in (
-                (self.src_values, self.src_codes),
-                (self.dst_values, self.dst_codes),
-            )
-        ]
-        return pa.RecordBatch.from_arrays(
-            [
-                pa.array(self.event_time),
-                *addresses,
-                pa.array(self.ip_version),
-                pa.array(self.rtt),
-            ],
-            schema=MEASUREMENT_SCHEMA,
+    def to_table(self) -> MeasurementTable:
+        """Returns the measurements as a table."""
+        return MeasurementTable(
+            time=self.event_time,
+            src=from_bytes(self.src_values)[self.src_codes],
+            dst=from_bytes(self.dst_values)[self.dst_codes],
+            family=self.ip_version,
+            rtt=self.rtt,
         )
 
 
@@ -164,9 +146,9 @@ def check(
     good = np.flatnonzero(verdict.codes == 0)
     return Chunk(
         event_time=time.values[good],
-        src_values=src.values,
+        src_values=as_bytes(src.values),
         src_codes=src.codes[good],
-        dst_values=dst.values,
+        dst_values=as_bytes(dst.values),
         dst_codes=dst.codes[good],
         ip_version=version.values[good].astype(np.int8),
         rtt=stored[good],

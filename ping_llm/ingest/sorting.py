@@ -61,12 +61,6 @@ def order_words(addresses: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return high, np.where(below, moved, low)
 
 
-def is_ipv4(addresses: np.ndarray) -> np.ndarray:
-    """Returns which addresses [n, 16] are IPv4."""
-    high, low = order_words(addresses)
-    return (high == 0) & (low < 0x1_0000_0000)
-
-
 def _unify(tables: Sequence[np.ndarray]) -> tuple[np.ndarray, list[np.ndarray]]:
     """Returns the distinct addresses of `tables` in order, and the rank of each table's."""
     values = np.concatenate(tables)

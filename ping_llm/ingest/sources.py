@@ -29,6 +29,7 @@ from ping_llm.errors import DataError
 from ping_llm.ingest.files import READ_ERRORS, InputFile, find_files, line_blocks, open_text
 from ping_llm.ingest.records import Chunk, Column, Verdict, check, rejected_batch
 from ping_llm.ingest.ripe import parse_ripe_lines
+from ping_llm.measurements import MeasurementTable
 
 COLUMNS = ("event_time", "src_addr", "dst_addr", "ip_version", "rtt")
 UNIT_BYTES = 64 << 20  # of text; what one worker reads at a time
@@ -75,8 +76,8 @@ class Part:
 
 def read_measurements(
     inputs: Sequence[str], *, on_rejected: Callable[[pa.RecordBatch], None] | None = None
-) -> Iterator[pa.RecordBatch]:
-    """Yields the measurements of `inputs` in order, in batches of `MEASUREMENT_SCHEMA`.
+) -> Iterator[MeasurementTable]:
+    """Yields the measurements of `inputs` in order, some at a time.
 
     Args:
         inputs: Files, directories and globs.
@@ -94,8 +95,27 @@ def read_measurements(
                 if on_rejected is not None and len(part.rejected):
                     on_rejected(renumber(part.rejected, lines_before))
                 if len(part.chunk):
-                    yield part.chunk.to_record_batch()
+                    yield part.chunk.to_table()
             lines_before += lines
+
+
+def read_table(inputs: Sequence[str]) -> MeasurementTable:
+    """Returns all measurements of `inputs`, in order.
+
+    Raises:
+        DataError: A file cannot be read, holds bad records, or there is no measurement at all.
+    """
+    rejected: list[int] = []
+    parts = list(read_measurements(inputs, on_rejected=lambda bad: rejected.append(len(bad))))
+    shown = ", ".join(inputs)
+    if rejected:
+        raise DataError(
+            f"{shown}: {sum(rejected)} records are bad; `ping-llm inspect-data` shows them, "
+            "`ping-llm prepare-data` sorts them out"
+        )
+    if not parts:
+        raise DataError(f"{shown}: no measurements; give a file that has some")
+    return MeasurementTable.concat(parts)
 
 
 def renumber(rejected: pa.RecordBatch, lines_before: int) -> pa.RecordBatch:

@@ -136,10 +136,12 @@ def _reader(units: list[Unit], spill: Path, both_ends: bool) -> Callable:
     """Returns what reads the units of the numbers it is given, into batches of `_READ`."""
 
     def to_batch(chunk: Chunk, index: int) -> pa.RecordBatch:
-        batch = chunk.to_record_batch()
-        inputs = pa.array(np.full(len(batch), index, np.int32))
-        columns = [c.cast(pa.binary()) if n else c for n, c in _marked(batch)]
-        return pa.RecordBatch.from_arrays([*columns, inputs], names=[*batch.schema.names, "input"])
+        table = chunk.to_table().to_arrow()
+        inputs = pa.array(np.full(len(table), index, np.int32))
+        columns = [column.combine_chunks() for column in table.columns]
+        # Spark has no binary of a fixed size.
+        columns = [c.cast(pa.binary()) if c.type == pa.binary(16) else c for c in columns]
+        return pa.RecordBatch.from_arrays([*columns, inputs], names=[*table.column_names, "input"])
 
     def read(batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
         for i in (number for batch in batches for number in batch.column(0).to_pylist()):
@@ -155,11 +157,6 @@ def _reader(units: list[Unit], spill: Path, both_ends: bool) -> Callable:
             (spill / f"unit-{i}.json").write_text(json.dumps(note))
 
     return read
-
-
-def _marked(batch: pa.RecordBatch) -> list[tuple[bool, pa.Array]]:
-    """Returns the columns, each with whether it holds addresses; Spark has no fixed-size binary."""
-    return [(pa.types.is_fixed_size_binary(c.type), c) for c in batch.columns]
 
 
 def _writer(spill: Path, rule: SplitRule, cuts: np.ndarray, row_cap_bytes: int) -> Callable:

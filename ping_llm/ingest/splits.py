@@ -53,18 +53,12 @@ class SplitRule:
         """Returns the split of each record for *pair* and *probe* [n], int8.
 
         Args:
-            src: `hash_addresses` of the sources [n].
-            dst: `hash_addresses` of the destinations [n].
+            src: `keyed_hash_addresses` of the sources, by `seed` [n].
+            dst: The same of the destinations [n].
         """
         if self.split == "probe":
             return np.maximum(self._held_out(src), self._held_out(dst))
         return self._held_out(scramble(scramble(np.minimum(src, dst)) ^ np.maximum(src, dst)))
-
-    def hash_addresses(self, addresses: np.ndarray) -> np.ndarray:
-        """Returns a keyed 64-bit hash of each address [n, 16], uint8."""
-        words = np.ascontiguousarray(addresses).view(">u8").astype(np.uint64)
-        key = scramble(np.array([self.seed + 1], np.uint64))
-        return scramble(scramble(words[:, 0] ^ key) + words[:, 1])
 
     def _held_out(self, hashes: np.ndarray) -> np.ndarray:
         uniform = (hashes >> np.uint64(11)) * 2.0**-53

@@ -7,8 +7,10 @@ from typing import Any
 
 import numpy as np
 
+from ping_llm import addresses
 from ping_llm.data.rows import ProbeRows
-from ping_llm.inspection.statistics import IMPLAUSIBLE_RTT_MS, Statistics, hash_addresses
+from ping_llm.hashing import hash_addresses
+from ping_llm.inspection.statistics import IMPLAUSIBLE_RTT_MS, Statistics
 
 EARLIEST_PLAUSIBLE = 631_152_000  # 1990-01-01: a clock that was never set says 1970
 
@@ -129,8 +131,7 @@ class RowChecks:
         if len(rows) == 0:
             return
         src = np.concatenate([batch.src_addr for batch in rows.batches])
-        halves = src.view(">u8").astype(np.uint64)  # [R, 2], in the order of the bytes
-        key = (rows.ip_version, halves[:, 0], halves[:, 1])
+        key = (rows.ip_version, *addresses.words(src))
         changes, ascends = np.zeros(len(rows) - 1, bool), np.zeros(len(rows) - 1, bool)
         for column in key:
             ascends |= ~changes & (column[1:] > column[:-1])

@@ -4,7 +4,6 @@ One streaming pass over measurements in any input format, or over a directory of
 """
 
 import dataclasses
-import ipaddress
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -13,12 +12,12 @@ from typing import Any
 
 import numpy as np
 
-from ping_llm import packing, storage, tokenizer
+from ping_llm import addresses, packing, storage, tokenizer
 from ping_llm.data import windows
-from ping_llm.data.rows import SPLITS, FlatRows, ProbeRows, is_dataset, read_metadata
+from ping_llm.data.rows import SPLITS, ProbeRows, is_dataset, read_metadata
 from ping_llm.errors import ConfigError, DataError
+from ping_llm.hashing import hash_addresses
 from ping_llm.ingest.files import find_files
-from ping_llm.ingest.records import Chunk
 from ping_llm.ingest.sources import cut_into_units, read_unit
 from ping_llm.inspection.checks import (
     Check,
@@ -27,6 +26,7 @@ from ping_llm.inspection.checks import (
     measurement_checks,
 )
 from ping_llm.inspection.statistics import HashTable, Statistics, rtt_of_bin, rtt_quantile
+from ping_llm.measurements import MeasurementTable
 from ping_llm.progress import Progress, progress
 
 CHUNK = 1 << 18  # measurements looked at together
@@ -153,10 +153,11 @@ def _inspect_measurements(path: str | Path, samples: int) -> InspectResult:
         for file in files:
             for unit in cut_into_units(file):
                 for part in read_unit(unit):
-                    stats.add(part.chunk)
+                    table = part.chunk.to_table()
+                    stats.add(table)
                     rejected.update(part.rejected["reason"].to_pylist())
                     if len(contexts) < samples:
-                        contexts += _contexts_of_chunk(part.chunk, samples - len(contexts))
+                        contexts += _first_contexts(table, samples - len(contexts))
                     shown.update(done=done + part.done * unit.size)
                 done += unit.size
     stats.finish()
@@ -164,25 +165,18 @@ def _inspect_measurements(path: str | Path, samples: int) -> InspectResult:
     return _result(path, "measurements", stats, dict(rejected), checks, samples=contexts)
 
 
-def _contexts_of_chunk(chunk: Chunk, count: int) -> list[Sample]:
-    """Returns the first measurements of the first sources of a chunk, in time order."""
+def _first_contexts(table: MeasurementTable, count: int) -> list[Sample]:
+    """Returns the first measurements of the first sources of a table, in time order."""
     found = []
-    sources, first = np.unique(chunk.src_codes, return_index=True)
-    for code in sources[np.argsort(first)][:count]:
-        mine = np.flatnonzero(chunk.src_codes == code)[:_SAMPLE_FITS]
-        mine = mine[np.argsort(chunk.event_time[mine], kind="stable")]
-        measurements = tokenizer.Measurements(
-            event_time=chunk.event_time[mine],
-            has_time=np.ones(len(mine), bool),
-            src_addr=chunk.src_values[chunk.src_codes[mine]],
-            dst_addr=chunk.dst_values[chunk.dst_codes[mine]],
-            ip_version=chunk.ip_version[mine],
-            rtt=chunk.rtt[mine],
-        )
+    hashes = hash_addresses(table.src)
+    _, first = np.unique(hashes, return_index=True)
+    for i in np.sort(first)[:count]:
+        mine = table.take(np.flatnonzero(hashes == hashes[i])[:_SAMPLE_FITS])
+        mine = mine.take(np.argsort(mine.time, kind="stable"))
         order = np.tile(np.arange(4, dtype=np.uint8), (len(mine), 1))
         offsets = np.array([0, len(mine)])
-        tokens, _ = tokenizer.encode(measurements, segment_offsets=offsets, field_order=order)
-        found.append(Sample(address_text(chunk.src_values[code]), None, tokens.tolist()))
+        tokens, _ = tokenizer.encode(mine, segment_offsets=offsets, field_order=order)
+        found.append(Sample(addresses.to_text(mine.src[:1])[0], None, tokens.tolist()))
     return found
 
 
@@ -198,8 +192,8 @@ def _inspect_rows(path: str | Path, samples: int) -> InspectResult:
     with progress("inspect", total=total, unit="measurements") as shown:
         for index, split in enumerate(SPLITS):
             row_checks.add(rows[split])
-            for chunk in _chunks(rows[split], shown):
-                stats.add(chunk, split=index)
+            for table in _tables(rows[split], shown):
+                stats.add(table, split=index)
     stats.finish()
     rejected = dict(metadata.get("rejected", {}))
     checks = measurement_checks(stats, rejected, now=int(time.time()), ordered=True)
@@ -223,44 +217,22 @@ def _inspect_rows(path: str | Path, samples: int) -> InspectResult:
     )
 
 
-def _chunks(rows: ProbeRows, shown: Progress) -> Iterator[Chunk]:
+def _tables(rows: ProbeRows, shown: Progress) -> Iterator[MeasurementTable]:
     """Yields the measurements of rows, about CHUNK at a time, however long or short a row is."""
-    parts: list[Chunk] = []
+    parts: list[MeasurementTable] = []
     held = 0
     for batch in rows.batches:
-        for start in range(0, len(batch.event_time), CHUNK):
-            parts.append(_piece(batch, start, start + CHUNK))
+        table = batch.to_table()
+        for start in range(0, len(table), CHUNK):
+            parts.append(table.slice(start, start + CHUNK))
             held += len(parts[-1])
             if held >= CHUNK:
-                yield _joined(parts)
+                yield MeasurementTable.concat(parts)
                 shown.update(held)
                 parts, held = [], 0
     if parts:
-        yield _joined(parts)
+        yield MeasurementTable.concat(parts)
         shown.update(held)
-
-
-def _piece(batch: FlatRows, start: int, stop: int) -> Chunk:
-    event_time = batch.event_time[start:stop]
-    where = np.arange(start, start + len(event_time))
-    codes = np.searchsorted(batch.offsets, where, side="right") - 1
-    return Chunk(
-        event_time=event_time,
-        src_values=batch.src_addr,
-        src_codes=codes,
-        dst_values=batch.dst_addr[start:stop],
-        dst_codes=np.arange(len(event_time)),
-        ip_version=batch.ip_version[codes],
-        rtt=batch.rtt[start:stop],
-    )
-
-
-def _joined(parts: list[Chunk]) -> Chunk:
-    columns = {f.name: [getattr(p, f.name) for p in parts] for f in dataclasses.fields(Chunk)}
-    for codes, values in (("src_codes", "src_values"), ("dst_codes", "dst_values")):
-        starts = np.cumsum([0, *(len(v) for v in columns[values])])
-        columns[codes] = [c + s for c, s in zip(columns[codes], starts, strict=False)]
-    return Chunk(**{name: np.concatenate(column) for name, column in columns.items()})
 
 
 def _windows(rows: ProbeRows, split: str, samples: int) -> tuple[list[Sample], dict[str, Any]]:
@@ -276,8 +248,9 @@ def _windows(rows: ProbeRows, split: str, samples: int) -> tuple[list[Sample], d
     found = []
     for i in range(min(samples, n_visits)):
         row = int(visits.row[i])
-        src = rows.batches[rows.batch_index[row]].src_addr[rows.row_in_batch[row]]
-        found.append(Sample(address_text(src), split, tokens[offsets[i] : offsets[i + 1]].tolist()))
+        at = rows.row_in_batch[row]
+        (src,) = addresses.to_text(rows.batches[rows.batch_index[row]].src_addr[at : at + 1])
+        found.append(Sample(src, split, tokens[offsets[i] : offsets[i + 1]].tolist()))
     return found, {
         "visits": n_visits,
         "visits_per_epoch": order.per_epoch,
@@ -351,12 +324,6 @@ def _result(
     )
 
 
-def address_text(address: np.ndarray) -> str:
-    """Returns an address [16] as people write it."""
-    found = ipaddress.IPv6Address(address.tobytes())
-    return str(found.ipv4_mapped or found)
-
-
 def time_text(seconds: int) -> str:
     """Returns a time as ISO 8601, UTC."""
     return f"{np.datetime64(int(seconds), 's')}Z"
@@ -424,12 +391,13 @@ def _per_probe(sources: HashTable) -> dict[str, Any]:
 
 
 def _top(table: HashTable) -> list[dict[str, Any]]:
-    found = []
-    for i in table.top(TOP):
+    found, top = [], table.top(TOP)
+    texts = addresses.to_text(addresses.from_bytes(table.labels[top]))
+    for i, text in zip(top, texts, strict=True):
         count, failed, total_ms = table.sums[i, :3].tolist()
         found.append(
             {
-                "address": address_text(table.labels[i]),
+                "address": text,
                 "measurements": int(count),
                 "failed_fraction": failed / count,
                 "mean_rtt_ms": total_ms / (count - failed) if count > failed else None,

@@ -6,8 +6,9 @@ each address, pair or record is exact up to a number of them, and beyond it hold
 
 import numpy as np
 
-from ping_llm.hashing import mix
-from ping_llm.ingest.records import Chunk
+from ping_llm import addresses
+from ping_llm.hashing import hash_addresses, mix
+from ping_llm.measurements import MeasurementTable
 
 N_SPLITS = 3
 # Float bits above this shift: a sign and 8 exponent bits, and 11 bits of mantissa.
@@ -17,13 +18,6 @@ RTT_RESOLUTION = 2.0**-12  # relative; the middle of a bin is at most this far f
 TIME_BINS = 2048
 CLOCK_JUMP_S = 366 * 86_400
 IMPLAUSIBLE_RTT_MS = 60_000.0
-IPV4_MAPPED = np.frombuffer(bytes(10) + b"\xff\xff", np.uint8)
-
-
-def hash_addresses(addresses: np.ndarray) -> np.ndarray:
-    """Returns a 64-bit hash of each address [n, 16], uint8; not the one splits are drawn by."""
-    halves = np.ascontiguousarray(addresses).view(np.uint64)
-    return mix(halves[:, 0], halves[:, 1])
 
 
 class HashTable:
@@ -161,7 +155,7 @@ def rtt_of_bin(index: np.ndarray | np.intp) -> np.ndarray:
 
 
 class Statistics:
-    """Accumulates chunks of measurements.
+    """Accumulates tables of measurements.
 
     Attributes:
         measurements: How many, by split [N_SPLITS].
@@ -196,13 +190,13 @@ class Statistics:
         self._train: np.ndarray | None = None
         self._last: tuple[int, int, int] | None = None  # split, source hash, time
 
-    def add(self, chunk: Chunk, *, split: int = 0) -> None:
+    def add(self, table: MeasurementTable, *, split: int = 0) -> None:
         """Adds measurements of one split, those of train (0) before others; else leave `split`."""
-        n = len(chunk)
+        n = len(table)
         if n == 0:
             return
-        time, rtt = chunk.event_time, chunk.rtt
-        failed, is_v4, is_v6 = rtt < 0, chunk.ip_version == 4, chunk.ip_version == 6
+        time, rtt = table.time, table.rtt
+        failed, is_v6 = rtt < 0, table.family == 6
         self.measurements[split] += n
         self.by_family += np.bincount(is_v6, minlength=2)
         self.failed += np.bincount(is_v6[failed], minlength=2)
@@ -213,11 +207,10 @@ class Statistics:
         self._add_rtts(rtt, failed, is_v6)
 
         answered = np.where(failed | ~np.isfinite(rtt), 0, rtt).astype(float)
-        source = hash_addresses(chunk.src_values)[chunk.src_codes]
-        destination = hash_addresses(chunk.dst_values)[chunk.dst_codes]
-        for table, keys, values, codes in (
-            (self.destinations, destination, chunk.dst_values, chunk.dst_codes),
-            (self.sources, source, chunk.src_values, chunk.src_codes),
+        source, destination = hash_addresses(table.src), hash_addresses(table.dst)
+        for sums_by_end, keys, ends in (
+            (self.destinations, destination, table.dst),
+            (self.sources, source, table.src),
         ):
             order = np.argsort(keys, kind="stable")
             starts = group_starts(keys[order])
@@ -226,7 +219,7 @@ class Statistics:
             sums[:, 1] = np.add.reduceat(failed[order].astype(float), starts)
             sums[:, 2] = np.add.reduceat(answered[order], starts)
             first = order[starts]
-            table.add(keys[first], sums, values[codes[first]])
+            sums_by_end.add(keys[first], sums, addresses.as_bytes(ends[first]))
         self._add_order(source[order], time[order], split)
         self._last = (split, int(source[-1]), int(time[-1]))
 
@@ -245,10 +238,9 @@ class Statistics:
         bits = np.ascontiguousarray(rtt).view(np.uint32)
         self.records.add(mix(source, destination, time, bits), np.ones((n, 1)))
 
-        mapped = (chunk.src_values[:, :12] == IPV4_MAPPED).all(axis=1)[chunk.src_codes]
-        mapped_dst = (chunk.dst_values[:, :12] == IPV4_MAPPED).all(axis=1)[chunk.dst_codes]
-        consistent = (is_v4 | is_v6) & (mapped == is_v4) & (mapped_dst == is_v4)
-        self.problems["family"] += int(np.count_nonzero(~consistent))
+        families = [addresses.family(ends) for ends in (table.src, table.dst)]
+        mixed = (families[0] != table.family) | (families[1] != table.family)
+        self.problems["family"] += int(np.count_nonzero(mixed))
         self.problems["self"] += int(np.count_nonzero(source == destination))
 
     def finish(self) -> None:

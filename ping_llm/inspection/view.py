@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ping_llm import tokenizer
+from ping_llm import addresses, tokenizer
 from ping_llm.report import COLOURS, Html, figure, log_axis, markup, page, picture, span, table
 
 if TYPE_CHECKING:
@@ -135,14 +135,15 @@ SAMPLE_HEADERS = ("time", "destination", "RTT in ms")
 
 def _sample_lines(sample: "Sample") -> tuple[list[list[str]], int]:
     """Returns the first measurements, and how many more there are."""
-    from ping_llm.inspection.dataset import address_text, time_text
+    from ping_llm.inspection.dataset import time_text
 
     found, _ = tokenizer.decode(sample.tokens)
     lines = []
-    for i in range(min(len(found), SAMPLE_LINES)):
-        when = time_text(found.event_time[i]) if found.has_time[i] else "unknown"
+    shown = found.slice(0, SAMPLE_LINES)
+    for i, destination in enumerate(addresses.to_text(shown.dst)):
+        when = time_text(found.time[i]) if found.has_time[i] else "unknown"
         rtt = "failed" if found.rtt[i] < 0 else f"{found.rtt[i]:.3f}"
-        lines.append([when, address_text(found.dst_addr[i]), rtt])
+        lines.append([when, destination, rtt])
     return lines, len(found) - len(lines)
 
 

@@ -9,28 +9,28 @@ from collections.abc import Callable
 
 import numpy as np
 
+from ping_llm import addresses
 from ping_llm.estimators.coordinates import fit_vivaldi
 from ping_llm.estimators.factorisation import PredictPairs, fit_biased_mf, fit_dmfsgd
 from ping_llm.estimators.neighbours import fit_neighbours
 from ping_llm.estimators.pairs import Training, grouped_median
-from ping_llm.hashing import mix
-from ping_llm.inspection.statistics import hash_addresses
-from ping_llm.tokenizer import Measurements
+from ping_llm.hashing import hash_addresses, mix
+from ping_llm.measurements import MeasurementTable
 
 ADDITIVE_SWEEPS = 30
 MEDIAN_OF = 9
-# Bits of a prefix that pairs share, widest last; an IPv4 address is IPv4-mapped: 96 bits more.
-PREFIXES = {4: (24, 16), 6: (48, 32)}
+# Bits of a prefix that pairs share, by family; first whole addresses.
+PREFIXES = {4: (32, 24, 16), 6: (128, 48, 32)}
 
 # Predicts RTTs in ms [n] of the pairs of some measurements; NaN where it cannot.
-Predict = Callable[[Measurements], np.ndarray]
+Predict = Callable[[MeasurementTable], np.ndarray]
 
 
 def _by_nodes(train: Training, predict: PredictPairs) -> Predict:
     """Returns `predict` for measurements: NaN where an address was not in training."""
 
-    def predict_rtt(queries: Measurements) -> np.ndarray:
-        a, b = train.nodes.lookup(queries.src_addr), train.nodes.lookup(queries.dst_addr)
+    def predict_rtt(queries: MeasurementTable) -> np.ndarray:
+        a, b = train.nodes.lookup(queries.src), train.nodes.lookup(queries.dst)
         known = (a >= 0) & (b >= 0)
         rtt = np.full(len(queries), np.nan)
         rtt[known] = predict(a[known], b[known])
@@ -53,13 +53,13 @@ def fit_global_median(train: Training) -> Predict:
 def fit_src_median(train: Training) -> Predict:
     """Returns the median of the pairs of the source."""
     medians = np.r_[_node_medians(train), np.nan]
-    return lambda queries: medians[train.nodes.lookup(queries.src_addr)]
+    return lambda queries: medians[train.nodes.lookup(queries.src)]
 
 
 def fit_dst_median(train: Training) -> Predict:
     """Returns the median of the pairs of the destination."""
     medians = np.r_[_node_medians(train), np.nan]
-    return lambda queries: medians[train.nodes.lookup(queries.dst_addr)]
+    return lambda queries: medians[train.nodes.lookup(queries.dst)]
 
 
 def fit_additive(train: Training) -> Predict:
@@ -75,22 +75,15 @@ def fit_additive(train: Training) -> Predict:
     return _by_nodes(train, lambda a, b: np.exp(center + part[a] + part[b]))
 
 
-def _prefix_hash(addresses: np.ndarray, bits: int) -> np.ndarray:
-    cut = addresses.copy()
-    cut[:, bits // 8 :] = 0
-    return hash_addresses(cut)
-
-
-def _prefix_pair(measurements: Measurements, level: int) -> np.ndarray:
+def _prefix_pair(measurements: MeasurementTable, level: int) -> np.ndarray:
     """Returns one key for each unordered pair of prefixes; level 0 is of whole addresses."""
-    keys = np.zeros(len(measurements), np.uint64)
-    for version, offset in ((4, 96), (6, 0)):
-        of = measurements.ip_version == version
-        bits = 128 if level == 0 else offset + PREFIXES[version][level - 1]
-        a = _prefix_hash(measurements.src_addr[of], bits)
-        b = _prefix_hash(measurements.dst_addr[of], bits)
-        keys[of] = mix(np.minimum(a, b), np.maximum(a, b), np.array([version]))
-    return keys
+    family = measurements.family
+    bits = np.where(family == 4, PREFIXES[4][level], PREFIXES[6][level])
+    a, b = (
+        hash_addresses(addresses.prefix(ends, bits))
+        for ends in (measurements.src, measurements.dst)
+    )
+    return mix(np.minimum(a, b), np.maximum(a, b), family)
 
 
 def fit_prefix(train: Training) -> Predict:
@@ -102,7 +95,7 @@ def fit_prefix(train: Training) -> Predict:
         grouped_median(_prefix_pair(train.measurements, level), train.rtt) for level in range(3)
     ]
 
-    def predict_rtt(queries: Measurements) -> np.ndarray:
+    def predict_rtt(queries: MeasurementTable) -> np.ndarray:
         rtt = np.full(len(queries), np.nan)
         for level, (keys, medians) in enumerate(tables):
             wanted = _prefix_pair(queries, level)
@@ -130,7 +123,7 @@ def fit(name: str, train: Training) -> Predict:
     """Returns the static method `name`, fitted; where it has no answer, the medians have one."""
     methods = [STATIC[name](train), fit_src_median(train), fit_dst_median(train)]
 
-    def predict_rtt(queries: Measurements) -> np.ndarray:
+    def predict_rtt(queries: MeasurementTable) -> np.ndarray:
         rtt = methods[0](queries)
         for fallback in (*methods[1:], fit_global_median(train)):
             missing = np.isnan(rtt)
@@ -141,41 +134,41 @@ def fit(name: str, train: Training) -> Predict:
     return predict_rtt
 
 
-def _earlier(history: Measurements, queries: Measurements) -> np.ndarray:
+def _earlier(history: MeasurementTable, queries: MeasurementTable) -> np.ndarray:
     """Returns the last `MEDIAN_OF` RTTs of each query's pair before it [n, 9], NaN where fewer.
 
     The newest comes first. Failed measurements and those of the same second do not count.
     """
     answered = np.flatnonzero(history.rtt >= 0)
     src, dst = (
-        hash_addresses(history.src_addr[answered]),
-        hash_addresses(history.dst_addr[answered]),
+        hash_addresses(history.src[answered]),
+        hash_addresses(history.dst[answered]),
     )
     pairs, pair = np.unique(mix(src, dst), return_inverse=True)
-    time = history.event_time[answered]
-    first = min(time.min(initial=2**62), queries.event_time.min(initial=2**62))
-    span = max(time.max(initial=0), queries.event_time.max(initial=0)) - first + 1
+    time = history.time[answered]
+    first = min(time.min(initial=2**62), queries.time.min(initial=2**62))
+    span = max(time.max(initial=0), queries.time.max(initial=0)) - first + 1
     keys = pair * span + (time - first)
     order = np.argsort(keys, kind="stable")
     keys, rtt = keys[order], history.rtt[answered][order].astype(np.float64)
 
-    wanted = mix(hash_addresses(queries.src_addr), hash_addresses(queries.dst_addr))
+    wanted = mix(hash_addresses(queries.src), hash_addresses(queries.dst))
     number = np.searchsorted(pairs, wanted)
     known = number < len(pairs)
     known[known] = pairs[number[known]] == wanted[known]
     start = np.searchsorted(keys, number * span)
-    stop = np.searchsorted(keys, number * span + (queries.event_time - first))
+    stop = np.searchsorted(keys, number * span + (queries.time - first))
     at = stop[:, None] - 1 - np.arange(MEDIAN_OF)
     found = known[:, None] & (at >= start[:, None])
     return np.where(found, np.append(rtt, np.nan)[np.where(found, at, -1)], np.nan)
 
 
-def last_value(history: Measurements, queries: Measurements) -> np.ndarray:
+def last_value(history: MeasurementTable, queries: MeasurementTable) -> np.ndarray:
     """Returns the RTT of each query's pair that came last before it; NaN where there is none."""
     return _earlier(history, queries)[:, 0]
 
 
-def median9(history: Measurements, queries: Measurements) -> np.ndarray:
+def median9(history: MeasurementTable, queries: MeasurementTable) -> np.ndarray:
     """Returns the median of up to 9 RTTs of each query's pair before it; NaN where none is."""
     values = np.sort(_earlier(history, queries), axis=1)  # NaN last
     count = np.count_nonzero(~np.isnan(values), axis=1)
@@ -184,7 +177,7 @@ def median9(history: Measurements, queries: Measurements) -> np.ndarray:
     return (values[rows, low] + values[rows, np.minimum(high, MEDIAN_OF - 1)]) / 2
 
 
-ONLINE: dict[str, Callable[[Measurements, Measurements], np.ndarray]] = {
+ONLINE: dict[str, Callable[[MeasurementTable, MeasurementTable], np.ndarray]] = {
     "last_value": last_value,
     "median9": median9,
 }

@@ -8,10 +8,9 @@ import dataclasses
 
 import numpy as np
 
-from ping_llm import tokenizer
-from ping_llm.inspection.statistics import hash_addresses
-from ping_llm.prediction.table import no_measurements, take
-from ping_llm.tokenizer import Measurements
+from ping_llm import addresses, tokenizer
+from ping_llm.hashing import hash_addresses
+from ping_llm.measurements import NO_TIME, MeasurementTable
 
 FIELD_ORDER = np.arange(4, dtype=np.uint8)
 RTT_BYTES = 2
@@ -27,7 +26,7 @@ class Contexts:
         of_query: Which context each question has; -1 for none [n], int64.
     """
 
-    measurements: Measurements
+    measurements: MeasurementTable
     offsets: np.ndarray
     of_query: np.ndarray
 
@@ -38,10 +37,12 @@ class Contexts:
 
 def no_contexts(n: int) -> Contexts:
     """Returns empty contexts for `n` questions."""
-    return Contexts(no_measurements(), np.zeros(1, np.int64), np.full(n, -1))
+    return Contexts(MeasurementTable.empty(), np.zeros(1, np.int64), np.full(n, -1))
 
 
-def from_groups(measurements: Measurements, group: np.ndarray, of_query: np.ndarray) -> Contexts:
+def from_groups(
+    measurements: MeasurementTable, group: np.ndarray, of_query: np.ndarray
+) -> Contexts:
     """Returns contexts out of groups of measurements.
 
     Args:
@@ -54,45 +55,48 @@ def from_groups(measurements: Measurements, group: np.ndarray, of_query: np.ndar
     at = np.searchsorted(groups, of_query)
     known = (of_query >= 0) & (np.append(groups, -2)[at] == of_query)
     offsets = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
-    return Contexts(take(measurements, order), offsets, np.where(known, at, -1))
+    return Contexts(measurements.take(order), offsets, np.where(known, at, -1))
 
 
-def same_source(history: Measurements, queries: Measurements, *, max_tokens: int) -> Contexts:
+def same_source(
+    history: MeasurementTable, queries: MeasurementTable, *, max_tokens: int
+) -> Contexts:
     """Returns for each question the newest measurements of its source that fit `max_tokens`.
 
     They stand in the order of time; those without a time come first, as they stood.
     """
-    order = np.lexsort((np.where(history.has_time, history.event_time, -(2**62)),))
-    history = take(history, order)
-    sources, group = np.unique(hash_addresses(history.src_addr), return_inverse=True)
+    history = history.take(np.argsort(history.time, kind="stable"))
+    sources, group = np.unique(hash_addresses(history.src), return_inverse=True)
     return trim(from_groups(history, group, _numbers(sources, queries)), max_tokens=max_tokens)
 
 
-def _numbers(sources: np.ndarray, queries: Measurements) -> np.ndarray:
+def _numbers(sources: np.ndarray, queries: MeasurementTable) -> np.ndarray:
     """Returns where in `sources`, ascending hashes, each question's source is; -1: nowhere."""
-    wanted = hash_addresses(queries.src_addr)
+    wanted = hash_addresses(queries.src)
     at = np.searchsorted(sources, wanted)
     known = at < len(sources)
     known[known] = sources[at[known]] == wanted[known]
     return np.where(known, at, -1)
 
 
-def newest_before(history: Measurements, queries: Measurements, *, max_tokens: int) -> Contexts:
+def newest_before(
+    history: MeasurementTable, queries: MeasurementTable, *, max_tokens: int
+) -> Contexts:
     """Returns for each question the newest measurements of its source before it that fit.
 
     They are of earlier seconds than the question's, in the order of time, and fit `max_tokens`.
     Questions that see the same measurements share a context.
     """
-    sources, source = np.unique(hash_addresses(history.src_addr), return_inverse=True)
-    first = min(history.event_time.min(initial=2**40), queries.event_time.min(initial=2**40))
-    last = max(history.event_time.max(initial=0), queries.event_time.max(initial=0))
+    sources, source = np.unique(hash_addresses(history.src), return_inverse=True)
+    first = min(history.time.min(initial=2**40), queries.time.min(initial=2**40))
+    last = max(history.time.max(initial=0), queries.time.max(initial=0))
     span = last - first + 1
-    keys = source * span + (history.event_time - first)
+    keys = source * span + (history.time - first)
     order = np.argsort(keys, kind="stable")
     keys = keys[order]
     at = _numbers(sources, queries)
     begin = np.searchsorted(keys, at * span)
-    stop = np.searchsorted(keys, at * span + (queries.event_time - first))
+    stop = np.searchsorted(keys, at * span + (queries.time - first))
     # More than fit are cut off again below, by what they really take.
     begin = np.maximum(begin, stop - max_tokens // tokenizer.BARE_TOKENS[4])
     known = (at >= 0) & (stop > begin)
@@ -102,26 +106,31 @@ def newest_before(history: Measurements, queries: Measurements, *, max_tokens: i
     index = np.repeat(ranges[:, 0] - offsets[:-1], counts) + np.arange(offsets[-1])
     of_query = np.full(len(queries), -1)
     of_query[known] = of_range.ravel()
-    contexts = Contexts(take(history, order[index]), offsets, of_query)
+    contexts = Contexts(history.take(order[index]), offsets, of_query)
     return trim(contexts, max_tokens=max_tokens)
 
 
 def random_of_source(
-    history: Measurements, queries: Measurements, *, max_tokens: int, seed: int
+    history: MeasurementTable, queries: MeasurementTable, *, max_tokens: int, seed: int
 ) -> Contexts:
     """Returns for each question measurements of its source drawn at random, without their times.
 
     As many as are sure to fit `max_tokens`; all questions of a source share them.
     """
-    sources, source = np.unique(hash_addresses(history.src_addr), return_inverse=True)
+    sources, source = np.unique(hash_addresses(history.src), return_inverse=True)
     order = np.lexsort((np.random.default_rng(seed).random(len(source)), source))
     starts = np.searchsorted(source[order], source[order])
     rank = np.arange(len(order)) - starts
     chosen = order[rank < max_tokens // tokenizer.BARE_TOKENS[4]]
-    drawn = take(history, chosen)
-    drawn = dataclasses.replace(drawn, has_time=np.zeros(len(chosen), bool))
-    contexts = from_groups(drawn, source[chosen], _numbers(sources, queries))
+    contexts = from_groups(
+        without_times(history.take(chosen)), source[chosen], _numbers(sources, queries)
+    )
     return trim(contexts, max_tokens=max_tokens)
+
+
+def without_times(measurements: MeasurementTable) -> MeasurementTable:
+    """Returns the measurements as if their times were not known."""
+    return dataclasses.replace(measurements, time=np.full(len(measurements), NO_TIME))
 
 
 def trim(contexts: Contexts, *, max_tokens: int) -> Contexts:
@@ -130,7 +139,7 @@ def trim(contexts: Contexts, *, max_tokens: int) -> Contexts:
     Measurements with a time must be in its order.
     """
     m = contexts.measurements
-    six = m.ip_version == 6
+    six = m.family == 6
     most = np.where(six, tokenizer.BARE_TOKENS[6], tokenizer.BARE_TOKENS[4])
     most += np.where(m.has_time, tokenizer.NEXT_TIME_TOKENS, 0)
     group = np.repeat(np.arange(len(contexts.offsets) - 1), np.diff(contexts.offsets))
@@ -140,12 +149,12 @@ def trim(contexts: Contexts, *, max_tokens: int) -> Contexts:
     first = np.where(six, tokenizer.SOURCE_TOKENS[6], tokenizer.SOURCE_TOKENS[4])
     first += tokenizer.FIRST_TIME_TOKENS - tokenizer.NEXT_TIME_TOKENS
     kept = left - after[group] <= max_tokens - first
-    return from_groups(take(m, kept), group[kept], contexts.of_query)
+    return from_groups(m.take(kept), group[kept], contexts.of_query)
 
 
 def hide_sources(
-    contexts: Contexts, queries: Measurements, hidden: np.ndarray
-) -> tuple[Contexts, Measurements]:
+    contexts: Contexts, queries: MeasurementTable, hidden: np.ndarray
+) -> tuple[Contexts, MeasurementTable]:
     """Returns contexts and questions of which some do not tell their source.
 
     Args:
@@ -161,10 +170,9 @@ def hide_sources(
     return hidden_contexts, _without_source(queries, hidden)
 
 
-def _without_source(measurements: Measurements, hidden: np.ndarray) -> Measurements:
-    src_addr = measurements.src_addr.copy()
-    src_addr[hidden] = tokenizer.unspecified(measurements.ip_version[hidden])
-    return dataclasses.replace(measurements, src_addr=src_addr)
+def _without_source(measurements: MeasurementTable, hidden: np.ndarray) -> MeasurementTable:
+    unspecified = addresses.unspecified(measurements.family)
+    return dataclasses.replace(measurements, src=np.where(hidden, unspecified, measurements.src))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -190,7 +198,7 @@ class Prompts:
         return np.append(np.diff(self.context_offsets), 0)[self.of_query]
 
 
-def encode_prompts(contexts: Contexts, queries: Measurements) -> Prompts:
+def encode_prompts(contexts: Contexts, queries: MeasurementTable) -> Prompts:
     """Returns the tokens of contexts and of the questions after them."""
     m, n = contexts.measurements, len(queries)
     context_tokens, context_offsets = _encode(m, contexts.offsets)
@@ -203,22 +211,16 @@ def encode_prompts(contexts: Contexts, queries: Measurements) -> Prompts:
     context = contexts.of_query[anchored]
     timed = last_timed[context]
     before = dataclasses.replace(
-        take(m, ends[context]),
-        event_time=m.event_time[timed],
-        has_time=timed >= contexts.offsets[context],
-        rtt=np.full(len(anchored), -1.0),
+        m.take(ends[context]),
+        time=np.where(timed >= contexts.offsets[context], m.time[timed], NO_TIME),
+        rtt=np.full(len(anchored), -1, np.float32),
     )
-    asked = dataclasses.replace(queries, rtt=np.zeros(n))
+    asked = dataclasses.replace(queries, rtt=np.zeros(n, np.float32))
     # Anchor, question, anchor, question, ...; a question without a context stands alone.
-    joined = Measurements(
-        **{
-            field.name: np.concatenate([getattr(before, field.name), getattr(asked, field.name)])
-            for field in dataclasses.fields(Measurements)
-        }
-    )
+    joined = MeasurementTable.concat([before, asked])
     order = np.argsort(np.concatenate([2 * anchored, 2 * np.arange(n) + 1]))
     sizes = 1 + (contexts.of_query >= 0)
-    tokens, offsets = _encode(take(joined, order), np.concatenate([[0], np.cumsum(sizes)]))
+    tokens, offsets = _encode(joined.take(order), np.concatenate([[0], np.cumsum(sizes)]))
     skipped = np.zeros(n, np.int64)
     _, before_offsets = _encode(before, np.arange(len(anchored) + 1))
     skipped[anchored] = np.diff(before_offsets)
@@ -229,7 +231,7 @@ def encode_prompts(contexts: Contexts, queries: Measurements) -> Prompts:
     return Prompts(context_tokens, context_offsets, tokens[at], query_offsets, contexts.of_query)
 
 
-def _encode(measurements: Measurements, offsets: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def _encode(measurements: MeasurementTable, offsets: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     field_order = np.broadcast_to(FIELD_ORDER, (len(measurements), 4))
     return tokenizer.encode(measurements, segment_offsets=offsets, field_order=field_order)
 

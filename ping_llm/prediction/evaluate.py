@@ -17,7 +17,8 @@ from ping_llm.data.pipeline import data_fingerprint, eval_batches
 from ping_llm.data.rows import is_dataset
 from ping_llm.errors import ConfigError, DataError
 from ping_llm.estimators.pairs import MIN_RTT_MS, training_table
-from ping_llm.inspection.statistics import hash_addresses
+from ping_llm.hashing import hash_addresses
+from ping_llm.measurements import MeasurementTable
 from ping_llm.prediction import baselines as classical
 from ping_llm.prediction import metrics
 from ping_llm.prediction.contexts import Contexts
@@ -26,7 +27,6 @@ from ping_llm.prediction.rtt import QUESTION_TOKENS, Predictor
 from ping_llm.progress import progress
 from ping_llm.runs import read_config
 from ping_llm.storage import Location
-from ping_llm.tokenizer import Measurements
 
 MAX_ROWS = 10_000
 FIELD_BATCHES, FIELD_BATCH_SIZE = 4, 8
@@ -155,7 +155,7 @@ def _answers(
     predictor: Predictor, task: Task, trial: Trial, names: list[str], note: str
 ) -> tuple[dict[str, Answers], dict[str, np.ndarray]]:
     """Returns (what the models say by name, the RTT that every method predicts by name)."""
-    ways = {"model": ((task.rows, trial.contexts), *trial.also)}
+    ways = {"model": ((task.questions, trial.contexts), *trial.also)}
     if trial.online is not None:
         ways["model_online"] = ((task.rows, trial.online),)
     answers = {name: _ask(predictor, asked, f"{name}{note}") for name, asked in ways.items()}
@@ -176,7 +176,7 @@ def _answers(
 
 
 def _ask(
-    predictor: Predictor, ways: Sequence[tuple[Measurements, Contexts]], title: str
+    predictor: Predictor, ways: Sequence[tuple[MeasurementTable, Contexts]], title: str
 ) -> Answers:
     rows, contexts = ways[0]
     n, levels = len(rows), np.array(metrics.PINBALL_LEVELS)
@@ -194,7 +194,7 @@ def _ask(
     return found
 
 
-def _actual(rows: Measurements) -> np.ndarray:
+def _actual(rows: MeasurementTable) -> np.ndarray:
     return np.maximum(rows.rtt.astype(np.float64), MIN_RTT_MS)
 
 
@@ -247,7 +247,7 @@ def _details(
     }
 
 
-def _failures(trial: Trial, rows: Measurements, model: Answers) -> dict[str, Any]:
+def _failures(trial: Trial, rows: MeasurementTable, model: Answers) -> dict[str, Any]:
     """Returns AUC and Brier score of the model, and of the training failure rates of both ends."""
     failed = rows.rtt < 0
     rates = _failure_rates(trial.train, rows)
@@ -262,11 +262,11 @@ def _failures(trial: Trial, rows: Measurements, model: Answers) -> dict[str, Any
     }
 
 
-def _failure_rates(train: Measurements, rows: Measurements) -> np.ndarray:
+def _failure_rates(train: MeasurementTable, rows: MeasurementTable) -> np.ndarray:
     """Returns the mean of the training failure rates of source and destination, smoothed."""
     failed = (train.rtt < 0).astype(float)
     overall, rates = failed.mean(), np.zeros(len(rows))
-    for name in ("src_addr", "dst_addr"):
+    for name in ("src", "dst"):
         keys, number = np.unique(hash_addresses(getattr(train, name)), return_inverse=True)
         counts, sums = np.bincount(number), np.bincount(number, failed)
         smoothed = np.append((sums + 10 * overall) / (counts + 10), overall)
@@ -278,12 +278,12 @@ def _failure_rates(train: Measurements, rows: Measurements) -> np.ndarray:
 
 
 def _rankings(
-    rows: Measurements, predicted: Mapping[str, np.ndarray]
+    rows: MeasurementTable, predicted: Mapping[str, np.ndarray]
 ) -> dict[str, dict[str, float] | None]:
     """Returns how each method ranks the destinations of each source, by medians of their rows."""
     answered = np.flatnonzero(rows.rtt >= 0)
-    source = np.unique(hash_addresses(rows.src_addr[answered]), return_inverse=True)[1]
-    target = np.unique(hash_addresses(rows.dst_addr[answered]), return_inverse=True)[1]
+    source = np.unique(hash_addresses(rows.src[answered]), return_inverse=True)[1]
+    target = np.unique(hash_addresses(rows.dst[answered]), return_inverse=True)[1]
     key = source * (target.max(initial=0) + 1) + target
 
     def by_pair(values: np.ndarray) -> np.ndarray:
@@ -301,12 +301,12 @@ def _rankings(
 
 
 def _breakdowns(
-    rows: Measurements, trial: Trial, predicted: Mapping[str, np.ndarray]
+    rows: MeasurementTable, trial: Trial, predicted: Mapping[str, np.ndarray]
 ) -> dict[str, dict[str, Any]]:
     actual, answered = _actual(rows), rows.rtt >= 0
-    hour = rows.event_time // 3600 % 24 // HOURS
+    hour = rows.time // 3600 % 24 // HOURS
     groupings = {
-        "family": (rows.ip_version == 6, ["IPv4", "IPv6"]),
+        "family": (rows.family == 6, ["IPv4", "IPv6"]),
         "rtt_band": (np.searchsorted(BANDS_MS, actual, side="right"), _ranges(BANDS_MS, " ms")),
         "history": (
             np.searchsorted(HISTORY_STEPS, trial.contexts.lengths(), side="right"),

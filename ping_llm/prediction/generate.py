@@ -1,8 +1,6 @@
 """Measurements sampled from a model, under the grammar of the token language."""
 
 import dataclasses
-import datetime
-import ipaddress
 from pathlib import Path
 from typing import Any
 
@@ -11,15 +9,15 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from ping_llm import tokenizer
+from ping_llm import addresses, tokenizer
 from ping_llm.errors import ConfigError
-from ping_llm.inspection.statistics import hash_addresses
+from ping_llm.hashing import hash_addresses
+from ping_llm.ingest.sources import read_table
+from ping_llm.measurements import MeasurementTable
 from ping_llm.prediction import decode
 from ping_llm.prediction.contexts import dense, encode_prompts, same_source
 from ping_llm.prediction.rtt import Predictor
-from ping_llm.prediction.table import concatenate, no_measurements, read_files, take
 from ping_llm.progress import progress
-from ping_llm.tokenizer import Measurements
 
 MAX_LANES = 64  # sequences sampled side by side
 _SOURCE, _DESTINATION, _TIME, _RESULT = 1, 2, 4, 8
@@ -130,14 +128,14 @@ def generate(
     if count < 1:
         raise ConfigError(f"{count=} must be at least 1")
     predictor = Predictor.load(run)
-    known = no_measurements() if history is None else read_files([str(history)])
+    known = MeasurementTable.empty() if history is None else read_table([str(history)])
     found = sample(predictor, count, history=known, seed=seed)
-    return {"measurements": [_to_json(found, i) for i in range(len(found))]}
+    return {"measurements": _to_json(found)}
 
 
 def sample(
-    predictor: Predictor, count: int, *, history: Measurements, seed: int = 0
-) -> Measurements:
+    predictor: Predictor, count: int, *, history: MeasurementTable, seed: int = 0
+) -> MeasurementTable:
     """Returns `count` sampled measurements; with a `history`, those that go on from it."""
     # About as many as will do: a sequence is sampled to its end.
     lanes = min(-(-count * tokenizer.MAX_MEASUREMENT_TOKENS // predictor.max_tokens), MAX_LANES)
@@ -149,7 +147,7 @@ def sample(
             parts.append(_sample_lanes(predictor.max_tokens, step, prefix, rng))
             done += len(parts[-1])
             bar.update(done=min(done, count))
-    return take(concatenate(parts), np.arange(count))
+    return MeasurementTable.concat(parts).slice(0, count)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -172,7 +170,7 @@ class _Prefix:
         return Grammar(timed, np.where(six, 2, four).astype(np.uint8))
 
 
-def _prefix(predictor: Predictor, history: Measurements, lanes: int) -> _Prefix:
+def _prefix(predictor: Predictor, history: MeasurementTable, lanes: int) -> _Prefix:
     """Returns the newest measurements of each source of `history`, lanes taking turns.
 
     They take half of a sequence at most; the rest is for what is sampled.
@@ -180,8 +178,8 @@ def _prefix(predictor: Predictor, history: Measurements, lanes: int) -> _Prefix:
     if not len(history):
         nothing = np.zeros((lanes, 1), np.int32)
         return _Prefix(nothing, nothing - 1)
-    first = np.unique(hash_addresses(history.src_addr), return_index=True)[1]
-    queries = take(history, first)
+    first = np.unique(hash_addresses(history.src), return_index=True)[1]
+    queries = history.take(first)
     contexts = same_source(history, queries, max_tokens=predictor.max_tokens // 2)
     prompts = encode_prompts(contexts, queries)
     of_lane = contexts.of_query[np.arange(lanes) % len(first)]
@@ -194,7 +192,7 @@ def _prefix(predictor: Predictor, history: Measurements, lanes: int) -> _Prefix:
 
 def _sample_lanes(
     length: int, step: "_Step", prefix: _Prefix, rng: np.random.Generator
-) -> Measurements:
+) -> MeasurementTable:
     """Returns the measurements of one sequence a lane, each as long as it can be."""
     longest = tokenizer.MAX_MEASUREMENT_TOKENS
     position = np.count_nonzero(prefix.positions >= 0, axis=1)
@@ -219,9 +217,9 @@ def _sample_lanes(
     for lane, ids in enumerate(np.array(sampled).T):
         given = prefix.tokens[lane][prefix.positions[lane] >= 0]
         whole, _ = tokenizer.decode(np.concatenate([given, ids[ids >= 0]]))
-        known = np.count_nonzero(given == tokenizer.MEASUREMENT_START)
-        found.append(take(whole, np.arange(known, len(whole))))
-    return concatenate(found)
+        known = int(np.count_nonzero(given == tokenizer.MEASUREMENT_START))
+        found.append(whole.slice(known, len(whole)))
+    return MeasurementTable.concat(found)
 
 
 class _Step:
@@ -257,22 +255,16 @@ class _Step:
         return cache, np.asarray(logits, np.float64)
 
 
-def _to_json(measurements: Measurements, i: int) -> dict[str, Any]:
-    def text(address: np.ndarray) -> str:
-        packed = address.tobytes()
-        if measurements.ip_version[i] == 4:
-            return str(ipaddress.IPv4Address(packed[12:]))
-        return str(ipaddress.IPv6Address(packed))
-
-    time = None
-    if measurements.has_time[i]:
-        moment = datetime.datetime(1970, 1, 1, tzinfo=datetime.UTC)
-        moment += datetime.timedelta(seconds=int(measurements.event_time[i]))
-        time = moment.strftime("%Y-%m-%dT%H:%M:%SZ")
-    return {
-        "event_time": time,
-        "src_addr": text(measurements.src_addr[i]),
-        "dst_addr": text(measurements.dst_addr[i]),
-        "ip_version": int(measurements.ip_version[i]),
-        "rtt": float(measurements.rtt[i]),
-    }
+def _to_json(table: MeasurementTable) -> list[dict[str, Any]]:
+    src, dst = (addresses.to_text(ends, table.family) for ends in (table.src, table.dst))
+    times = np.datetime_as_string(table.time.astype("M8[s]"))
+    return [
+        {
+            "event_time": f"{times[i]}Z" if table.has_time[i] else None,
+            "src_addr": src[i],
+            "dst_addr": dst[i],
+            "ip_version": int(table.family[i]),
+            "rtt": round(float(table.rtt[i]), 3),  # the codes are of whole microseconds
+        }
+        for i in range(len(table))
+    ]

@@ -12,16 +12,16 @@ from typing import Any
 import jax
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.csv as pa_csv
 import pyarrow.parquet as pq
 
-from ping_llm.columns import INVALID, OK, parse_addresses, parse_times
+from ping_llm import addresses
+from ping_llm.columns import INVALID, MISSING, OK, parse_times, read_addresses, read_times
 from ping_llm.errors import ConfigError, DataError, StorageError
+from ping_llm.ingest.sources import read_table
+from ping_llm.measurements import NO_TIME, MeasurementTable
 from ping_llm.prediction.rtt import LEVELS, Predictions, Predictor, questions
-from ping_llm.prediction.table import read_files
 from ping_llm.progress import progress
-from ping_llm.tokenizer import Measurements
 
 BLOCK_PAIRS = 8192  # answered, then kept, at once
 _KEY = b"ping_llm"  # of the settings and result among a Parquet file's metadata
@@ -71,7 +71,7 @@ def predict(
     when = None if time is None else _parse_time(time)
     destinations = [dst] if dst is not None else _read_lines(Path(str(rank)))
     queries = questions([src] * len(destinations), destinations, [when] * len(destinations))
-    known = None if history is None else read_files([str(history)])
+    known = None if history is None else read_table([str(history)])
     predictor = Predictor.load(run)
     contexts = None if known is None else predictor.contexts(known, queries)
     if contexts is not None and not contexts.lengths().any():
@@ -127,7 +127,7 @@ def _predict_pairs(
 ) -> dict[str, Any]:
     if output.suffix != ".parquet":
         raise ConfigError(f"output {output} must be a .parquet file")
-    known = None if history is None else read_files([str(history)])
+    known = None if history is None else read_table([str(history)])
     predictor = Predictor.load(run)
     settings = {
         "model": _model_hash(predictor),
@@ -231,7 +231,7 @@ def _count(path: Path) -> int | None:
         raise DataError(f"{path} cannot be read as Parquet: {error}") from None
 
 
-def _read_blocks(path: Path) -> Iterator[Measurements]:
+def _read_blocks(path: Path) -> Iterator[MeasurementTable]:
     row = 0
     try:
         for batch in _read_batches(path):
@@ -245,46 +245,32 @@ def _read_blocks(path: Path) -> Iterator[Measurements]:
         raise DataError(f"{path} holds no pairs")
 
 
-def _to_questions(block: pa.RecordBatch, path: Path, row: int) -> Measurements:
+def _to_questions(block: pa.RecordBatch, path: Path, row: int) -> MeasurementTable:
     for name in ("src_addr", "dst_addr"):
         if name not in block.schema.names:
             raise DataError(f"{path} has no column {name}; it has {', '.join(block.schema.names)}")
-    n = len(block)
-    ends, families = [], []
-    for name in ("src_addr", "dst_addr"):
-        parsed = parse_addresses(block[name])
-        bad = np.flatnonzero(parsed.problems() != OK)
-        if len(bad):
-            value = block[name][int(bad[0])].as_py()
-            raise DataError(f"{path}, row {row + bad[0] + 1}: {name} {value!r} is no address")
-        ends.append(parsed.values[parsed.codes])
-        families.append(parsed.family_of_records())
-    mixed = np.flatnonzero(families[0] != families[1])
+
+    def refuse(name: str, bad: np.ndarray, what: str) -> None:
+        for i in np.flatnonzero(bad):
+            value = block[name][int(i)].as_py()
+            raise DataError(f"{path}, row {row + i + 1}: {name} {value!r} is no {what}")
+
+    (src, no_src), (dst, no_dst) = (
+        read_addresses(block[name]) for name in ("src_addr", "dst_addr")
+    )
+    refuse("src_addr", no_src, "address")
+    refuse("dst_addr", no_dst, "address")
+    families = addresses.family(src)
+    mixed = np.flatnonzero(families != addresses.family(dst))
     if len(mixed):
         raise DataError(f"{path}, row {row + mixed[0] + 1}: addresses of different families")
-    times, has_time = np.zeros(n, np.int64), np.zeros(n, bool)
+    times = np.full(len(block), NO_TIME)
     if "event_time" in block.schema.names:
-        column = block["event_time"]
-        if pa.types.is_timestamp(column.type):
-            has_time = column.is_valid().to_numpy(zero_copy_only=False)
-            per_second = {"s": 1, "ms": 10**3, "us": 10**6, "ns": 10**9}[column.type.unit]
-            times = pc.fill_null(column.cast(pa.int64()), 0).to_numpy() // per_second
-        else:
-            text = column.cast(pa.string())
-            times, problem = parse_times(text)
-            has_time = problem == OK
-            bad = np.flatnonzero(problem == INVALID)
-            if len(bad):
-                value = text[int(bad[0])].as_py()
-                raise DataError(f"{path}, row {row + bad[0] + 1}: event_time {value!r} is no time")
-    return Measurements(
-        event_time=times,
-        has_time=has_time,
-        src_addr=ends[0],
-        dst_addr=ends[1],
-        ip_version=families[0],
-        rtt=np.full(n, -1.0, np.float32),
-    )
+        times, problems = read_times(block["event_time"])
+        refuse("event_time", problems == INVALID, "time")
+        times = np.where(problems == MISSING, NO_TIME, times)
+    rtt = np.full(len(block), -1, np.float32)
+    return MeasurementTable(time=times, src=src, dst=dst, family=families, rtt=rtt)
 
 
 def _to_table(predictions: Predictions) -> pa.Table:

@@ -19,10 +19,11 @@ from typing import Any
 
 import numpy as np
 
-from ping_llm.data.rows import is_dataset, read_metadata
+from ping_llm.data.rows import ProbeRows, is_dataset, read_metadata
 from ping_llm.errors import ConfigError, DataError
-from ping_llm.hashing import mix
-from ping_llm.inspection.statistics import hash_addresses
+from ping_llm.hashing import hash_addresses, mix
+from ping_llm.ingest.sources import read_table
+from ping_llm.measurements import MeasurementTable
 from ping_llm.prediction.contexts import (
     Contexts,
     from_groups,
@@ -30,10 +31,9 @@ from ping_llm.prediction.contexts import (
     no_contexts,
     random_of_source,
     trim,
+    without_times,
 )
 from ping_llm.prediction.metrics import others_median
-from ping_llm.prediction.table import concatenate, read_files, read_split, take
-from ping_llm.tokenizer import Measurements
 
 HISTORIES = (0, 1, 2, 4, 8, 16)
 SEED = 0
@@ -51,11 +51,11 @@ class Trial:
         everything: For *time*: all measurements, for online methods; else None.
     """
 
-    train: Measurements
+    train: MeasurementTable
     contexts: Contexts
-    also: tuple[tuple[Measurements, Contexts], ...] = ()
+    also: tuple[tuple[MeasurementTable, Contexts], ...] = ()
     online: Contexts | None = None
-    everything: Measurements | None = None
+    everything: MeasurementTable | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,7 +64,8 @@ class Task:
 
     Attributes:
         protocol: "pair", "probe", "time" or "raw".
-        rows: The measurements that are scored; those asked without a time have none [n].
+        rows: The measurements that are scored [n].
+        questions: The same as the model is asked about them: without times but for *time* [n].
         total: How many there were to choose `rows` from.
         others: Median RTT of the other measurements of each row's pair among those, which no
             prediction that is the same for all of them can beat; NaN where there are none [n].
@@ -73,7 +74,8 @@ class Task:
     """
 
     protocol: str
-    rows: Measurements
+    rows: MeasurementTable
+    questions: MeasurementTable
     total: int
     others: np.ndarray
     described: str
@@ -102,7 +104,7 @@ def load_task(
                 f"{trained_on}, which the run was trained on, is gone; put it back to score "
                 f"{data}, which is no prepared data set"
             )
-        rows, train = read_files([str(data)]), read_split(trained_on, "train")
+        rows, train = read_table([str(data)]), ProbeRows(trained_on, "train").to_table()
         both_ends = read_metadata(trained_on)["settings"]["both_ends"]
         return _known_sources("raw", rows, train, max_rows, max_tokens, n_contexts, both_ends)
     settings = read_metadata(data)["settings"]
@@ -112,60 +114,56 @@ def load_task(
             f"contexts={n_contexts}: {data} was prepared with --split {protocol}, where a question "
             "has one context; take 1"
         )
-    rows, train = read_split(data, "test"), read_split(data, "train")
+    rows, train = (ProbeRows(data, split).to_table() for split in ("test", "train"))
     if not len(rows):
         raise DataError(f"{data} has no test rows; prepare the data with a larger --test-fraction")
     if protocol == "probe":
         return _new_sources(rows, train, max_rows, max_tokens)
     if protocol == "time":
-        everything = concatenate([train, read_split(data, "valid"), rows])
+        everything = MeasurementTable.concat([train, ProbeRows(data, "valid").to_table(), rows])
         return _later_times(rows, train, everything, max_rows, max_tokens)
     both_ends = settings["both_ends"]
     return _known_sources(protocol, rows, train, max_rows, max_tokens, n_contexts, both_ends)
 
 
-def pair_keys(measurements: Measurements) -> np.ndarray:
+def pair_keys(measurements: MeasurementTable) -> np.ndarray:
     """Returns a 64-bit key of each unordered pair of addresses [n]."""
-    src, dst = hash_addresses(measurements.src_addr), hash_addresses(measurements.dst_addr)
+    src, dst = hash_addresses(measurements.src), hash_addresses(measurements.dst)
     return mix(np.minimum(src, dst), np.maximum(src, dst))
 
 
-def _some(rows: Measurements, max_rows: int | None) -> tuple[Measurements, np.ndarray]:
+def _some(rows: MeasurementTable, max_rows: int | None) -> tuple[MeasurementTable, np.ndarray]:
     """Returns (at most `max_rows` of `rows`, `Task.others` of them)."""
     answered = np.flatnonzero(rows.rtt >= 0)
     others = np.full(len(rows), np.nan)
-    others[answered] = others_median(pair_keys(take(rows, answered)), rows.rtt[answered])
+    others[answered] = others_median(pair_keys(rows.take(answered)), rows.rtt[answered])
     chosen = np.arange(len(rows))
     if max_rows is not None and len(rows) > max_rows:
         chosen = np.random.default_rng(SEED).choice(len(rows), max_rows, replace=False)
     chosen = np.sort(chosen)
-    return take(rows, chosen), others[chosen]
+    return rows.take(chosen), others[chosen]
 
 
-def _untimed(rows: Measurements) -> Measurements:
-    return dataclasses.replace(rows, has_time=np.zeros(len(rows), bool))
-
-
-def _reversed(rows: Measurements) -> Measurements:
-    return dataclasses.replace(rows, src_addr=rows.dst_addr, dst_addr=rows.src_addr)
+def _reversed(rows: MeasurementTable) -> MeasurementTable:
+    return dataclasses.replace(rows, src=rows.dst, dst=rows.src)
 
 
 def _known_sources(
     protocol: str,
-    rows: Measurements,
-    train: Measurements,
+    rows: MeasurementTable,
+    train: MeasurementTable,
     max_rows: int | None,
     max_tokens: int,
     n_contexts: int,
     both_ends: bool,
 ) -> Task:
     chosen, others = _some(rows, max_rows)
-    chosen = _untimed(chosen)
+    questions = without_times(chosen)
 
     def trial() -> Trial:
         ways = []
         for i in range(n_contexts):
-            queries = _reversed(chosen) if both_ends and i % 2 else chosen
+            queries = _reversed(questions) if both_ends and i % 2 else questions
             drawn = random_of_source(train, queries, max_tokens=max_tokens, seed=SEED + i)
             ways.append((queries, drawn))
         return Trial(train, ways[0][1], also=tuple(ways[1:]))
@@ -174,13 +172,13 @@ def _known_sources(
     if n_contexts > 1:
         described += f"; mean over {n_contexts} draws"
         described += ", every second for the pair turned round" if both_ends else ""
-    return Task(protocol, chosen, len(rows), others, described, {None: trial})
+    return Task(protocol, chosen, questions, len(rows), others, described, {None: trial})
 
 
 def _later_times(
-    rows: Measurements,
-    train: Measurements,
-    everything: Measurements,
+    rows: MeasurementTable,
+    train: MeasurementTable,
+    everything: MeasurementTable,
     max_rows: int | None,
     max_tokens: int,
 ) -> Task:
@@ -196,28 +194,25 @@ def _later_times(
 
     described = "the newest measurements of the source before the question, with times: `model` of "
     described += "the training rows, `model_online` of all rows"
-    return Task("time", chosen, len(rows), others, described, {None: trial})
+    return Task("time", chosen, chosen, len(rows), others, described, {None: trial})
 
 
 def _new_sources(
-    rows: Measurements, train: Measurements, max_rows: int | None, max_tokens: int
+    rows: MeasurementTable, train: MeasurementTable, max_rows: int | None, max_tokens: int
 ) -> Task:
-    seen = np.unique(
-        np.concatenate([hash_addresses(train.src_addr), hash_addresses(train.dst_addr)])
-    )
-    src, dst = hash_addresses(rows.src_addr), hash_addresses(rows.dst_addr)
+    seen = np.unique(np.concatenate([hash_addresses(train.src), hash_addresses(train.dst)]))
+    src, dst = hash_addresses(rows.src), hash_addresses(rows.dst)
     # Only destinations that training knows: one unknown at a time.
     new = ~np.isin(src, seen) & np.isin(dst, seen)
     if not new.any():
         raise DataError("no test row is from a source that training has not seen; hold out more")
-    rows, src, dst = take(rows, new), src[new], dst[new]
+    rows, src, dst = rows.take(new), src[new], dst[new]
     place, given = _give_destinations(src, dst)
-    scored, others = _some(take(rows, ~given), max_rows)
-    scored = _untimed(scored)
+    scored, others = _some(rows.take(~given), max_rows)
     first = np.flatnonzero(given)
-    pool = _untimed(take(rows, first))
-    sources, group = np.unique(hash_addresses(pool.src_addr), return_inverse=True)
-    wanted = hash_addresses(scored.src_addr)
+    pool = without_times(rows.take(first))
+    sources, group = np.unique(hash_addresses(pool.src), return_inverse=True)
+    wanted = hash_addresses(scored.src)
     of_query = np.minimum(np.searchsorted(sources, wanted), max(len(sources) - 1, 0))
     of_query = np.where(sources[of_query] == wanted, of_query, -1)
 
@@ -225,14 +220,16 @@ def _new_sources(
         if history == 0:
             return Trial(train, no_contexts(len(scored)))
         kept = place[first] < history
-        contexts = from_groups(take(pool, kept), group[kept], of_query)
-        return Trial(concatenate([train, take(pool, kept)]), trim(contexts, max_tokens=max_tokens))
+        contexts = from_groups(pool.take(kept), group[kept], of_query)
+        return Trial(
+            MeasurementTable.concat([train, pool.take(kept)]), trim(contexts, max_tokens=max_tokens)
+        )
 
     trials: dict[int | None, Callable[[], Trial]] = {}
     for history in HISTORIES:
         trials[history] = functools.partial(trial, history)
     described = "measurements of the new source to other destinations, which all methods are given"
-    return Task("probe", scored, len(rows), others, described, trials)
+    return Task("probe", scored, without_times(scored), len(rows), others, described, trials)
 
 
 def _give_destinations(src: np.ndarray, dst: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -5,7 +5,6 @@ then P(byte 1) over all 256, then P(byte 2 | byte 1) for every first byte that m
 """
 
 import dataclasses
-import ipaddress
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,12 +14,13 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from ping_llm import tokenizer
+from ping_llm import addresses, tokenizer
 from ping_llm.data.pipeline import data_fingerprint
-from ping_llm.data.rows import is_dataset
+from ping_llm.data.rows import ProbeRows, is_dataset
 from ping_llm.data.windows import WindowLaw
 from ping_llm.errors import DataError, PingLLMError
 from ping_llm.estimators.pairs import Nodes
+from ping_llm.measurements import NO_TIME, MeasurementTable
 from ping_llm.prediction import decode
 from ping_llm.prediction.contexts import (
     Contexts,
@@ -32,9 +32,7 @@ from ping_llm.prediction.contexts import (
     same_source,
 )
 from ping_llm.prediction.distribution import Distribution
-from ping_llm.prediction.table import split_nodes, take
 from ping_llm.runs import load_run
-from ping_llm.tokenizer import Measurements
 
 LEVELS = (0.05, 0.25, 0.5, 0.75, 0.95)
 # First bytes that together have less than this probability are left out.
@@ -79,7 +77,7 @@ class Predictions:
 
 def questions(
     src: Sequence[str], dst: Sequence[str], times: Sequence[int | None] | None = None
-) -> Measurements:
+) -> MeasurementTable:
     """Returns what to ask: RTT and failure from each of `src` to the `dst` beside it.
 
     Args:
@@ -90,36 +88,17 @@ def questions(
     Raises:
         DataError: An address is none, or the families of a pair differ.
     """
-    packed = np.zeros((2, len(src), 16), np.uint8)
-    version = np.zeros(len(src), np.int8)
-    for i, ends in enumerate(zip(src, dst, strict=True)):
-        families = set()
-        for side, text in enumerate(ends):
-            packed[side, i], family = _parse(text)
-            families.add(family)
-        if len(families) > 1:
-            raise DataError(f"{ends[0]} and {ends[1]} are of different families; give IPv4 or IPv6")
-        version[i] = families.pop()
+    (src_packed, families), (dst_packed, dst_families) = map(addresses.parse, (src, dst))
+    for i in np.flatnonzero(families != dst_families).tolist():
+        raise DataError(f"{src[i]} and {dst[i]} are of different families; give IPv4 or IPv6")
     given = [None] * len(src) if times is None else times
-    return Measurements(
-        event_time=np.array([t or 0 for t in given], np.int64),
-        has_time=np.array([t is not None for t in given], bool),
-        src_addr=packed[0],
-        dst_addr=packed[1],
-        ip_version=version,
-        rtt=np.full(len(src), -1.0, np.float32),
+    return MeasurementTable(
+        time=np.array([NO_TIME if time is None else time for time in given], np.int64),
+        src=src_packed,
+        dst=dst_packed,
+        family=families,
+        rtt=np.full(len(src), -1, np.float32),
     )
-
-
-def _parse(text: str) -> tuple[np.ndarray, int]:
-    try:
-        address = ipaddress.ip_address(text)
-    except ValueError:
-        raise DataError(f"{text!r} is no address; give one like 192.0.2.1 or 2001:db8::1") from None
-    mapped = getattr(address, "ipv4_mapped", None)
-    if address.version == 4 or mapped is not None:
-        return np.frombuffer(tokenizer.IPV4_PREFIX + (mapped or address).packed, np.uint8), 4
-    return np.frombuffer(address.packed, np.uint8), 6
 
 
 class Predictor:
@@ -196,13 +175,13 @@ class Predictor:
             hide_unseen=WindowLaw.of(train).hidden_source_fraction > 0,
         )
 
-    def contexts(self, history: Measurements, queries: Measurements) -> Contexts:
+    def contexts(self, history: MeasurementTable, queries: MeasurementTable) -> Contexts:
         """Returns for each question the newest measurements of its source that fit."""
         return same_source(history, queries, max_tokens=self.max_tokens - QUESTION_TOKENS)
 
     def predict(
         self,
-        queries: Measurements,
+        queries: MeasurementTable,
         contexts: Contexts | None = None,
         *,
         levels: Sequence[float] = LEVELS,
@@ -219,14 +198,14 @@ class Predictor:
             np.array(levels), quantiles, mean, p_failed, src, dst, contexts.lengths()
         )
 
-    def unseen(self, queries: Measurements) -> tuple[np.ndarray | None, np.ndarray | None]:
+    def unseen(self, queries: MeasurementTable) -> tuple[np.ndarray | None, np.ndarray | None]:
         """Returns whether each source, and each destination, was not in training."""
         if self.known is None:
             return None, None
-        return self.known.lookup(queries.src_addr) < 0, self.known.lookup(queries.dst_addr) < 0
+        return self.known.lookup(queries.src) < 0, self.known.lookup(queries.dst) < 0
 
     def distributions(
-        self, queries: Measurements, contexts: Contexts | None = None
+        self, queries: MeasurementTable, contexts: Contexts | None = None
     ) -> Iterator[tuple[np.ndarray, Distribution]]:
         """Yields (rows, their distributions) until every row of `queries` has had its turn."""
         for rows, chunk in self._chunks(queries, contexts):
@@ -249,7 +228,7 @@ class Predictor:
             yield rows, Distribution.of_codes(row, code, probability, chunk.p_failed)
 
     def pooled(
-        self, ways: Sequence[tuple[Measurements, Contexts]]
+        self, ways: Sequence[tuple[MeasurementTable, Contexts]]
     ) -> Iterator[tuple[np.ndarray, Distribution]]:
         """Yields (rows, their distributions), each the mean over several ways to ask about it.
 
@@ -264,14 +243,14 @@ class Predictor:
                 part
                 for queries, contexts in ways
                 for part in self.distributions(
-                    take(queries, rows),
+                    queries.take(rows),
                     dataclasses.replace(contexts, of_query=contexts.of_query[rows]),
                 )
             ]
             yield rows, Distribution.mixture(len(rows), parts)
 
     def log_likelihood(
-        self, measurements: Measurements, contexts: Contexts | None = None
+        self, measurements: MeasurementTable, contexts: Contexts | None = None
     ) -> np.ndarray:
         """Returns the log of the probability of each measurement's result [n], in nats.
 
@@ -290,14 +269,14 @@ class Predictor:
         return result
 
     def rank(
-        self, queries: Measurements, contexts: Contexts | None = None
+        self, queries: MeasurementTable, contexts: Contexts | None = None
     ) -> tuple[np.ndarray, Predictions]:
         """Returns (the questions' numbers by expected RTT, shortest first; the predictions)."""
         predictions = self.predict(queries, contexts)
         return np.argsort(predictions.mean_ms, kind="stable"), predictions
 
     def _chunks(
-        self, queries: Measurements, contexts: Contexts | None
+        self, queries: MeasurementTable, contexts: Contexts | None
     ) -> "Iterator[tuple[np.ndarray, _Chunk]]":
         contexts = no_contexts(len(queries)) if contexts is None else contexts
         unseen, _ = self.unseen(queries)
@@ -430,4 +409,6 @@ def _trained_addresses(data: dict[str, Any]) -> Nodes | None:
             return None
     except PingLLMError:
         return None
-    return split_nodes(path, "train")
+    # Batch by batch: not all measurements at once.
+    parts = [Nodes(b.src_addr, b.dst_addr).addresses for b in ProbeRows(path, "train").batches]
+    return Nodes(*parts, np.zeros(0, addresses.ADDRESS))

@@ -11,7 +11,6 @@ _POSITIVE: dict[str, Any] = {"gt": 0, "flag": False}
 _WEIGHT: dict[str, Any] = {"ge": 0, "flag": False}
 _FRACTION: dict[str, Any] = {"ge": 0, "le": 1, "flag": False}
 _COUNT: dict[str, Any] = {"gt": 0, "flag": False, "changeable": True}
-_PROCESS: dict[str, Any] = {"default": None, "stored": False}
 
 
 class TrainSettings(Settings):
@@ -60,10 +59,14 @@ class TrainSettings(Settings):
         stored=False,
     )
     coordinator: str | None = field(
-        help="Several processes: address of process 0, HOST:PORT.", **_PROCESS
+        help="Several processes: address of process 0, HOST:PORT.", default=None, stored=False
     )
-    num_processes: int | None = field(help="Several processes: how many.", **_PROCESS)
-    process_id: int | None = field(help="Several processes: which one this is, from 0.", **_PROCESS)
+    num_processes: int | None = field(
+        help="Several processes: how many.", default=None, stored=False
+    )
+    process_id: int | None = field(
+        help="Several processes: which one this is, from 0.", default=None, stored=False
+    )
     model: DecoderConfig = field(
         help="Shape of the decoder; the preset sets its fields.",
         default=PRESETS["tiny"],

@@ -1,17 +1,15 @@
 import numpy as np
 import pytest
 
-from ping_llm.bench import peers as yardsticks
-from ping_llm.bench import training as throughput
+from ping_llm.bench import peers
+from ping_llm.bench.settings import BenchTrainSettings
 
-SHAPE = throughput.shape(n_layers=2, d_model=16, n_heads=2, d_ff=24, vocab_size=11, dtype="float32")
+MODEL = BenchTrainSettings(n_layers=2, d_model=16, n_heads=2, d_ff=24, vocab_size=11).model
 
 
-@pytest.mark.parametrize(
-    "make", [yardsticks.bare_jax, lambda cfg: yardsticks.pytorch(cfg, compiled=False)]
-)
-def test_a_yardstick_trains_a_causal_model(make):
-    steps = make(SHAPE)
+@pytest.mark.parametrize("make", [peers.bare_jax, lambda cfg: peers.pytorch(cfg, compiled=False)])
+def test_a_peer_trains_a_causal_model(make):
+    steps = make(MODEL)
     rng = np.random.default_rng(0)
     tokens = rng.integers(0, 11, (4, 25), np.int32)
     first = steps(tokens[:, :-1], tokens[:, 1:], 1)

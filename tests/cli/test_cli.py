@@ -15,7 +15,7 @@ from ping_llm.errors import ConfigError
 def test_the_table_of_commands_repeats_each_commands_own_summary(name):
     command = cli.get_command(click.Context(cli), name)
     assert command.name == name
-    assert command.help.splitlines()[0] == COMMANDS[name][1]
+    assert command.help.splitlines()[0] == COMMANDS[name]
 
 
 @pytest.mark.parametrize("name", sorted(COMMANDS))
@@ -70,6 +70,12 @@ def test_wrong_usage_exits_with_2_and_says_what_is_wrong(args):
 
 def test_version():
     assert CliRunner().invoke(cli, ["--version"]).output == f"ping-llm, version {__version__}\n"
+
+
+def test_the_package_runs_as_a_module():
+    words = [sys.executable, "-m", "ping_llm", "--version"]
+    done = subprocess.run(words, capture_output=True, text=True, check=True)
+    assert done.stdout == f"ping-llm, version {__version__}\n"
 
 
 def test_sigterm_exits_with_143():

@@ -5,7 +5,7 @@ from click.testing import CliRunner
 from tiny_runs import write_run
 
 from ping_llm.cli import cli
-from ping_llm.prediction.table import read_files
+from ping_llm.ingest.sources import read_table
 
 
 @pytest.fixture(scope="module")
@@ -29,7 +29,7 @@ def test_measurements_are_printed_as_csv_and_as_json(run, tmp_path):
     (tmp_path / "sampled.csv").write_text("\n".join([lines[0], *timed]) + "\n")
     assert [line.split(",")[1] for line in lines[1:]] == [each["src_addr"] for each in found]
     if timed:
-        assert len(read_files([str(tmp_path / "sampled.csv")])) == len(timed)
+        assert len(read_table([str(tmp_path / "sampled.csv")])) == len(timed)
 
 
 def test_a_count_or_a_history_that_cannot_be_is_refused(run, tmp_path):

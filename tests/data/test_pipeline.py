@@ -9,7 +9,7 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from ping_llm import tokenizer
+from ping_llm import addresses, tokenizer
 from ping_llm.data import pipeline, windows
 from ping_llm.data.pipeline import TrainLoader, eval_batches, merge_states
 from ping_llm.data.rows import FlatRows, ProbeRows, RowWriter
@@ -91,7 +91,7 @@ def test_all_visits_of_an_epoch_come_before_much_of_the_next(write_rows):
         for segment in segments_of([batch], 0):
             decoded, problems = tokenizer.decode(np.frombuffer(segment, np.uint16))
             assert not problems
-            sources[bytes(decoded.src_addr[0])] += 1
+            sources[bytes(decoded.src[0])] += 1
     ranked = sorted(sources.values())
     epochs = ranked[0]
     assert all(abs(n - k * epochs) <= 2 * k for n, k in zip(ranked, (1, 2, 2, 3), strict=True))
@@ -103,7 +103,7 @@ def test_no_measurement_is_cut_and_segments_do_not_mix(mixed):
             for segment in segments_of([batch], lane):
                 decoded, problems = tokenizer.decode(np.frombuffer(segment, np.uint16))
                 assert not problems
-                assert len(np.unique(decoded.src_addr, axis=0)) == 1
+                assert len(set(decoded.src.tolist())) == 1
 
 
 def test_a_batch_mixes_many_probes(mixed):
@@ -112,7 +112,7 @@ def test_a_batch_mixes_many_probes(mixed):
         for lane in range(16):
             for segment in segments_of([batch], lane):
                 decoded, _ = tokenizer.decode(np.frombuffer(segment, np.uint16))
-                sources.add(bytes(decoded.src_addr[0]))
+                sources.add(bytes(decoded.src[0]))
         assert len(sources) >= 12
 
 
@@ -297,7 +297,7 @@ def test_settings_that_cannot_be_are_refused_with_their_values(mixed, change, na
 
 def test_rows_out_of_time_order_that_overfill_a_sequence_are_an_error(tmp_path):
     n, writer = 400, RowWriter(tmp_path, "train")
-    address = np.full((n, 16), 7, np.uint8)
+    address = addresses.from_bytes(np.full((n, 16), 7, np.uint8))
     writer.append(
         FlatRows(
             src_addr=address[:1],
@@ -360,7 +360,7 @@ def test_evaluation_batches_are_fixed_and_cover_every_probe(mixed):
         for segment in segments_of(batches, lane):
             decoded, problems = tokenizer.decode(np.frombuffer(segment, np.uint16))
             assert not problems
-            sources.add(bytes(decoded.src_addr[0]))
+            sources.add(bytes(decoded.src[0]))
     assert len(sources) >= 38  # of 40; the last windows may miss the cut
 
 
@@ -373,7 +373,7 @@ def test_of_data_split_by_probe_evaluation_shows_new_sources_and_hides_them_if_a
         batches = eval_batches(tmp_path / "rows", part, **settings, **given)
         assert len(batches) == 12
         decoded = [
-            tokenizer.decode(np.frombuffer(segment, np.uint16))[0].src_addr
+            tokenizer.decode(np.frombuffer(segment, np.uint16))[0].src
             for lane in range(4)
             for segment in segments_of(batches, lane)
         ]
@@ -388,7 +388,7 @@ def test_of_data_split_by_probe_evaluation_shows_new_sources_and_hides_them_if_a
     assert held_out & trained  # they measured to destinations that were held out
     assert sources("test") == held_out - trained
     hidden = sources("test", hide_unseen=True)
-    assert hidden <= {bytes(row) for row in tokenizer.unspecified(np.array([4, 6]))}
+    assert hidden <= {bytes(row) for row in addresses.unspecified(np.array([4, 6]))}
 
 
 def ends_with_the_result(segment):

@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from ping_llm.addresses import as_bytes, from_bytes
 from ping_llm.data import rows as rows_module
 from ping_llm.data.rows import (
     BYTES_PER_MEASUREMENT,
@@ -32,11 +33,11 @@ def make_rows(counts, first_source=0):
     dst = np.zeros((m, 16), np.uint8)
     dst[:, 12:] = np.arange(m, dtype=">u4").view(np.uint8).reshape(-1, 4)
     return FlatRows(
-        src_addr=src,
+        src_addr=from_bytes(src),
         ip_version=np.full(n, 6, np.int8),
         offsets=np.append(0, np.cumsum(counts)),
         event_time=np.arange(m),
-        dst_addr=dst,
+        dst_addr=from_bytes(dst),
         rtt=np.arange(m, dtype=np.float32),
     )
 
@@ -121,7 +122,7 @@ def test_a_source_becomes_full_rows_and_a_rest_however_it_is_fed(
     assert read.n_measurements.tolist() == expected
     found = concat_rows(read.batches)
     np.testing.assert_array_equal(found.event_time, rows.event_time)
-    np.testing.assert_array_equal(np.repeat(found.src_addr[:, 15], expected), source)
+    np.testing.assert_array_equal(np.repeat(as_bytes(found.src_addr)[:, 15], expected), source)
 
 
 def test_a_split_without_rows_has_no_file_and_reads_as_empty(tmp_path):

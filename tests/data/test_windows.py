@@ -7,11 +7,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ping_llm import tokenizer
+from ping_llm import addresses, tokenizer
 from ping_llm.data import windows
 from ping_llm.data.rows import ProbeRows
 from ping_llm.data.windows import FULL, NONE, PARTIAL, WindowLaw
 from ping_llm.errors import ConfigError
+from ping_llm.measurements import NO_TIME, MeasurementTable
 
 ROOM = 10**6  # tokens, where a test does not want windows cut
 
@@ -162,14 +163,15 @@ def test_the_largest_count_fits_at_worst_and_one_more_does_not(
 def test_a_window_of_the_costliest_values_fits_an_empty_sequence(version, length):
     selection = select(4000, 3000, length=length, version=version)
     n = len(selection.index)
-    address = np.full((n, 16), 255, np.uint8)
-    far_apart = tokenizer.Measurements(
-        event_time=selection.index * 1000,  # in time order, each step a DELTA4
-        has_time=selection.has_time,
-        src_addr=address,
-        dst_addr=address,
-        ip_version=np.full(n, version, np.int8),
-        rtt=np.ones(n),
+    address = addresses.from_bytes(np.full((n, 16), 255, np.uint8))
+    # In time order, each step a DELTA4.
+    time = np.where(selection.has_time, selection.index * 1000, NO_TIME)
+    far_apart = MeasurementTable(
+        time=time,
+        src=address,
+        dst=address,
+        family=np.full(n, version, np.int8),
+        rtt=np.ones(n, np.float32),
     )
     _, offsets = tokenizer.encode(
         far_apart,
@@ -351,9 +353,9 @@ def test_a_hidden_source_is_unspecified_in_its_family_and_the_rest_is_as_it_was(
         assert not problems
         version = rows.ip_version[visits.row[i]]
         address = ipaddress.ip_address("::ffff:0.0.0.0" if version == 4 else "::")
-        assert np.all(seen.src_addr == np.frombuffer(address.packed, np.uint8))
+        assert np.all(seen.src == addresses.from_packed([address.packed]))
         before, _ = tokenizer.decode(shown[a:b])
-        for name in ("event_time", "has_time", "dst_addr", "ip_version", "rtt"):
+        for name in ("time", "dst", "family", "rtt"):
             np.testing.assert_array_equal(getattr(seen, name), getattr(before, name))
 
 
@@ -379,11 +381,11 @@ def test_encoded_visits_decode_to_measurements_of_their_row(write_rows):
         assert len(decoded) > 0
         row = visits.row[i]
         flat, r = rows.batches[rows.batch_index[row]], rows.row_in_batch[row]
-        assert np.all(decoded.src_addr == flat.src_addr[r])
-        assert np.all(decoded.ip_version == flat.ip_version[r])
+        assert np.all(decoded.src == flat.src_addr[r])
+        assert np.all(decoded.family == flat.ip_version[r])
         # The fixture numbers the destinations of a row.
-        at = flat.offsets[r] + decoded.dst_addr[:, 14:].astype(np.int64) @ [256, 1]
-        np.testing.assert_array_equal(decoded.dst_addr, flat.dst_addr[at])
+        at = flat.offsets[r] + addresses.as_bytes(decoded.dst)[:, 14:].astype(np.int64) @ [256, 1]
+        np.testing.assert_array_equal(decoded.dst, flat.dst_addr[at])
         timed = decoded.has_time
-        np.testing.assert_array_equal(decoded.event_time[timed], flat.event_time[at][timed])
+        np.testing.assert_array_equal(decoded.time[timed], flat.event_time[at][timed])
         np.testing.assert_allclose(decoded.rtt, flat.rtt[at], rtol=0.0005, atol=0.001)

@@ -6,7 +6,7 @@ import transformers
 from extraction_settings import settings
 from hf_checkpoints import CHAT_TEMPLATE, add_tokenizer
 
-from ping_llm import tokenizer
+from ping_llm import addresses, tokenizer
 from ping_llm.activations.roles import BOS, REAL, SPECIAL
 from ping_llm.data.windows import WindowLaw
 from ping_llm.errors import ConfigError, DataError
@@ -181,6 +181,6 @@ def test_measurements_are_the_contexts_of_training_whatever_the_units_are(rows):
     assert own.identity != whole.identity
     part = own.read(own.units[0])
     shown, _ = tokenizer.decode(part.tokens[: part.offsets[1]])
-    assert np.all(shown.src_addr == tokenizer.unspecified(shown.ip_version))
+    assert np.all(shown.src == addresses.unspecified(shown.family))
     _, limited = read(limit=5)
     assert [sample for part in limited for sample in part.ids] == ids[:5]

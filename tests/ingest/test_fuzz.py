@@ -19,8 +19,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from ping_llm.errors import PingLLMError
-from ping_llm.ingest.records import MEASUREMENT_SCHEMA, REJECTED_SCHEMA
+from ping_llm.ingest.records import REJECTED_SCHEMA
 from ping_llm.ingest.sources import read_measurements
+from ping_llm.measurements import MeasurementTable
 
 CASES = int(os.environ.get("PING_LLM_FUZZ", "600"))
 T0 = 1_700_000_000
@@ -204,7 +205,7 @@ def slow_csv(line, header):
 def read(path):
     rejected = []
     batches = list(read_measurements([str(path)], on_rejected=rejected.append))
-    found = pa.Table.from_batches(batches, MEASUREMENT_SCHEMA)
+    found = MeasurementTable.concat(batches).to_arrow()
     return found, pa.Table.from_batches(rejected, REJECTED_SCHEMA)
 
 

@@ -15,13 +15,12 @@ import pyarrow.parquet as pq
 import pytest
 from tiny_tables import T0, files_of, make_table
 
-from ping_llm import storage
+from ping_llm import addresses, storage
 from ping_llm.data.pipeline import TrainLoader
 from ping_llm.data.rows import SPLITS, ProbeRows, concat_rows
 from ping_llm.errors import ConfigError, DataError, PingLLMError, StorageError
 from ping_llm.ingest import local, prepare, sources
 from ping_llm.ingest.prepare import parse_size, prepare_data
-from ping_llm.ingest.sorting import is_ipv4
 from ping_llm.inspection.dataset import inspect_data
 
 
@@ -38,7 +37,7 @@ def records(directory, split):
     if not len(rows):
         return []
     flat = concat_rows(rows.batches)
-    sources_ = np.repeat(flat.src_addr, rows.n_measurements, axis=0)
+    sources_ = np.repeat(flat.src_addr, rows.n_measurements)
     return [
         (s.tobytes(), int(t), d.tobytes(), float(r))
         for s, t, d, r in zip(sources_, flat.event_time, flat.dst_addr, flat.rtt, strict=True)
@@ -48,7 +47,7 @@ def records(directory, split):
 def expected_records(*tables):
     found = []
     for batch in sources.read_measurements([str(t) for t in tables]):
-        columns = (batch[c].to_pylist() for c in ("src_addr", "event_time", "dst_addr", "rtt"))
+        columns = (getattr(batch, c).tolist() for c in ("src", "time", "dst", "rtt"))
         found.extend(zip(*columns, strict=True))
     prefix = bytes(10) + b"\xff\xff"
     return sorted(found, key=lambda r: (not r[0].startswith(prefix), r))
@@ -75,7 +74,7 @@ def test_rows_hold_one_source_sorted_by_time_within_the_cap(parquet, tmp_path):
     assert len(rows) == result.rows["train"] > 40
     assert rows.n_measurements.max() == 1000 // 28
     for batch in rows.batches:
-        np.testing.assert_array_equal(batch.ip_version == 4, is_ipv4(batch.src_addr))
+        np.testing.assert_array_equal(batch.ip_version, addresses.family(batch.src_addr))
         for a, b in itertools.pairwise(batch.offsets):
             assert (np.diff(batch.event_time[a:b]) >= 0).all()
 

@@ -14,7 +14,8 @@ import pytest
 
 from ping_llm.errors import DataError, PingLLMError, StorageError
 from ping_llm.ingest import files, sources
-from ping_llm.ingest.records import MEASUREMENT_SCHEMA, REASONS, REJECTED_SCHEMA
+from ping_llm.ingest.records import REASONS, REJECTED_SCHEMA
+from ping_llm.measurements import MeasurementTable
 
 T0 = 1_700_000_000
 RTT_LIMIT_MS = 2047 * 2**31 / 1000
@@ -44,7 +45,7 @@ def read(*inputs):
     rejected = []
     batches = list(sources.read_measurements([str(i) for i in inputs], on_rejected=rejected.append))
     return (
-        pa.Table.from_batches(batches, MEASUREMENT_SCHEMA),
+        MeasurementTable.concat(batches).to_arrow(),
         pa.Table.from_batches(rejected, REJECTED_SCHEMA),
     )
 

@@ -4,6 +4,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ping_llm.errors import ConfigError
+from ping_llm.hashing import keyed_hash_addresses
 from ping_llm.ingest.splits import TEST, TRAIN, VALID, SplitRule
 
 
@@ -17,7 +18,7 @@ def addresses(n, seed=0):
 
 
 def assigned(rule_, src, dst):
-    return rule_.by_addresses(rule_.hash_addresses(src), rule_.hash_addresses(dst))
+    return rule_.by_addresses(*(keyed_hash_addresses(ends, rule_.seed) for ends in (src, dst)))
 
 
 @given(st.integers(0, 2**63 - 1))

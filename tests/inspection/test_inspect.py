@@ -9,7 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from ping_llm import tokenizer
+from ping_llm import addresses, tokenizer
 from ping_llm.data.rows import SPLITS, FlatRows, RowWriter
 from ping_llm.errors import ConfigError, PingLLMError, StorageError
 from ping_llm.ingest.prepare import prepare_data
@@ -144,13 +144,10 @@ def test_samples_hold_measurements_of_their_source_that_exist(raw, rows):
             assert problems == []
             assert len(found) >= 1
             assert len(sample.tokens) <= 1025
-            from ping_llm.inspection.dataset import address_text
-
-            for i in range(len(found)):
-                assert address_text(found.src_addr[i]) == sample.source
-                rtt = found.rtt[i]
+            assert set(addresses.to_text(found.src)) == {sample.source}
+            for destination, rtt in zip(addresses.to_text(found.dst), found.rtt, strict=True):
                 code = None if rtt < 0 else int(tokenizer.encode_rtt(np.array([rtt]))[0])
-                assert (sample.source, address_text(found.dst_addr[i]), code) in known
+                assert (sample.source, destination, code) in known
 
 
 def test_there_are_no_more_samples_than_sources(tmp_path):
@@ -239,7 +236,7 @@ def test_a_file_without_a_usable_record_has_no_figures_and_fails_only_its_checks
 
 def address(last, *, version=4):
     head = b"\0" * 10 + b"\xff\xff\n\0\0" if version == 4 else b"\xfd" + b"\0" * 14
-    return np.frombuffer(head + bytes([last]), np.uint8)[None]
+    return addresses.from_packed([head + bytes([last])])
 
 
 def row(source=1, times=(1, 2, 3), *, dst=9, version=4, rtt=5.0, src_version=None):
@@ -249,7 +246,7 @@ def row(source=1, times=(1, 2, 3), *, dst=9, version=4, rtt=5.0, src_version=Non
         ip_version=np.array([version], np.int8),
         offsets=np.array([0, n]),
         event_time=np.array([T0 + t for t in times], np.int64),
-        dst_addr=np.repeat(address(dst, version=version), n, axis=0),
+        dst_addr=np.repeat(address(dst, version=version), n),
         rtt=np.full(n, rtt, np.float32),
     )
 

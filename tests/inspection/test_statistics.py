@@ -1,3 +1,4 @@
+import dataclasses
 import itertools
 from collections import Counter
 
@@ -7,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from ping_llm.ingest.records import Chunk
+from ping_llm import addresses
 from ping_llm.inspection.statistics import (
     RTT_RESOLUTION,
     TIME_BINS,
@@ -16,31 +17,28 @@ from ping_llm.inspection.statistics import (
     TimeHistogram,
     rtt_quantile,
 )
+from ping_llm.measurements import MeasurementTable
 
 
-def random_chunk(rng, n, *, hosts=9, version=None):
+def host(numbers, family):
+    """Returns address number `numbers` [n] of each family [n]."""
+    pairs = zip(np.asarray(numbers).tolist(), family, strict=True)
+    head = bytes([0xFD]) + bytes(14)
+    return addresses.from_packed(bytes([0, 0, 0, i] if f == 4 else [*head, i]) for i, f in pairs)
+
+
+def random_table(rng, n, *, hosts=9, version=None):
     """Returns n random measurements among a few hosts, each of one family."""
     family = rng.choice([4, 6], n) if version is None else np.full(n, version)
-    values = np.zeros((2 * hosts, 16), np.uint8)
-    values[:hosts, 10:12] = 255
-    values[hosts:, 0] = 0xFD
-    values[:, 15] = np.arange(2 * hosts) % hosts
-    shift = np.where(family == 6, hosts, 0)
-    return Chunk(
-        event_time=rng.integers(1_600_000_000, 1_700_000_000, n),
-        src_values=values,
-        src_codes=rng.integers(0, hosts, n) + shift,
-        dst_values=values,
-        dst_codes=rng.integers(0, hosts, n) + shift,
-        ip_version=family.astype(np.int8),
+    time = rng.integers(1_600_000_000, 1_700_000_000, n)
+    src, dst = (host(rng.integers(0, hosts, n), family) for _ in range(2))
+    return MeasurementTable(
+        time=time,
+        src=src,
+        dst=dst,
+        family=family.astype(np.int8),
         rtt=np.where(rng.random(n) < 0.1, -1, rng.gamma(2, 30, n)).astype(np.float32),
     )
-
-
-def cut(chunk, start, stop):
-    columns = ("event_time", "src_codes", "dst_codes", "ip_version", "rtt")
-    parts = {name: getattr(chunk, name)[start:stop] for name in columns}
-    return Chunk(src_values=chunk.src_values, dst_values=chunk.dst_values, **parts)
 
 
 @given(
@@ -121,8 +119,8 @@ def test_a_time_histogram_takes_any_64_bit_time():
 def test_rtt_quantiles_are_true_to_the_stated_resolution(rtt, q):
     n = len(rtt)
     stats = Statistics()
-    chunk = random_chunk(np.random.default_rng(0), n, version=4)
-    stats.add(Chunk(**{**vars(chunk), "rtt": rtt}))
+    measured = random_table(np.random.default_rng(0), n, version=4)
+    stats.add(dataclasses.replace(measured, rtt=rtt))
     expected = np.quantile(rtt.astype(float), q, method="inverted_cdf")
     found = rtt_quantile(stats.rtt[0], q)
     assert found == pytest.approx(expected, rel=RTT_RESOLUTION)
@@ -131,13 +129,13 @@ def test_rtt_quantiles_are_true_to_the_stated_resolution(rtt, q):
 
 @given(cuts=st.lists(st.integers(0, 500), max_size=6))
 @settings(max_examples=20, deadline=None)
-def test_statistics_do_not_depend_on_where_chunks_are_cut(cuts):
-    chunk = random_chunk(np.random.default_rng(1), 500)
+def test_statistics_do_not_depend_on_where_tables_are_cut(cuts):
+    measured = random_table(np.random.default_rng(1), 500)
     whole, parts = Statistics(), Statistics()
-    whole.add(chunk)
+    whole.add(measured)
     bounds = [0, *sorted(cuts), 500]
     for start, stop in itertools.pairwise(bounds):
-        parts.add(cut(chunk, start, stop))
+        parts.add(measured.slice(start, stop))
     for stats in (whole, parts):
         stats.finish()
     for name in ("measurements", "failed", "by_family", "rtt"):
@@ -152,30 +150,21 @@ def test_statistics_do_not_depend_on_where_chunks_are_cut(cuts):
 
 def test_sums_by_source_destination_pair_and_record_equal_counters():
     rng = np.random.default_rng(2)
-    chunk = random_chunk(rng, 3000, hosts=5)
+    measured = random_table(rng, 3000, hosts=5)
     order = rng.integers(0, 3000, 4000)  # some records several times
-    chunk = Chunk(
-        chunk.event_time[order],
-        chunk.src_values,
-        chunk.src_codes[order],
-        chunk.dst_values,
-        chunk.dst_codes[order],
-        chunk.ip_version[order],
-        chunk.rtt[order],
-    )
+    measured = measured.take(order)
     stats = Statistics()
-    stats.add(chunk)
+    stats.add(measured)
     stats.finish()
-    src, dst, rtt = chunk.src_codes.tolist(), chunk.dst_codes.tolist(), chunk.rtt
+    src, dst, rtt = measured.src.tolist(), measured.dst.tolist(), measured.rtt
     assert stats.sources.distinct() == len(set(src))
     assert stats.destinations.distinct() == len(set(dst))
     assert stats.pairs.distinct() == len({frozenset(pair) for pair in zip(src, dst, strict=True)})
-    records = Counter(zip(chunk.event_time.tolist(), src, dst, rtt.tolist(), strict=True))
+    records = Counter(zip(measured.time.tolist(), src, dst, rtt.tolist(), strict=True))
     assert stats.records.distinct() == len(records)
     assert stats.problems["self"] == sum(a == b for a, b in zip(src, dst, strict=True))
-    by_address = {bytes(chunk.src_values[code]): code for code in set(src)}
     for label, sums in zip(stats.sources.labels, stats.sources.sums, strict=True):
-        mine = chunk.src_codes == by_address[bytes(label)]
+        mine = measured.src == addresses.from_bytes(label[None])
         good = mine & (rtt >= 0)
         expected = [mine.sum(), (mine & (rtt < 0)).sum(), rtt[good].astype(float).sum()]
         assert sums[:3].tolist() == pytest.approx(expected)
@@ -183,10 +172,10 @@ def test_sums_by_source_destination_pair_and_record_equal_counters():
 
 def test_steps_back_and_leaps_count_within_a_source_only():
     def add(stats, source, times):
-        n = len(times)
-        chunk = random_chunk(np.random.default_rng(0), n, version=4)
-        changes = {"src_codes": np.asarray(source), "event_time": np.asarray(times)}
-        stats.add(Chunk(**{**vars(chunk), **changes}))
+        table = random_table(np.random.default_rng(0), len(times), version=4)
+        stats.add(
+            dataclasses.replace(table, src=host(source, table.family), time=np.asarray(times))
+        )
 
     year = 366 * 86_400
     cases = [
@@ -198,8 +187,8 @@ def test_steps_back_and_leaps_count_within_a_source_only():
         ([([1, 1, 1], [5, 6 + year, 7 + year])], 0, 1),
         ([([1, 1], [2**62, -(2**62)])], 1, 1),
     ]
-    for chunks, backwards, jumps in cases:
+    for tables, backwards, jumps in cases:
         stats = Statistics()
-        for source, times in chunks:
+        for source, times in tables:
             add(stats, source, times)
-        assert (stats.problems["backwards"], stats.problems["jumps"]) == (backwards, jumps), chunks
+        assert (stats.problems["backwards"], stats.problems["jumps"]) == (backwards, jumps), tables

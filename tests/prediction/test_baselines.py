@@ -5,38 +5,24 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from ping_llm.addresses import from_packed
 from ping_llm.errors import DataError
 from ping_llm.estimators import neighbours
 from ping_llm.estimators.pairs import Nodes, grouped_median, training_table
+from ping_llm.measurements import MeasurementTable
 from ping_llm.prediction import baselines
-from ping_llm.prediction.table import concatenate, take
-from ping_llm.tokenizer import IPV4_PREFIX, Measurements
 
 N = 60
 
 
 def measurements(src, dst, rtt, time=None, network=0):
     """Node i is 10.<network>.i.1: a /24 each, unless `i` holds three bytes."""
-    addresses = np.zeros((2, len(src), 16), np.uint8)
-    addresses[..., :12] = np.frombuffer(IPV4_PREFIX, np.uint8)
-    for side, nodes in enumerate((src, dst)):
-        addresses[side, :, 12:] = np.stack(
-            [
-                np.full(len(src), 10),
-                np.full(len(src), network),
-                np.asarray(nodes),
-                np.ones(len(src)),
-            ],
-            axis=1,
-        )
-    times = np.arange(len(src)) if time is None else np.asarray(time)
-    return Measurements(
-        times.astype(np.int64),
-        np.ones(len(src), bool),
-        addresses[0],
-        addresses[1],
-        np.full(len(src), 4, np.int8),
-        np.asarray(rtt, np.float32),
+    return MeasurementTable(
+        time=np.arange(len(src)) if time is None else np.asarray(time),
+        src=from_packed(bytes([10, network, int(i), 1]) for i in src),
+        dst=from_packed(bytes([10, network, int(i), 1]) for i in dst),
+        family=np.full(len(src), 4, np.int8),
+        rtt=np.asarray(rtt, np.float32),
     )
 
 
@@ -47,7 +33,7 @@ def split_of(matrix, seed=0):
     a, b = np.where(flip, b, a), np.where(flip, a, b)
     everything = measurements(a, b, matrix[a, b])
     held = np.random.default_rng(seed + 1).random(len(a)) < 0.1
-    return take(everything, ~held), take(everything, held)
+    return everything.take(~held), everything.take(held)
 
 
 def relative_error(name, matrix):
@@ -64,11 +50,11 @@ def test_static_methods_do_not_change_when_each_measurement_is_seen_from_both_en
     src, dst = rng.integers(0, 12, (2, 300))
     src, dst = src[src != dst], dst[src != dst]
     train = measurements(src, dst, rng.gamma(3, 20, len(src)))
-    mirrored = dataclasses.replace(train, src_addr=train.dst_addr, dst_addr=train.src_addr)
+    mirrored = dataclasses.replace(train, src=train.dst, dst=train.src)
     queries = measurements(*rng.integers(0, 14, (2, 50)), np.zeros(50))
     one, both = (
         baselines.fit(name, training_table(table))(queries)
-        for table in (train, concatenate([train, mirrored]))
+        for table in (train, MeasurementTable.concat([train, mirrored]))
     )
     np.testing.assert_array_equal(one, both)
 
@@ -118,7 +104,7 @@ def test_neighbours_have_no_answer_where_none_of_those_near_was_measured(monkeyp
     one, other = [0] * 4 + [1] * 4 + [6] * 2 + [7] * 2, [2, 3, 4, 5] * 2 + [8, 9] * 2
     rtt = [10, 30, 50, 70] * 2 + [200, 400] * 2
     train = training_table(measurements(one, other, rtt))
-    node = [train.nodes.lookup(measurements([i], [i], [1]).src_addr) for i in range(10)]
+    node = [train.nodes.lookup(measurements([i], [i], [1]).src) for i in range(10)]
     predict = neighbours.fit_neighbours(train)
     np.testing.assert_allclose(predict(node[0], node[2]), 10)  # measured
     assert np.isnan(predict(node[0], node[6]))
@@ -163,8 +149,9 @@ def test_medians_are_of_pairs_and_either_end():
 def test_prefix_backs_off_from_the_pair_to_its_networks():
     train = measurements([1, 1, 2], [3, 3, 3], [10, 10, 50])
     seen = baselines.fit("prefix", training_table(train))
-    same_24 = measurements([1], [3], [1])
-    same_24.dst_addr[0, 15] = 77
+    same_24 = dataclasses.replace(
+        measurements([1], [3], [1]), dst=from_packed([bytes([10, 0, 3, 77])])
+    )
     assert seen(measurements([3], [1], [1]))[0] == 10  # the other direction
     assert seen(same_24)[0] == 10
     assert seen(measurements([8], [9], [1]))[0] == 10  # same /16s: the median of all three
@@ -206,10 +193,10 @@ def test_grouped_medians_are_numpys(rows):
 
 def test_nodes_know_their_addresses_and_no_others():
     table = measurements(np.arange(9), np.arange(9) + 1, np.ones(9))
-    nodes = Nodes(table.src_addr, table.dst_addr)
+    nodes = Nodes(table.src, table.dst)
     assert len(nodes) == 10
-    np.testing.assert_array_equal(nodes.addresses[nodes.lookup(table.src_addr)], table.src_addr)
-    assert nodes.lookup(np.full((1, 16), 9, np.uint8)).tolist() == [-1]
+    np.testing.assert_array_equal(nodes.addresses[nodes.lookup(table.src)], table.src)
+    assert nodes.lookup(from_packed([b"\t" * 16])).tolist() == [-1]
 
 
 def test_failed_measurements_are_not_fitted():

@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 
 from ping_llm import tokenizer
+from ping_llm.measurements import NO_TIME, MeasurementTable
 from ping_llm.prediction.contexts import encode_prompts, from_groups, random_of_source, same_source
 from ping_llm.prediction.rtt import questions
-from ping_llm.prediction.table import concatenate, take
 
 T0 = 1_600_000_000
 
@@ -16,10 +16,8 @@ def history(src, n, *, times):
     host = "2001:db8::{}" if ":" in src else "10.0.1.{}"
     table = questions([src] * n, [host.format(i + 1) for i in range(n)], [T0 + 9 * n] * n)
     has_time = np.zeros(n, bool) if times is None else np.array(times)
-    event_time = T0 + np.arange(n)
-    return dataclasses.replace(
-        table, rtt=np.linspace(1, 50, n), has_time=has_time, event_time=event_time
-    )
+    time = np.where(has_time, T0 + np.arange(n), NO_TIME)
+    return dataclasses.replace(table, rtt=np.linspace(1, 50, n, dtype=np.float32), time=time)
 
 
 @pytest.mark.parametrize("times", [None, [True] * 3, [True, False, False], [False, True, False]])
@@ -30,7 +28,7 @@ def test_a_prompt_is_one_segment_cut_before_its_result(times, when, asker):
     other = "2001:db8::1" if ":" in asker else "10.0.9.9"
     query = questions([asker], [other], [when])
     prompts = encode_prompts(from_groups(known, np.zeros(3, int), np.zeros(1, int)), query)
-    whole = concatenate([known, dataclasses.replace(query, rtt=np.array([1.0]))])
+    whole = MeasurementTable.concat([known, dataclasses.replace(query, rtt=np.ones(1, np.float32))])
     order = np.tile(np.arange(4, dtype=np.uint8), (4, 1))
     tokens, _ = tokenizer.encode(whole, segment_offsets=np.array([0, 4]), field_order=order)
     found = np.concatenate([prompts.context_tokens, prompts.query_tokens])
@@ -55,12 +53,12 @@ def test_questions_with_and_without_a_context_keep_their_places():
 @pytest.mark.parametrize("make", ["newest", "random"])
 def test_a_context_fits_its_room_and_leaves_none_for_another_measurement(source, make):
     known = history(source, 80, times=[True] * 80)
-    known = dataclasses.replace(known, event_time=T0 + 10**4 * np.arange(80))
-    query, room = take(known, np.array([0])), 300
+    known = dataclasses.replace(known, time=T0 + 10**4 * np.arange(80))
+    query, room = known.slice(0, 1), 300
     if make == "newest":
         contexts = same_source(known, query, max_tokens=room)
     else:
         contexts = random_of_source(known, query, max_tokens=room, seed=0)
     used = encode_prompts(contexts, query).context_lengths()[0]
-    more = tokenizer.BARE_TOKENS[int(known.ip_version[0])] + tokenizer.NEXT_TIME_TOKENS
+    more = tokenizer.BARE_TOKENS[int(known.family[0])] + tokenizer.NEXT_TIME_TOKENS
     assert room - more - 4 < used <= room

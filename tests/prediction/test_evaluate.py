@@ -5,12 +5,13 @@ import numpy as np
 import pytest
 from tiny_runs import SEQ_LEN, write_run
 
+from ping_llm import addresses
+from ping_llm.data.rows import ProbeRows
 from ping_llm.errors import ConfigError
 from ping_llm.ingest.prepare import prepare_data
 from ping_llm.prediction import protocols
 from ping_llm.prediction.contexts import newest_before, random_of_source
 from ping_llm.prediction.evaluate import evaluate
-from ping_llm.prediction.table import read_split, take
 from ping_llm.simulation.simulate import simulate
 
 STATIC = ["global_median", "src_median", "dst_median", "additive", "prefix"]
@@ -54,10 +55,10 @@ def test_contexts_of_a_pair_split_are_training_rows_of_the_source_without_the_pa
     for i in np.flatnonzero(contexts.of_query >= 0)[::20]:
         c = contexts.of_query[i]
         part = slice(contexts.offsets[c], contexts.offsets[c + 1])
-        assert (contexts.measurements.src_addr[part] == task.rows.src_addr[i]).all()
+        assert (contexts.measurements.src[part] == task.rows.src[i]).all()
         assert asked[i] not in given[part]
     assert not contexts.measurements.has_time.any()
-    assert not task.rows.has_time.any()
+    assert not task.questions.has_time.any()
 
 
 def test_of_several_contexts_every_second_is_of_the_destination_where_both_ends_are_known(
@@ -68,25 +69,23 @@ def test_of_several_contexts_every_second_is_of_the_destination_where_both_ends_
         task = task_of(data, n_contexts=3)
         trial = task.trials[None]()
         first = task_of(data).trials[None]().contexts
-        np.testing.assert_array_equal(
-            trial.contexts.measurements.dst_addr, first.measurements.dst_addr
-        )
+        np.testing.assert_array_equal(trial.contexts.measurements.dst, first.measurements.dst)
         assert len(trial.also) == 2
         for i, (queries, contexts) in enumerate(trial.also):
             turned = both_ends and i == 0
-            source = task.rows.dst_addr if turned else task.rows.src_addr
-            np.testing.assert_array_equal(queries.src_addr, source)
+            source = task.rows.dst if turned else task.rows.src
+            np.testing.assert_array_equal(queries.src, source)
             asked, given = protocols.pair_keys(queries), protocols.pair_keys(contexts.measurements)
             np.testing.assert_array_equal(asked, protocols.pair_keys(task.rows))
             assert (contexts.of_query >= 0).any()
             for q in np.flatnonzero(contexts.of_query >= 0)[::20]:
                 c = contexts.of_query[q]
                 part = slice(contexts.offsets[c], contexts.offsets[c + 1])
-                assert (contexts.measurements.src_addr[part] == queries.src_addr[q]).all()
+                assert (contexts.measurements.src[part] == queries.src[q]).all()
                 assert asked[q] not in given[part]
-        drawn = trial.also[1][1].measurements.dst_addr
-        assert drawn.shape != first.measurements.dst_addr.shape or np.any(
-            drawn != first.measurements.dst_addr
+        drawn = trial.also[1][1].measurements.dst
+        assert drawn.shape != first.measurements.dst.shape or np.any(
+            drawn != first.measurements.dst
         )
 
 
@@ -97,9 +96,9 @@ def test_several_contexts_are_for_pairs_only(run, prepared):
 
 def test_sources_of_a_probe_split_are_new_and_their_context_pairs_are_not_scored(prepared):
     task = task_of(prepared["probe"])
-    train = read_split(prepared["probe"], "train")
-    seen = {row.tobytes() for row in np.r_[train.src_addr, train.dst_addr]}
-    assert not any(row.tobytes() in seen for row in task.rows.src_addr)
+    train = ProbeRows(prepared["probe"], "train").to_table()
+    seen = {row.tobytes() for row in np.r_[train.src, train.dst]}
+    assert not any(row.tobytes() in seen for row in task.rows.src)
     scored = protocols.pair_keys(task.rows)
     before = None
     for history in protocols.HISTORIES:
@@ -123,23 +122,23 @@ def test_contexts_in_time_are_the_newest_of_the_source_before_the_question(prepa
     for i in range(0, len(task.rows), 25):
         c = online.of_query[i]
         part = slice(online.offsets[c], online.offsets[c + 1])
-        times = online.measurements.event_time[part]
-        same = (everything.src_addr == task.rows.src_addr[i]).all(axis=1)
-        earlier = same & (everything.event_time < task.rows.event_time[i])
-        expected = np.sort(everything.event_time[earlier])[-len(times) :]
+        times = online.measurements.time[part]
+        same = everything.src == task.rows.src[i]
+        earlier = same & (everything.time < task.rows.time[i])
+        expected = np.sort(everything.time[earlier])[-len(times) :]
         np.testing.assert_array_equal(times, expected)
-        assert (online.measurements.src_addr[part] == task.rows.src_addr[i]).all()
-    train_end = read_split(prepared["time"], "train").event_time.max()
-    assert trial.contexts.measurements.event_time.max() <= train_end
+        assert (online.measurements.src[part] == task.rows.src[i]).all()
+    train_end = ProbeRows(prepared["time"], "train").to_table().time.max()
+    assert trial.contexts.measurements.time.max() <= train_end
     # Questions with the same past share a context, which a model reads once.
     assert len(trial.contexts.offsets) < len(online.offsets)
 
 
 def test_a_context_before_the_first_measurement_is_none(prepared):
-    train = read_split(prepared["pair"], "train")
-    query = take(train, np.array([int(np.argmin(train.event_time))]))
+    train = ProbeRows(prepared["pair"], "train").to_table()
+    query = train.take(np.array([int(np.argmin(train.time))]))
     assert newest_before(train, query, max_tokens=100).of_query.tolist() == [-1]
-    stranger = dataclasses.replace(query, src_addr=np.full((1, 16), 7, np.uint8))
+    stranger = dataclasses.replace(query, src=addresses.from_packed([b"\a" * 16]))
     assert random_of_source(train, stranger, max_tokens=100, seed=0).of_query.tolist() == [-1]
 
 

@@ -4,11 +4,11 @@ import numpy as np
 import pytest
 from tiny_runs import SEQ_LEN, decoder
 
-from ping_llm import tokenizer
+from ping_llm import addresses, tokenizer
 from ping_llm.errors import ConfigError
+from ping_llm.measurements import NO_TIME, MeasurementTable
 from ping_llm.prediction.generate import Grammar, sample
 from ping_llm.prediction.rtt import Predictor, questions
-from ping_llm.prediction.table import no_measurements
 
 
 def walk(lanes, steps, seed, timed):
@@ -35,7 +35,7 @@ def test_a_million_tokens_respect_the_grammar():
         assert len(measurements) == starts
         sources = np.isin(lane[:end], [tokenizer.SRC_IPV4, tokenizer.SRC_IPV6])
         unnamed += starts - np.count_nonzero(sources)
-        assert measurements.event_time.min() >= 0
+        assert measurements.time[measurements.has_time].min() >= 0
         heads |= set(lane[lane < tokenizer.BYTE_0].tolist())
     assert heads == set(range(tokenizer.BYTE_0)) - {tokenizer.THROUGHPUT_START}
     assert unnamed > 1000  # measurements of the source before
@@ -45,13 +45,17 @@ def test_every_encoded_segment_is_allowed():
     """The grammar forbids nothing that training data hold."""
     rng, n = np.random.default_rng(0), 300
     version = rng.choice([4, 6], n).astype(np.int8)
-    addresses = rng.integers(0, 256, (2, n, 16)).astype(np.uint8)
-    addresses[0] = addresses[0, rng.integers(0, 3, n) + 3 * (version == 6)]  # sources repeat
-    addresses[:, version == 4, :12] = np.frombuffer(tokenizer.IPV4_PREFIX, np.uint8)
+    packed = rng.integers(0, 256, (2, n, 16)).astype(np.uint8)
+    packed[0] = packed[0, rng.integers(0, 3, n) + 3 * (version == 6)]  # sources repeat
+    packed[:, version == 4, :12] = np.frombuffer(addresses.MAPPED_PREFIX, np.uint8)
     times = 10**9 + np.cumsum(rng.choice([0, 3, 200, 10**5], n))
     times[100] = 5
-    measurements = tokenizer.Measurements(
-        times, rng.random(n) < 0.7, addresses[0], addresses[1], version, rng.uniform(-5, 300, n)
+    measurements = MeasurementTable(
+        time=np.where(rng.random(n) < 0.7, times, NO_TIME),
+        src=addresses.from_bytes(packed[0]),
+        dst=addresses.from_bytes(packed[1]),
+        family=version,
+        rtt=rng.uniform(-5, 300, n).astype(np.float32),
     )
     order = np.array([rng.permutation(4) for _ in range(n)], np.uint8)
     ids, _ = tokenizer.encode(measurements, segment_offsets=np.array([0, n]), field_order=order)
@@ -63,12 +67,12 @@ def test_every_encoded_segment_is_allowed():
 
 def test_samples_are_as_many_as_asked_and_repeat_with_the_seed():
     predictor = Predictor(*decoder(), max_tokens=96)
-    first = sample(predictor, 70, history=no_measurements(), seed=1)
-    again = sample(predictor, 70, history=no_measurements(), seed=1)
+    first = sample(predictor, 70, history=MeasurementTable.empty(), seed=1)
+    again = sample(predictor, 70, history=MeasurementTable.empty(), seed=1)
     assert len(first) == 70
-    for name in ("event_time", "src_addr", "rtt", "has_time"):
+    for name in ("time", "src", "rtt"):
         np.testing.assert_array_equal(getattr(first, name), getattr(again, name))
-    other = sample(predictor, 70, history=no_measurements(), seed=2)
+    other = sample(predictor, 70, history=MeasurementTable.empty(), seed=2)
     assert not np.array_equal(first.rtt, other.rtt)
 
 
@@ -76,14 +80,14 @@ def test_samples_go_on_from_a_history():
     """Times given as differences are counted from the last one of the history."""
     predictor = Predictor(*decoder(), max_tokens=SEQ_LEN)
     history = questions(["10.0.0.1"] * 9, [f"10.0.1.{i}" for i in range(9)], [10**9] * 9)
-    history = dataclasses.replace(history, rtt=np.full(9, 20.0))
+    history = dataclasses.replace(history, rtt=np.full(9, 20, np.float32))
     found = sample(predictor, 100, history=history)
-    near = found.has_time & (np.abs(found.event_time - 10**9) < 10**6)
+    near = found.has_time & (np.abs(found.time - 10**9) < 10**6)
     assert near.any()
-    assert not (found.dst_addr == history.dst_addr[0]).all(axis=1).any()  # not what was given
+    assert not (found.dst == history.dst[0]).any()  # not what was given
 
 
 def test_sequences_too_short_to_sample_in_are_refused():
     predictor = Predictor(*decoder(), max_tokens=40)
     with pytest.raises(ConfigError, match="40 tokens are too short"):
-        sample(predictor, 1, history=no_measurements())
+        sample(predictor, 1, history=MeasurementTable.empty())

@@ -10,11 +10,11 @@ from tiny_runs import SEQ_LEN, decoder
 from ping_llm import tokenizer
 from ping_llm.errors import DataError
 from ping_llm.estimators.pairs import Nodes
+from ping_llm.measurements import NO_TIME
 from ping_llm.prediction import rtt as rtt_module
 from ping_llm.prediction.contexts import from_groups, no_contexts
 from ping_llm.prediction.distribution import VALUES_MS
 from ping_llm.prediction.rtt import Predictor, questions
-from ping_llm.prediction.table import take
 from ping_llm.tokenizer import BYTE_0, FAILED, RTT_START
 
 
@@ -31,10 +31,10 @@ def asked(n, *, six=False, times=None):
 
 def measured(n, *, first=1_600_000_000, timed=True):
     table = asked(n)
-    rtt = np.linspace(5, 50, n)
+    rtt = np.linspace(5, 50, n, dtype=np.float32)
     rtt[n // 2] = -1
     times = first + 60 * np.arange(n)
-    return dataclasses.replace(table, rtt=rtt, event_time=times, has_time=np.full(n, timed))
+    return dataclasses.replace(table, rtt=rtt, time=times if timed else np.full(n, NO_TIME))
 
 
 def whole_model(tokens):
@@ -59,11 +59,11 @@ def test_the_distribution_is_the_products_of_the_whole_models_probabilities(pred
     ((_, found),) = predictor.distributions(query, contexts)
 
     order = np.tile(np.arange(4, dtype=np.uint8), (3, 1))
-    both = [history.rtt[[0, 3]], [10.0]]
+    both = [history.rtt[[0, 3]], np.float32([10])]
     whole = dataclasses.replace(
-        take(history, np.array([0, 3, 0])),
-        event_time=np.r_[history.event_time[[0, 3]], query.event_time],
-        dst_addr=np.r_[history.dst_addr[[0, 3]], query.dst_addr],
+        history.take(np.array([0, 3, 0])),
+        time=np.r_[history.time[[0, 3]], query.time],
+        dst=np.r_[history.dst[[0, 3]], query.dst],
         rtt=np.concatenate(both),
     )
     ids, _ = tokenizer.encode(whole, segment_offsets=np.array([0, 3]), field_order=order)
@@ -96,17 +96,17 @@ def test_probabilities_sum_to_one(predictor):
 
 def test_answers_do_not_depend_on_what_else_is_asked_nor_on_the_order(predictor):
     queries = asked(20, times=[None, 1_600_000_000] * 10)
-    history = take(measured(9), np.arange(9) % 3 != 2)  # the third source has none
+    history = measured(9).take(np.arange(9) % 3 != 2)  # the third source has none
     order = np.random.default_rng(0).permutation(20)
     together = predictor.predict(queries, predictor.contexts(history, queries))
-    mixed = take(queries, order)
+    mixed = queries.take(order)
     shuffled = predictor.predict(mixed, predictor.contexts(history, mixed))
     for name in ("quantiles_ms", "mean_ms", "p_failed", "history"):
         np.testing.assert_allclose(
             getattr(shuffled, name), getattr(together, name)[order], rtol=1e-5, err_msg=name
         )
     for i in (0, 7):
-        single = take(queries, np.array([i]))
+        single = queries.take(np.array([i]))
         alone = predictor.predict(single, predictor.contexts(history, single))
         np.testing.assert_allclose(alone.quantiles_ms[0], together.quantiles_ms[i], rtol=1e-5)
         np.testing.assert_allclose(alone.p_failed[0], together.p_failed[i], rtol=1e-5)
@@ -132,7 +132,7 @@ def test_second_bytes_of_some_questions_are_those_of_all(predictor):
 
 def test_pooled_answers_are_means_of_the_answers_whatever_is_asked_together(predictor, monkeypatch):
     query, history = asked(7), measured(9)
-    turned = dataclasses.replace(query, src_addr=query.dst_addr, dst_addr=query.src_addr)
+    turned = dataclasses.replace(query, src=query.dst, dst=query.src)
     ways = [(query, predictor.contexts(history, query)), (turned, no_contexts(7))]
 
     def probability(answers):
@@ -151,7 +151,7 @@ def test_pooled_answers_are_means_of_the_answers_whatever_is_asked_together(pred
 
 def test_the_likelihood_of_a_measurement_is_its_probability(predictor, monkeypatch):
     monkeypatch.setattr(rtt_module, "TAIL", 0.0)
-    table = dataclasses.replace(asked(3), rtt=np.array([12.5, -1.0, 300.0]))
+    table = dataclasses.replace(asked(3), rtt=np.array([12.5, -1, 300], np.float32))
     ((_, found),) = predictor.distributions(table)
     likelihood = predictor.log_likelihood(table)
     assert likelihood[1] == pytest.approx(np.log(found.p_failed[1]), rel=1e-4)
@@ -162,12 +162,12 @@ def test_the_likelihood_of_a_measurement_is_its_probability(predictor, monkeypat
 
 
 def test_a_context_keeps_the_newest_measurements_that_fit(predictor):
-    history = take(measured(60), np.arange(0, 60, 3))  # 20 of the first source
+    history = measured(60).take(np.arange(0, 60, 3))  # 20 of the first source
     query = asked(1, times=[1_600_009_999])
     contexts = predictor.contexts(history, query)
     room = SEQ_LEN - rtt_module.QUESTION_TOKENS
     assert contexts.lengths().tolist() == [(room - 5 - 4) // (9 + 5)]
-    assert contexts.measurements.event_time.max() == history.event_time.max()
+    assert contexts.measurements.time.max() == history.time.max()
 
 
 def test_a_question_in_another_family_than_its_history_or_without_a_time_is_answered(predictor):
@@ -181,9 +181,7 @@ def test_a_question_in_another_family_than_its_history_or_without_a_time_is_answ
 
 def test_addresses_outside_training_are_flagged():
     known = asked(2)
-    predictor = Predictor(
-        *decoder(), max_tokens=SEQ_LEN, known=Nodes(known.src_addr, known.dst_addr)
-    )
+    predictor = Predictor(*decoder(), max_tokens=SEQ_LEN, known=Nodes(known.src, known.dst))
     src, dst = predictor.unseen(asked(4))
     assert src is not None
     assert dst is not None
@@ -195,11 +193,9 @@ def test_addresses_outside_training_are_flagged():
 def test_unseen_sources_are_asked_as_hidden_and_only_by_what_they_measured():
     def answers(asker, *, hide):
         query = questions([asker] * 2, ["10.0.0.100", "10.0.0.101"])
-        history = dataclasses.replace(
-            take(query, np.array([0])), rtt=np.array([7.0]), has_time=np.array([False])
-        )
+        history = dataclasses.replace(query.slice(0, 1), rtt=np.array([7.0], np.float32))
         known = questions(["10.0.0.1"], ["10.0.0.100"])
-        nodes = Nodes(known.src_addr, known.dst_addr)
+        nodes = Nodes(known.src, known.dst)
         predictor = Predictor(*decoder(), max_tokens=SEQ_LEN, known=nodes, hide_unseen=hide)
         predictions = predictor.predict(query, predictor.contexts(history, query))
         assert predictions.history.tolist() == [1, 1]
