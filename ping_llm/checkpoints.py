@@ -1,45 +1,36 @@
 """Checkpoints of a run: written in the background, whole or not at all, read onto any mesh.
 
-A checkpoint holds named trees of arrays and a JSON object of notes. Arrays are stored by the name
-of their place in the tree, so that what is on disk knows nothing of Flax's and Optax's classes.
+A checkpoint holds named trees of arrays and a JSON object of notes. Arrays are stored by their
+paths in the tree, so that what is on disk knows nothing of Flax's and Optax's classes.
 """
 
-import dataclasses
-import json
 import shutil
-import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 import orbax.checkpoint as ocp
-from flax import nnx
-from orbax.checkpoint import checkpoint_managers as policies
 
-from ping_llm import tokenizer
-from ping_llm.errors import CheckpointError, ConfigError, StorageError
-from ping_llm.models.config import DecoderConfig
-from ping_llm.models.decoder import Decoder
-from ping_llm.models.safetensors import SafetensorsFile
+from ping_llm.errors import CheckpointError
+from ping_llm.models.trees import by_path, check_shapes
 
 TREES = ("params", "opt_state")
 _NOTES = "notes"
 _OBJECTIVE = "valid_objective"  # among the notes
-EXPORTED = "model.safetensors"
 
 
-class _Best:
-    """Orbax's way to ask which checkpoints stay: the one of the lowest valid objective does."""
+class _Preservation:
+    """Orbax's way to ask which checkpoints stay."""
 
     def __init__(self, of: "Checkpoints"):
         self._of = of
 
     def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
         del context
-        best = self._of.best()
-        return [checkpoint.step == best for checkpoint in checkpoints]
+        kept = self._of.kept()
+        return [checkpoint.step in kept for checkpoint in checkpoints]
 
 
 class Checkpoints:
@@ -49,21 +40,32 @@ class Checkpoints:
     arrays are copied; a failure to write is raised by the next `save`, `wait` or exit.
     """
 
-    def __init__(self, directory: str | Path, *, keep: int | None):
+    def __init__(
+        self,
+        directory: Path,
+        *,
+        keep: int | None,
+        elsewhere: Mapping[int, float | None] | None = None,
+        on_saved: Callable[[int, Mapping[int, float | None]], None] | None = None,
+    ):
         """Opens `directory`, made where there is none.
 
         Args:
             directory: Where they are.
             keep: Number of newest checkpoints to keep, besides the best; None: for reading; opening
                 changes nothing.
+            elsewhere: Valid objectives, by step, of further checkpoints that are not in
+                `directory`, but count for which are kept.
+            on_saved: Called in the background with the step of each finished checkpoint and the
+                objectives of those to keep; the next save waits for it.
         """
-        self.directory = Path(directory).absolute()
-        self._objectives: dict[int, float] = {}  # of the checkpoints that have one
+        self.directory = directory.absolute()
+        self._keep, self._on_saved = keep, on_saved
+        self._objectives: dict[int, float | None] = dict(elsewhere or {})
+        self._pool = ThreadPoolExecutor(1)
+        self._saved: Future[None] | None = None  # what `on_saved` still does
         options = ocp.CheckpointManagerOptions(
-            preservation_policy=policies.AnyPreservationPolicy(
-                [policies.LatestN(keep), _Best(self)]
-            ),
-            create=keep is not None,
+            preservation_policy=_Preservation(self), create=keep is not None
         )
         handlers: dict[str, ocp.CheckpointHandler] = {
             **{name: ocp.StandardCheckpointHandler() for name in TREES},
@@ -78,8 +80,7 @@ class Checkpoints:
                 self.directory, options=options, item_handlers=handlers
             )
             for step in self._manager.all_steps():
-                if (objective := self._read_objective(step)) is not None:
-                    self._objectives[step] = objective
+                self._objectives[step] = self._read_objective(step)
         except Exception as error:  # Orbax and TensorStore raise many kinds
             raise CheckpointError(f"{directory}: cannot be opened: {_line(error)}") from error
 
@@ -92,6 +93,8 @@ class Checkpoints:
         except Exception as error:
             if kind is None:  # else the error on its way says more
                 raise self._failed(error) from error
+        finally:
+            self._pool.shutdown()
 
     def _read_objective(self, step: int) -> float | None:
         only_notes = ocp.args.Composite(**{_NOTES: ocp.args.JsonRestore()})
@@ -106,8 +109,12 @@ class Checkpoints:
 
     def best(self) -> int | None:
         """Returns the step of the lowest valid objective, or the newest where none has one."""
-        objectives = self._objectives
-        return min(objectives, key=objectives.__getitem__) if objectives else self.latest()
+        return best_step(self._objectives) if self._objectives else None
+
+    def kept(self) -> dict[int, float | None]:
+        """Returns the valid objective of each checkpoint that is to be kept, by its step."""
+        steps = {*sorted(self._objectives)[-(self._keep or 0) :], self.best()}
+        return {step: value for step, value in self._objectives.items() if step in steps}
 
     def save(
         self,
@@ -126,22 +133,37 @@ class Checkpoints:
             notes: What JSON can hold.
             objective: What is minimised, on the valid split at this step, where it is known.
         """
-        if objective is not None:
-            self._objectives[step] = objective
+        self.wait()
+        self._objectives = {**self._objectives, step: objective}
+        self._objectives = self.kept()
         notes = {**notes, _OBJECTIVE: objective}
-        items = {name: ocp.args.StandardSave(_by_place(tree)) for name, tree in trees.items()}
+        items = {name: ocp.args.StandardSave(by_path(tree)) for name, tree in trees.items()}
         args = ocp.args.Composite(**items, **{_NOTES: ocp.args.JsonSave(notes)})
         try:
             self._manager.save(step, args=args, force=True)
         except Exception as error:
             raise self._failed(error) from error
+        if self._on_saved is not None:
+            self._saved = self._pool.submit(self._after_save, step, self._on_saved)
+
+    def _after_save(
+        self, step: int, on_saved: Callable[[int, Mapping[int, float | None]], None]
+    ) -> None:
+        self._manager.wait_until_finished()
+        on_saved(step, self._objectives)
 
     def wait(self) -> None:
-        """Returns when everything is written."""
+        """Returns when all checkpoints are written, and `on_saved` has returned.
+
+        Raises:
+            CheckpointError: One could not be written.
+        """
         try:
             self._manager.wait_until_finished()
         except Exception as error:
             raise self._failed(error) from error
+        if self._saved is not None:
+            self._saved.result()
 
     def restore(self, step: int, trees: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
         """Returns (trees, notes) of a checkpoint.
@@ -152,14 +174,15 @@ class Checkpoints:
                 Trees of the checkpoint that are not named are not read.
         """
         where = self.directory / str(step)
-        wanted = {name: _by_place(tree) for name, tree in trees.items()}
+        wanted = {name: by_path(tree) for name, tree in trees.items()}
         try:
             stored = self._manager.item_metadata(step)
-            shapes = {name: stored[name].tree if stored[name] else {} for name in wanted}
+            trees_stored = {name: stored[name].tree if stored[name] else {} for name in wanted}
         except Exception as error:
             raise _unreadable(where, error) from error
         for name in wanted:
-            _check_shapes(where, wanted[name], shapes[name])
+            shapes = {path: leaf.shape for path, leaf in trees_stored[name].items()}
+            check_shapes(where, wanted[name], shapes)
         items = {name: ocp.args.StandardRestore(tree) for name, tree in wanted.items()}
         args = ocp.args.Composite(**items, **{_NOTES: ocp.args.JsonRestore()})
         try:
@@ -168,7 +191,7 @@ class Checkpoints:
             raise _unreadable(where, error) from error
         restored = {
             name: jax.tree.unflatten(
-                jax.tree.structure(tree), [read[name][at] for at in wanted[name]]
+                jax.tree.structure(tree), [read[name][path] for path in wanted[name]]
             )
             for name, tree in trees.items()
         }
@@ -183,152 +206,10 @@ class Checkpoints:
         )
 
 
-def load_run(run: str | Path) -> tuple[dict[str, Any], Any, Any]:
-    """Returns (config, graphdef, params): `config.json` of a run and its best decoder.
-
-    Which is that of the lowest valid objective among the checkpoints, or the newest one where none
-    has a valid objective.
-
-    The run may be in training meanwhile; nothing of it is changed. What `export_run` wrote is read
-    the same way.
-
-    Raises:
-        CheckpointError: `run` is no run, has no checkpoint yet, is damaged, or was trained on
-            another version of the token language.
-    """
-    path = Path(run) / "config.json"
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-        cfg = DecoderConfig.from_json(config["model"])
-    except FileNotFoundError:
-        raise CheckpointError(
-            f"{run} is not a run: it has no config.json; make one with `ping-llm train`"
-        ) from None
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{path} is damaged: {_line(error)}; restore it") from None
-    check_language(run, config)
-    graphdef, shapes = nnx.split(nnx.eval_shape(lambda: Decoder(cfg, rngs=nnx.Rngs(0))))
-    place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    abstract = jax.tree.map(
-        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place), shapes
-    )
-    exported = Path(run) / EXPORTED
-    if exported.exists():
-        return config, graphdef, _read_exported(exported, abstract)
-    checkpoints = Path(run) / "checkpoints"
-    if not checkpoints.is_dir():
-        raise CheckpointError(f"{run} has no checkpoint yet; train it for some steps first")
-    with Checkpoints(checkpoints, keep=None) as stored:
-        step = stored.best()
-        if step is None:
-            raise CheckpointError(f"{run} has no checkpoint yet; train it for some steps first")
-        trees, _ = stored.restore(step, {"params": abstract})
-    return config, graphdef, trees["params"]
-
-
-@dataclasses.dataclass(frozen=True)
-class ExportResult:
-    """What an export holds.
-
-    Attributes:
-        parameters: Number of parameters.
-        bytes: Size of their file.
-        output: The directory.
-    """
-
-    parameters: int
-    bytes: int
-    output: str
-
-
-def export_run(run: str | Path, output: str | Path) -> ExportResult:
-    """Writes a run's best decoder as one safetensors file beside its config.
-
-    The directory can stand for the run wherever one is read: `predict`, `evaluate`, `generate`,
-    `extract-activations`. Exporting again what is there already changes nothing.
-
-    Raises:
-        CheckpointError: `run` cannot be read.
-        ConfigError: `output` holds something else.
-        StorageError: `output` cannot be written.
-    """
-    from safetensors.numpy import save
-
-    config, _, params = load_run(run)
-    tensors = {name: np.asarray(leaf) for name, leaf in _by_name(params).items()}
-    content = {
-        EXPORTED: save(tensors, metadata={"format": "ping-llm"}),
-        "config.json": (json.dumps(config, indent=2) + "\n").encode(),
-    }
-    output = Path(output)
-    try:
-        if output.is_dir() and any(output.iterdir()):
-            held = {path.name: path.read_bytes() for path in output.iterdir() if path.is_file()}
-            if held != content:
-                raise ConfigError(f"{output} is not empty and holds another model; choose another")
-        else:
-            output.parent.mkdir(parents=True, exist_ok=True)
-            building = Path(tempfile.mkdtemp(dir=output.parent, prefix=f".{output.name}."))
-            try:
-                for name, data in content.items():
-                    (building / name).write_bytes(data)
-                building.chmod(0o755)
-                building.replace(output)  # in one move: whoever sees it sees it whole
-            finally:
-                shutil.rmtree(building, ignore_errors=True)
-    except OSError as error:
-        raise StorageError(f"{output}: cannot be written: {error.strerror}") from None
-    parameters = sum(tensor.size for tensor in tensors.values())
-    return ExportResult(parameters, len(content[EXPORTED]), str(output))
-
-
-def _by_name(params: Any) -> dict[str, Any]:
-    """Returns parameters by the names they have in an export, such as `blocks.mlp.up.kernel`."""
-    return {place.removesuffix(".value"): leaf for place, leaf in _by_place(params).items()}
-
-
-def _read_exported(path: Path, abstract: Any) -> Any:
-    names = _by_name(abstract)
-    with SafetensorsFile(path) as file:
-        stored = {
-            name: jax.ShapeDtypeStruct(shape, file.dtypes[name])
-            for name, shape in file.shapes.items()
-        }
-        _check_shapes(path, names, stored)
-        values = [
-            jax.device_put(file.read(name).astype(leaf.dtype), leaf.sharding)
-            for name, leaf in names.items()
-        ]
-    return jax.tree.unflatten(jax.tree.structure(abstract), values)
-
-
-def check_language(run: str | Path, config: Mapping[str, Any]) -> None:
-    """Raises a `CheckpointError` where the run of `config` was trained on other tokens."""
-    version = config.get("language_version", 1)
-    if version != tokenizer.LANGUAGE_VERSION:
-        raise CheckpointError(
-            f"{run} was trained on version {version} of the token language, this is version "
-            f"{tokenizer.LANGUAGE_VERSION}; train it again"
-        )
-
-
-def _by_place(tree: Any) -> dict[str, Any]:
-    leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
-    return {jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in leaves}
-
-
-def _check_shapes(where: Path, wanted: Mapping[str, Any], stored: Mapping[str, Any]) -> None:
-    if missing := sorted(wanted.keys() - stored.keys()):
-        raise CheckpointError(f"{where} lacks {missing[0]}; it is of another model or damaged")
-    if extra := sorted(stored.keys() - wanted.keys()):
-        raise CheckpointError(f"{where} holds {extra[0]}, which this model does not have")
-    for place, leaf in wanted.items():
-        if tuple(stored[place].shape) != tuple(leaf.shape):
-            have, want = tuple(stored[place].shape), tuple(leaf.shape)
-            raise CheckpointError(
-                f"{where}: {place} has shape {have}, this model's has {want}; "
-                "load it with the settings it was trained with"
-            )
+def best_step(objectives: Mapping[int, float | None]) -> int:
+    """Returns the step of the lowest objective, or the newest where none is known."""
+    known = {step: value for step, value in objectives.items() if value is not None}
+    return min(known, key=known.__getitem__) if known else max(objectives)
 
 
 def _unreadable(where: Path, error: Exception) -> CheckpointError:

@@ -1,15 +1,19 @@
 """Devices: the mesh, where each kind of array lives, how several processes join, peak memory."""
 
+import contextlib
 import os
-from collections.abc import Mapping
+import secrets
+from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from ping_llm.errors import ConfigError
+from ping_llm.errors import ConfigError, PingLLMError
 from ping_llm.resources import peak_rss_bytes
 
 MESH_AXES = ("data", "fsdp", "tensor")
@@ -137,6 +141,40 @@ def start_processes(
 def _in_cluster() -> bool:
     values = (os.environ.get(name, "") for name in _CLUSTER_VARIABLES)
     return any(value not in ("", "1", "localhost") for value in values)
+
+
+@contextlib.contextmanager
+def by_first_process() -> Iterator[bool]:
+    """Yields whether this is the first process, which alone acts; its error is raised in all."""
+    error: PingLLMError | None = None
+    try:
+        yield jax.process_index() == 0
+    except PingLLMError as raised:
+        error = raised
+    if jax.process_count() > 1:
+        said = np.frombuffer(str(error or "").encode()[:2000].ljust(2000, b"\0"), np.uint8)
+        text = multihost_utils.broadcast_one_to_all(said).tobytes().rstrip(b"\0")
+        if text and error is None:
+            error = ConfigError(text.decode(errors="replace"))
+    if error is not None:
+        raise error
+
+
+def check_shared(directory: Path) -> None:
+    """Raises a `ConfigError` unless all processes see the files that the first one writes there."""
+    token = int(multihost_utils.broadcast_one_to_all(np.int32(secrets.randbits(31))))
+    path = directory / f".shared-{token}"
+    if jax.process_index() == 0:
+        path.touch()
+    multihost_utils.sync_global_devices("shared")
+    sees = multihost_utils.process_allgather(np.int32(path.exists()))
+    if jax.process_index() == 0:
+        path.unlink()
+    if not np.all(sees):
+        raise ConfigError(
+            f"the processes do not share {directory}; set XDG_CACHE_HOME to a directory that all "
+            "of them see, or choose an output on a file system that all of them see"
+        )
 
 
 def peak_device_bytes() -> int:

@@ -266,6 +266,20 @@ class Location:
         except OSError as error:
             raise StorageError(f"{self} cannot be written: {error}") from None
 
+    def download(self, local: Path) -> None:
+        """Copies the content of this file to a local path, whose directory is made if need be.
+
+        Raises:
+            StorageError: It is absent, or cannot be read or written.
+        """
+        local.parent.mkdir(parents=True, exist_ok=True)
+        with self.open_input() as source:
+            try:
+                with open(local, "wb") as sink:
+                    shutil.copyfileobj(source, sink, 8 << 20)
+            except OSError as error:
+                raise StorageError(f"{self} cannot be copied to {local}: {error}") from None
+
     def remove(self) -> None:
         """Deletes a file, or a directory with all below it; nothing need be there.
 
@@ -301,7 +315,7 @@ class Location:
             repr(self._listing()).encode() if identity is None else (self / identity).read_bytes()
         )
         key = hashlib.sha256(self.url.encode() + b"\0" + content)
-        root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ping-llm"
+        root = cache_root()
         target = root / key.hexdigest()[:24]
         if target.is_dir():
             return target
@@ -312,9 +326,7 @@ class Location:
                 copy = Location.of(building)
                 for name in file.location.url.removeprefix(f"{self.url}/").split("/"):
                     copy = copy.child(name)
-                copy.path.parent.mkdir(parents=True, exist_ok=True)
-                with file.location.open_input() as source, open(copy.path, "wb") as sink:
-                    shutil.copyfileobj(source, sink, 8 << 20)
+                file.location.download(copy.path)
             building.rename(target)
         except OSError as error:
             if not target.is_dir():  # else: another process was first, with the same content
@@ -326,6 +338,11 @@ class Location:
     def kv(self) -> "KeyValueStore":
         """Returns the small values below this location."""
         return KeyValueStore(self)
+
+
+def cache_root() -> Path:
+    """Returns the user's cache directory for this package; it need not exist."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ping-llm"
 
 
 @dataclasses.dataclass(frozen=True)

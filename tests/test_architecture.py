@@ -27,6 +27,7 @@ LEVELS = [
     {"tokenizer", "models", "report"},
     {"activations", "estimators", "simulation"},
     {"data", "checkpoints"},
+    {"runs"},
     {"ingest", "training", "extraction"},
     {"prediction", "inspection"},
     {"bench"},

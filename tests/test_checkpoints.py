@@ -11,8 +11,10 @@ from jax.sharding import PartitionSpec as P
 from safetensors.numpy import load_file
 
 from ping_llm import sharding
-from ping_llm.checkpoints import Checkpoints, export_run, load_run
+from ping_llm.checkpoints import Checkpoints
 from ping_llm.errors import CheckpointError, ConfigError
+from ping_llm.runs import load_run
+from ping_llm.training.export import export_run
 
 ROWS = 512
 
@@ -158,10 +160,10 @@ def test_an_export_loads_like_the_run_bit_for_bit(exported):
     run, output, result = exported
     assert result.parameters == tiny_runs.CONFIG.parameter_count()
     assert sorted(path.name for path in output.iterdir()) == ["config.json", "model.safetensors"]
-    (config, graphdef, params), (other_config, other_graphdef, other) = map(load_run, (run, output))
-    assert config == other_config
-    assert graphdef == other_graphdef
-    jax.tree.map(np.testing.assert_array_equal, params, other)
+    of_run, of_export = load_run(run), load_run(output)
+    assert of_run.config == of_export.config
+    assert of_run.graphdef == of_export.graphdef
+    jax.tree.map(np.testing.assert_array_equal, of_run.params, of_export.params)
 
 
 def test_an_export_is_read_by_the_safetensors_library_under_plain_names(exported):
@@ -177,7 +179,7 @@ def test_exporting_again_changes_nothing_and_onto_something_else_is_refused(expo
     assert export_run(output, output) == result
     assert before == {path: path.stat().st_mtime_ns for path in output.iterdir()}
     (output / "thesis.tex").write_text("years of work")
-    with pytest.raises(ConfigError, match="is not empty and holds another model"):
+    with pytest.raises(ConfigError, match="exists and is not empty; choose another output"):
         export_run(run, output)
 
 

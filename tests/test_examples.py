@@ -8,12 +8,10 @@ import click
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-from tiny_runs import write_run
+from tiny_runs import train_settings, write_run
 
 from ping_llm.cli import cli
-from ping_llm.data.windows import WindowConfig
 from ping_llm.simulation.simulate import simulate
-from ping_llm.training.config import load_config
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 
@@ -75,8 +73,8 @@ def test_ripe_atlas_results_become_a_report(tmp_path, capsys):
 
 
 def test_the_settings_for_rtt_prediction_are_settings():
-    cfg = load_config(config_file=EXAMPLES / "rtt_prediction.toml")
-    assert cfg.law == WindowConfig(result_last_fraction=1.0, untimed_fraction=0.9)
+    cfg = train_settings(config_file=EXAMPLES / "rtt_prediction.toml")
+    assert (cfg.result_last_fraction, cfg.untimed_fraction) == (1.0, 0.9)
     assert (cfg.optimizer, cfg.model.d_model) == ("muon", 256)
 
 

@@ -15,7 +15,9 @@ from ping_llm.data.windows import DEFAULTS
 from ping_llm.measurements import MeasurementTable
 from ping_llm.models.config import DecoderConfig
 from ping_llm.models.decoder import Decoder
+from ping_llm.settings import load
 from ping_llm.tokenizer import LANGUAGE_VERSION
+from ping_llm.training.settings import TrainSettings
 
 CONFIG = DecoderConfig(
     vocab_size=267,
@@ -34,6 +36,12 @@ def questions(src, dst, times=None) -> MeasurementTable:
     """Returns questions from each of `src` to the `dst` beside it."""
     columns = {"src_addr": src, "dst_addr": dst, "event_time": times or [None] * len(src)}
     return MeasurementTable.from_arrow(columns, questions=True)
+
+
+def train_settings(*overrides: str, config_file: Path | None = None, **flags) -> TrainSettings:
+    """Returns the settings of a training that nobody starts."""
+    flags = {"data": "rows", "output": "run", **flags}
+    return load(TrainSettings, config_file=config_file, overrides=overrides, flags=flags)
 
 
 @functools.cache

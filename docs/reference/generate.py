@@ -4,7 +4,6 @@ A test compares the pages with what this makes, so they stay true.
 """
 
 import inspect
-import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -171,25 +170,19 @@ def config_page() -> str:
 
 def _configured() -> list[tuple[str, type]]:
     """Returns the commands that take a file, with their settings."""
-    configured = [
+    return [
         (words, command.settings_class)
         for words, command in commands()
         if isinstance(command, SettingsCommand) and settings.takes_file(command.settings_class)
     ]
-    if "train" not in dict(configured):
-        from ping_llm.training.config import TrainConfig
-
-        configured.append(("train", TrainConfig))
-    return configured
 
 
 def _fields(cls: type) -> list[str]:
-    """Returns a table of the settings of a class; what they are may stand in its docstring."""
-    texts = attributes(cls)
+    """Returns a table of the settings of a class."""
     described = [each for each in settings.describe(cls) if not each.is_table]
     headers = ["setting", "type", "default", ""]
     rows = [
-        [f"`{each.name}`", _kind(each), _default(each) or "`false`", each.help or texts[each.name]]
+        [f"`{each.name}`", _kind(each), _default(each) or "`false`", each.help]
         for each in described
     ]
     if any(each.changeable for each in described):
@@ -209,18 +202,16 @@ def _tables(cls: type, prefix: str = "") -> Iterator[tuple[str, type]]:
 
 def _flat(values: dict, prefix: str = "") -> Iterator[tuple[str, object]]:
     for name, value in values.items():
+        if isinstance(value, settings.Settings):
+            fields = {
+                each.name: getattr(value, each.name) for each in settings.describe(type(value))
+            }
+            defaults = {each.name: each.default for each in settings.describe(type(value))}
+            value = {key: field for key, field in fields.items() if field != defaults[key]}
         if isinstance(value, dict):
             yield from _flat(value, f"{prefix}{name}.")
         else:
             yield prefix + name, value
-
-
-def attributes(cls: type) -> dict[str, str]:
-    """Returns what a class docstring's `Attributes:` section says of each attribute."""
-    section = inspect.cleandoc(cls.__doc__ or "").partition("Attributes:\n")[2]
-    entries = re.split(r"\n    (?=\w+: )", "\n" + section.split("\n\n")[0])
-    pairs = (entry.strip().partition(": ") for entry in entries if entry.strip())
-    return {name: re.sub(r"\s+", " ", text).replace("|", "\\|") for name, _, text in pairs}
 
 
 PAGES = {"cli.md": cli_page, "configuration.md": config_page}

@@ -10,8 +10,8 @@ import numpy as np
 from ping_llm import settings, sharding
 from ping_llm.bench.settings import BenchTrainSettings
 from ping_llm.training import flops
-from ping_llm.training.config import TrainConfig
 from ping_llm.training.optimizer import make_optimizer
+from ping_llm.training.settings import TrainSettings
 from ping_llm.training.step import init_state, make_train_step
 
 WARM_UP_STEPS = 2
@@ -109,8 +109,12 @@ def bench_train(chosen: BenchTrainSettings) -> BenchTrainResult:
 def _own_step(
     chosen: BenchTrainSettings, inputs: np.ndarray, targets: np.ndarray
 ) -> Callable[[], None]:
-    cfg = TrainConfig(
-        preset="bench", model=chosen.model, batch_size=chosen.batch_size, seq_len=chosen.seq_len
+    cfg = TrainSettings(
+        data="random tokens",
+        output="none",
+        model=chosen.model,
+        batch_size=chosen.batch_size,
+        seq_len=chosen.seq_len,
     )
     mesh, tx = sharding.make_mesh(), make_optimizer(cfg)
     sharding.batch_share(mesh, cfg.batch_size)  # refuses a batch that the devices cannot share

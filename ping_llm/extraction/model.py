@@ -11,7 +11,6 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
-from ping_llm.checkpoints import load_run
 from ping_llm.data import windows
 from ping_llm.errors import ConfigError
 from ping_llm.extraction.records import sample_fingerprint
@@ -21,6 +20,8 @@ from ping_llm.models import huggingface
 from ping_llm.models.config import SITES, DecoderConfig
 from ping_llm.models.decoder import Decoder
 from ping_llm.progress import progress
+from ping_llm.runs import load_run
+from ping_llm.settings import from_json
 from ping_llm.storage import Location, StoredFile
 
 DEFAULT_MAX_LENGTH = 2048
@@ -57,7 +58,7 @@ class ModelSource:
     @functools.cached_property
     def run_params(self) -> Any:
         """The parameters of a run."""
-        return load_run(self.name)[2]
+        return load_run(self.name).params
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -107,7 +108,7 @@ def open_model(model: str) -> ModelSource:
     if "model" in fields and "train" in fields:
         if jax.process_count() > 1:
             raise ConfigError(f"{model} is a run; runs are small, and read by one process each")
-        shape, train = DecoderConfig.from_json(fields["model"]), fields["train"]
+        shape, train = from_json(DecoderConfig, fields["model"]), fields["train"]
         return ModelSource(model, None, shape, train["seq_len"], windows.WindowConfig.of(train))
     directory = huggingface.resolve(model)
     shape = huggingface.read_config(directory)

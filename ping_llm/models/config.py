@@ -1,116 +1,96 @@
 """The shape of a decoder. Two models may differ here and nowhere else."""
 
-import dataclasses
-from collections.abc import Mapping
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
 from ping_llm.errors import ConfigError
+from ping_llm.settings import Settings, field
 
 Dtype = Literal["float32", "bfloat16", "float16"]
 DTYPES = get_args(Dtype)
 Site = Literal["embed", "attn", "mlp", "residual", "final_norm"]  # in the order of the decoder
-END_SITES = ("embed", "final_norm")  # once in the model
 SITES = ("attn", "mlp", "residual")  # of each block
+END_SITES = ("embed", "final_norm")  # once in the model
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class YarnScaling:
-    """YaRN: rotary frequencies stretched to contexts longer than those trained on.
+class YarnScaling(Settings):
+    """YaRN: rotary frequencies stretched to contexts longer than those trained on."""
 
-    Attributes:
-        factor: How many times longer the context becomes.
-        original_max_positions: Context length the frequencies were trained for.
-        beta_fast: Rotations over the original context above which a frequency stays as it is.
-        beta_slow: Rotations below which a frequency is divided by `factor`.
-        attention_factor: Scale of queries and keys; None: computed from the fields below.
-        mscale: Numerator of the computed scale; None: 1, and no denominator.
-        mscale_all_dim: Denominator of the computed scale; used only together with `mscale`.
-        truncate: Whether the bounds of the ramp are rounded to whole dimensions.
-    """
-
-    factor: float
-    original_max_positions: int
-    beta_fast: float = 32.0
-    beta_slow: float = 1.0
-    attention_factor: float | None = None
-    mscale: float | None = None
-    mscale_all_dim: float | None = None
-    truncate: bool = True
-
-    def __post_init__(self) -> None:
-        _check_positive(
-            factor=self.factor,
-            original_max_positions=self.original_max_positions,
-            beta_fast=self.beta_fast,
-            beta_slow=self.beta_slow,
-        )
+    factor: float = field(help="How many times longer the context becomes.", gt=0)
+    original_max_positions: int = field(
+        help="Context length that the frequencies were trained for.", gt=0
+    )
+    beta_fast: float = field(
+        help="Rotations over the original context above which a frequency stays as it is.",
+        default=32.0,
+        gt=0,
+    )
+    beta_slow: float = field(
+        help="Rotations below which a frequency is divided by `factor`.", default=1.0, gt=0
+    )
+    attention_factor: float | None = field(
+        help="Scale of queries and keys; none: computed from the fields below.", default=None
+    )
+    mscale: float | None = field(
+        help="Numerator of the computed scale; none: 1, and no denominator.", default=None
+    )
+    mscale_all_dim: float | None = field(
+        help="Denominator of the computed scale; used only together with `mscale`.", default=None
+    )
+    truncate: bool = field(help="Round the bounds of the ramp to whole dimensions.", default=True)
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class DecoderConfig:
-    """Shape of a decoder-only Transformer.
+class DecoderConfig(Settings):
+    """Shape of a decoder-only Transformer."""
 
-    Attributes:
-        vocab_size: Number of token ids, V.
-        d_model: Width of the residual stream, D.
-        n_layers: Number of blocks, L.
-        n_heads: Number of query heads, N; a multiple of `n_kv_heads`.
-        n_kv_heads: Number of key and value heads, K.
-        head_dim: Width of a head, H; even; `n_heads * head_dim` may differ from `d_model`.
-        d_ff: Width of the gated MLP, F.
-        rms_norm_eps: Added to the mean square in every RMSNorm.
-        rope_theta: Base of the rotary frequencies.
-        rope_scaling: YaRN scaling of the rotary frequencies, or None.
-        qkv_bias: Whether the query, key and value projections have a bias.
-        qk_norm: Whether queries and keys are RMS-normalised per head, before the rotation.
-        tie_embeddings: Whether the output projection is the token embedding.
-        logit_softcap: Logits become `cap * tanh(logits / cap)`; None: they stay.
-        sliding_window: Keys a query of a sliding layer sees, itself included; None: all.
-        sliding_layers: Per layer, whether `sliding_window` applies; empty: to every layer.
-        dtype: Dtype of activations.
-        param_dtype: Dtype of parameters.
-        remat: Whether the backward pass recomputes each block instead of storing its inside.
-    """
+    vocab_size: int = field(help="Number of token ids, V.", gt=0)
+    d_model: int = field(help="Width of the residual stream, D.", gt=0)
+    n_layers: int = field(help="Number of blocks, L.", gt=0)
+    n_heads: int = field(help="Number of query heads, N; a multiple of `n_kv_heads`.", gt=0)
+    n_kv_heads: int = field(help="Number of key and value heads, K.", gt=0)
+    head_dim: int = field(
+        help="Width of a head, H; even; `n_heads * head_dim` may differ from `d_model`.", gt=0
+    )
+    d_ff: int = field(help="Width of the gated MLP, F.", gt=0)
+    rms_norm_eps: float = field(
+        help="Added to the mean square in every RMSNorm.", default=1e-6, gt=0
+    )
+    rope_theta: float = field(help="Base of the rotary frequencies.", default=10_000.0, gt=0)
+    rope_scaling: YarnScaling | None = field(
+        help="YaRN scaling of the rotary frequencies.", default=None
+    )
+    qkv_bias: bool = field(help="Give the query, key and value projections a bias.", default=False)
+    qk_norm: bool = field(
+        help="RMS-normalise queries and keys per head, before the rotation.", default=False
+    )
+    tie_embeddings: bool = field(
+        help="Use the token embedding as the output projection.", default=True
+    )
+    logit_softcap: float | None = field(
+        help="Turn logits into `cap * tanh(logits / cap)`; none: leave them.", default=None, gt=0
+    )
+    sliding_window: int | None = field(
+        help="Keys a query of a sliding layer sees, itself included; none: all.", default=None, gt=0
+    )
+    sliding_layers: tuple[bool, ...] = field(
+        help="Per layer, whether `sliding_window` applies; empty: to every layer.", default=()
+    )
+    dtype: Dtype = field(help="Dtype of activations.", default="bfloat16")
+    param_dtype: Dtype = field(help="Dtype of parameters.", default="float32")
+    remat: bool = field(
+        help="Recompute each block in the backward pass instead of storing its inside.",
+        default=False,
+    )
 
-    vocab_size: int
-    d_model: int
-    n_layers: int
-    n_heads: int
-    n_kv_heads: int
-    head_dim: int
-    d_ff: int
-    rms_norm_eps: float = 1e-6
-    rope_theta: float = 10_000.0
-    rope_scaling: YarnScaling | None = None
-    qkv_bias: bool = False
-    qk_norm: bool = False
-    tie_embeddings: bool = True
-    logit_softcap: float | None = None
-    sliding_window: int | None = None
-    sliding_layers: tuple[bool, ...] = ()
-    dtype: str = "bfloat16"
-    param_dtype: str = "float32"
-    remat: bool = False
-
-    def __post_init__(self) -> None:
-        sizes = ("vocab_size", "d_model", "n_layers", "n_heads", "n_kv_heads", "head_dim", "d_ff")
-        _check_positive(**{name: getattr(self, name) for name in sizes})
-        _check_positive(rms_norm_eps=self.rms_norm_eps, rope_theta=self.rope_theta)
+    def check(self) -> None:
+        """Raises a `ConfigError` if fields do not fit together."""
         n_heads, n_kv_heads, head_dim = self.n_heads, self.n_kv_heads, self.head_dim
         if n_heads % n_kv_heads:
             raise ConfigError(f"{n_kv_heads=} must divide {n_heads=}")
         if head_dim % 2:
             raise ConfigError(f"{head_dim=} must be even, for its halves are rotated")
-        for name in ("logit_softcap", "sliding_window"):
-            if getattr(self, name) is not None:
-                _check_positive(**{name: getattr(self, name)})
         if self.sliding_layers and len(self.sliding_layers) != self.n_layers:
             given, n_layers = len(self.sliding_layers), self.n_layers
             raise ConfigError(f"sliding_layers has {given} flags for {n_layers=}: give one a layer")
-        for name in ("dtype", "param_dtype"):
-            if getattr(self, name) not in DTYPES:
-                expected = ", ".join(DTYPES)
-                raise ConfigError(f"{name}={getattr(self, name)!r} is not one of {expected}")
 
     @property
     def windows(self) -> tuple[int | None, ...] | None:
@@ -119,16 +99,6 @@ class DecoderConfig:
             return None
         flags = self.sliding_layers or (True,) * self.n_layers
         return tuple(self.sliding_window if slides else None for slides in flags)
-
-    @classmethod
-    def from_json(cls, fields: Mapping[str, Any]) -> "DecoderConfig":
-        """Returns the config whose `dataclasses.asdict`, as JSON, is `fields`."""
-        yarn = fields["rope_scaling"]
-        given = {
-            "rope_scaling": None if yarn is None else YarnScaling(**yarn),
-            "sliding_layers": tuple(fields["sliding_layers"]),
-        }
-        return cls(**{**fields, **given})
 
     def parameter_count(self) -> int:
         """Returns the number of parameters, each counted once."""
@@ -140,13 +110,7 @@ class DecoderConfig:
         return self.n_layers * block + heads * self.vocab_size * D + D
 
 
-def _check_positive(**values: float) -> None:
-    for name, value in values.items():
-        if not value > 0:
-            raise ConfigError(f"{name}={value} must be above 0")
-
-
-def _preset(width: int, layers: int, heads: int, d_ff: int, dtype: str) -> DecoderConfig:
+def _preset(width: int, layers: int, heads: int, d_ff: int, dtype: Dtype) -> DecoderConfig:
     return DecoderConfig(
         vocab_size=267,
         d_model=width,

@@ -4,6 +4,7 @@ What a configuration asks for is either done or refused by name. Weights go to t
 tensor at a time.
 """
 
+import contextlib
 import dataclasses
 import functools
 import json
@@ -18,14 +19,15 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
+from safetensors import SafetensorError, safe_open
 
 from ping_llm.errors import CheckpointError, StorageError
 from ping_llm.models import families
 from ping_llm.models.config import DecoderConfig
 from ping_llm.models.decoder import Decoder
-from ping_llm.models.safetensors import SafetensorsFile
 from ping_llm.storage import Location
 
+_DTYPES = {"F32": jnp.dtype("float32"), "F16": jnp.dtype("float16"), "BF16": jnp.dtype("bfloat16")}
 FILES = ("*.json", "*.safetensors", "*.jinja", "merges.txt")  # what is fetched from the hub
 
 
@@ -148,20 +150,38 @@ class _Tensors:
         self.shapes: dict[str, tuple[int, ...]] = {}
         self.dtypes: dict[str, np.dtype] = {}
         for file in files:
-            with SafetensorsFile(Location.of(directory).child(file).path) as opened:
-                for name, shape in opened.shapes.items():
+            with _opened(Location.of(directory).child(file).path) as opened:
+                for name in opened.keys():  # noqa: SIM118
                     short = name.removeprefix("model.")  # as base checkpoints spell it
+                    tensor = opened.get_slice(name)
                     if short in self.where:
                         raise CheckpointError(
                             f"{directory}: {name} is in {self.where[short][0]} and in {file}"
                         )
-                    self.where[short] = file, name
-                    self.shapes[short], self.dtypes[short] = shape, opened.dtypes[name]
+                    self.where[short], self.shapes[short] = (file, name), tuple(tensor.get_shape())
+                    if (dtype := tensor.get_dtype()) not in _DTYPES:
+                        known = ", ".join(_DTYPES)
+                        raise CheckpointError(f"{name} in {file} is {dtype}, not one of {known}")
+                    self.dtypes[short] = _DTYPES[dtype]
 
     def read(self, short: str) -> np.ndarray:
+        # The file is mapped, and what was read of it counts as resident until it is closed.
         file, name = self.where[short]
-        with SafetensorsFile(self._directory / file) as opened:
-            return opened.read(name)
+        with _opened(self._directory / file) as opened:
+            return opened.get_tensor(name)
+
+
+@contextlib.contextmanager
+def _opened(path: Path) -> Iterator[Any]:
+    try:
+        with safe_open(path, framework="numpy") as file:
+            yield file
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error}") from None
+    except SafetensorError as error:
+        raise CheckpointError(
+            f"{path} is not a sound safetensors file ({error}); fetch it again"
+        ) from None
 
 
 def _check(tensors: _Tensors, wanted: list[_Weight], known: set[str], where: Path) -> None:

@@ -8,7 +8,6 @@ import numpy as np
 import pyarrow as pa
 
 from ping_llm import addresses
-from ping_llm.checkpoints import load_run
 from ping_llm.data.rows import ProbeRows, data_fingerprint, is_dataset
 from ping_llm.errors import DataError, PingLLMError
 from ping_llm.estimators.pairs import Nodes
@@ -24,6 +23,7 @@ from ping_llm.prediction.contexts import (
     same_source,
 )
 from ping_llm.prediction.distribution import Distribution
+from ping_llm.runs import load_run
 from ping_llm.storage import Location
 
 LEVELS = {"p5": 0.05, "p25": 0.25, "p50": 0.5, "p75": 0.75, "p95": 0.95}
@@ -70,10 +70,11 @@ class Predictor:
         Raises:
             CheckpointError: `run` is no run, or has no checkpoint.
         """
-        config, graphdef, params = load_run(str(run))
+        loaded = load_run(run)
+        config = loaded.config
         return cls(
-            graphdef,
-            params,
+            loaded.graphdef,
+            loaded.params,
             max_tokens=config["train"]["seq_len"],
             seen=_trained_addresses(config["data"]),
             hide_unseen=config["train"]["hidden_source_fraction"] > 0,

@@ -1,29 +1,30 @@
 """Training from start to end: data in, a run directory out, and on again after any stop."""
 
 import dataclasses
-import json
 import signal
 import threading
-from collections.abc import Iterable
 from math import inf
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding
 
-from ping_llm import report, sharding, storage, tokenizer
-from ping_llm.checkpoints import Checkpoints, check_language
+from ping_llm import report, settings, sharding, tokenizer
 from ping_llm.data import pipeline
+from ping_llm.data.windows import WindowConfig
 from ping_llm.errors import ConfigError, Stopped, StorageError
+from ping_llm.outputs import publish_file
 from ping_llm.packing import Batch
 from ping_llm.progress import progress
-from ping_llm.training.config import TrainConfig, check_unchanged, load_config, to_json
-from ping_llm.training.metrics import Meter, RunLog, by_field, write_text
+from ping_llm.storage import Location
+from ping_llm.training.directory import RunDirectory, open_run
+from ping_llm.training.metrics import Meter, RunLog, by_field
 from ping_llm.training.optimizer import learning_rate_at, make_optimizer
+from ping_llm.training.settings import TrainSettings
 from ping_llm.training.step import (
     TrainState,
     abstract_state,
@@ -33,7 +34,8 @@ from ping_llm.training.step import (
 )
 from ping_llm.training.tracking import Tracker
 
-SCHEMA_VERSION = 1
+if TYPE_CHECKING:
+    from ping_llm.checkpoints import Checkpoints
 
 # Which steps `profile` traces: some after the first ones, whose allocations are not typical.
 UNTRACED_STEPS, TRACED_STEPS = 2, 5
@@ -48,8 +50,8 @@ class TrainResult:
         loss: Training loss, nats a token, mean over the last `log_every` steps.
         valid_loss: Loss on the valid split; None where the data have none.
         real_tokens_per_second: Tokens that are not padding, over the whole run's training time.
-        padding_fraction: Part of all places in the batches that is padding.
-        mfu: Part of the devices' peak that was used for real tokens; None where no peak is known.
+        padding_fraction: Fraction of the tokens in the batches that is padding.
+        mfu: Fraction of the devices' peak FLOP/s used for real tokens; None if it is unknown.
         peak_device_bytes: Most memory used on one device; on a CPU, by the process.
         parameters: Number of parameters.
         seconds: Time spent on training steps, compilation and evaluation aside.
@@ -68,125 +70,99 @@ class TrainResult:
     output: str
 
 
-def train(
-    data: str | Path,
-    output: str | Path,
-    *,
-    preset: str | None = None,
-    config_file: str | Path | None = None,
-    overrides: Iterable[str] = (),
-    steps: int | None = None,
-    batch_size: int | None = None,
-    seq_len: int | None = None,
-    mesh: str | None = None,
-    seed: int | None = None,
-    wandb: str | None = None,
-    profile: str | Path | None = None,
-    coordinator: str | None = None,
-    num_processes: int | None = None,
-    process_id: int | None = None,
-) -> TrainResult:
+@settings.takes(TrainSettings)
+def train(cfg: TrainSettings) -> TrainResult:
     """Trains the run in `output`, from its newest checkpoint if it has one; returns its state.
 
     A run that already has its steps is not touched.
 
-    Args:
-        data: A directory of probe rows; a remote one is copied to the cache first.
-        output: The run directory, made where there is none.
-        preset: Name of a model and its settings; None: `tiny`.
-        config_file: TOML file of settings.
-        overrides: Settings as `key=value`.
-        steps: As in `TrainConfig`, like the next five; None: what the settings above say.
-        batch_size: Sequences in a global batch.
-        seq_len: Tokens in a sequence.
-        mesh: Sizes of the mesh axes.
-        seed: Seed of parameters and data order.
-        wandb: Whether Weights & Biases follows the run.
-        profile: A directory for XLA's trace of some steps, for TensorBoard or Perfetto.
-        coordinator: Address of process 0, `host:port`, for a run of several processes.
-        num_processes: How many there are.
-        process_id: Which one this is.
-
     Raises:
-        ConfigError: A setting cannot be, or is not what `output` was begun with.
+        ConfigError: A setting cannot be, or is not what `output` was begun with, or another
+            process trains there.
         DataError: `data` is not a data set.
         StorageError: `output` cannot be written.
         CheckpointError: A checkpoint cannot be written or read.
         TrainingError: Too many steps in a row had to be skipped.
         Stopped: SIGINT or SIGTERM came; the run is saved.
     """
-    if storage.is_remote(output):
-        raise ConfigError(
-            f"output={str(output)!r}: a run directory is a local one, or a mounted one; train "
-            "there, then copy it"
-        )
-    cfg = load_config(
-        preset=preset,
-        config_file=None if config_file is None else Path(config_file),
-        overrides=overrides,
-        flags={
-            "steps": steps,
-            "batch_size": batch_size,
-            "seq_len": seq_len,
-            "mesh": mesh,
-            "seed": seed,
-            "wandb": wandb,
-        },
-    )
     if cfg.model.vocab_size < tokenizer.VOCAB_SIZE:
         size, needed = cfg.model.vocab_size, tokenizer.VOCAB_SIZE
         raise ConfigError(f"model.vocab_size={size} is too small for the {needed} token ids")
-    data, output = storage.local_directory(data, identity="dataset.json"), Path(output)
+    data = Location.of(cfg.data).local_copy(identity="dataset.json")
     fingerprint = pipeline.data_fingerprint(data)
-    _check_output(output, cfg, fingerprint)
-    sharding.start_processes(coordinator, num_processes, process_id)
-    device_mesh = sharding.make_mesh(**sharding.parse_mesh(cfg.mesh))
-    index, count = sharding.batch_share(device_mesh, cfg.batch_size)
+    sharding.start_processes(cfg.coordinator, cfg.num_processes, cfg.process_id)
+    mesh = sharding.make_mesh(**sharding.parse_mesh(cfg.mesh))
     with (
-        pipeline.TrainLoader(
-            data,
-            batch_size=cfg.batch_size,
-            seq_len=cfg.seq_len,
-            seed=cfg.seed,
-            window_config=cfg.law,
-            process_index=index,
-            process_count=count,
-        ) as loader,
-        _open_checkpoints(output, cfg, data, fingerprint) as checkpoints,
+        _open_loader(cfg, data, mesh) as loader,
+        open_run(cfg, data, fingerprint) as run,
+        _open_checkpoints(cfg, run) as checkpoints,
     ):
         done = checkpoints.latest() or 0
-        log = RunLog(output / "metrics.jsonl", last_step=done)
+        log = RunLog(run.path / "metrics.jsonl", last_step=done)
         if done < cfg.steps:
-            if jax.process_index() == 0:
-                _write_config(output, cfg, data, fingerprint)
+            is_first = jax.process_index() == 0
+            if is_first:
+                run.write_config()
                 log.cut()
-            batches = pipeline.eval_batches(
-                data,
-                "valid",
-                batch_size=cfg.batch_size,
-                seq_len=cfg.seq_len,
-                count=cfg.eval_batches,
-                hide_unseen=cfg.law.hidden_source_fraction > 0,
-            )
-            valid = [_rows_of(batch, index, count) for batch in batches]
-            mode = cfg.wandb if jax.process_index() == 0 else "disabled"
-            with Tracker(output, mode=mode, config=to_json(cfg)) as tracker:
-                run = _Run(cfg, loader, valid, checkpoints, log, tracker, device_mesh)
-                run.train(None if profile is None else Path(profile))
-            if jax.process_index() == 0:
-                report.loss_plot(log.rows, output / "loss.png")
-    return _result(cfg, output, log)
+            valid = _valid_batches(cfg, data, mesh)
+            mode = cfg.wandb if is_first else "disabled"
+            with Tracker(run.path, mode=mode, config=settings.to_json(cfg)) as tracker:
+                trainer = _Trainer(cfg, loader, valid, checkpoints, log, tracker, mesh)
+                trainer.train()
+            if is_first:
+                with publish_file(Location.of(run.path) / "loss.png") as path:
+                    report.loss_plot(log.rows, path)
+            if run.remote is not None:
+                run.remote.push_files()
+    return _result(cfg, log)
 
 
-class _Run:
+def _open_loader(cfg: TrainSettings, data: Path, mesh: Mesh) -> pipeline.TrainLoader:
+    index, count = sharding.batch_share(mesh, cfg.batch_size)
+    return pipeline.TrainLoader(
+        data,
+        batch_size=cfg.batch_size,
+        seq_len=cfg.seq_len,
+        seed=cfg.seed,
+        window_config=WindowConfig.of(vars(cfg)),
+        process_index=index,
+        process_count=count,
+    )
+
+
+def _open_checkpoints(cfg: TrainSettings, run: RunDirectory) -> "Checkpoints":
+    from ping_llm.checkpoints import Checkpoints  # Orbax takes a second to import
+
+    directory, keep = run.path / "checkpoints", cfg.keep_checkpoints
+    if run.remote is None:
+        return Checkpoints(directory, keep=keep)
+    remote = run.remote
+    return Checkpoints(directory, keep=keep, elsewhere=remote.objectives, on_saved=remote.push)
+
+
+def _valid_batches(cfg: TrainSettings, data: Path, mesh: Mesh) -> list[Batch]:
+    """Returns this process's rows of the batches of the valid split."""
+    index, count = sharding.batch_share(mesh, cfg.batch_size)
+    batches = pipeline.eval_batches(
+        data,
+        "valid",
+        batch_size=cfg.batch_size,
+        seq_len=cfg.seq_len,
+        count=cfg.eval_batches,
+        hide_unseen=cfg.hidden_source_fraction > 0,
+    )
+    return [_rows_of(batch, index, count) for batch in batches]
+
+
+class _Trainer:
     """The parts of a run between its start and its end."""
 
     def __init__(
         self,
-        cfg: TrainConfig,
+        cfg: TrainSettings,
         loader: pipeline.TrainLoader,
         valid: list[Batch],
-        checkpoints: Checkpoints,
+        checkpoints: "Checkpoints",
         log: RunLog,
         tracker: Tracker,
         mesh: Mesh,
@@ -216,15 +192,15 @@ class _Run:
             # Compiled once, for one shape: another one is an error, not a silent recompilation.
             self.train_step = train_step.lower(abstract, self._batch_shapes()).compile()
 
-    def train(self, profile: Path | None) -> None:
-        """Takes the steps that are left; `profile` is where a trace of some of them goes."""
+    def train(self) -> None:
+        """Takes the steps that are left."""
         cfg = self.cfg
         title = f"train {cfg.preset}, {cfg.model.parameter_count():,} parameters"
         with (
             _StopSignals() as signals,
             progress(title, total=cfg.steps, unit="steps", initial=self.step) as bar,
             jax.set_mesh(self.mesh),
-            _Trace(profile, first=self.step + 1 + UNTRACED_STEPS) as trace,
+            _Trace(cfg.profile, first=self.step + 1 + UNTRACED_STEPS) as trace,
         ):
             self.meter.start_clock()
             while self.step < cfg.steps:
@@ -269,9 +245,9 @@ class _Run:
     def _save(self, objective: float) -> None:
         self.meter.fetch()
         trees = {"params": self.state.params, "opt_state": self.state.opt_state}
-        notes = {"loader": _all_lanes(self.loader), "meter": self.meter.state()}
-        known = None if objective == inf else objective
-        self.checkpoints.save(self.step, trees, notes, objective=known)
+        notes = {"loader": _merged_state(self.loader), "meter": self.meter.state()}
+        measured = None if objective == inf else objective
+        self.checkpoints.save(self.step, trees, notes, objective=measured)
 
     def _batch_shapes(self) -> dict[str, jax.ShapeDtypeStruct]:
         shape = (self.cfg.batch_size, self.cfg.seq_len)
@@ -296,21 +272,24 @@ def _rows_of(batch: Batch, index: int, count: int) -> Batch:
     return Batch(**parts)
 
 
-def _all_lanes(loader: pipeline.TrainLoader) -> dict[str, Any]:
-    """Returns the loader's state with the places of every process's lanes."""
+def _merged_state(loader: pipeline.TrainLoader) -> dict[str, Any]:
+    """Returns the state of the loaders of all processes, as one."""
     state = loader.get_state()
     if jax.process_count() == 1:
         return state
-    places = np.array([state["first_lane"], *state["positions"]])
-    gathered = np.asarray(multihost_utils.process_allgather(places)).tolist()
-    states = {first: {**state, "first_lane": first, "positions": at} for first, *at in gathered}
+    own = np.array([state["first_lane"], *state["positions"]])
+    gathered = np.asarray(multihost_utils.process_allgather(own)).tolist()
+    states = {
+        first: {**state, "first_lane": first, "positions": positions}
+        for first, *positions in gathered
+    }
     return pipeline.merge_states(list(states.values()))
 
 
 class _Trace:
     """XLA's trace of a few steps, in `directory`; a context manager. None: of none."""
 
-    def __init__(self, directory: Path | None, *, first: int):
+    def __init__(self, directory: str | None, *, first: int):
         self._directory, self._first, self._running = directory, first, False
 
     def before(self, step: int, meter: Meter) -> None:
@@ -369,58 +348,9 @@ class _StopSignals:
         return int(np.max(multihost_utils.process_allgather(np.int32(self._noted))))
 
 
-def _check_output(output: Path, cfg: TrainConfig, fingerprint: str) -> None:
-    """Raises a `ConfigError` where `output` holds something that this run cannot go on from."""
-    path = output / "config.json"
-    try:
-        if not path.exists():
-            others = [entry.name for entry in output.iterdir()] if output.exists() else []
-            if any(not name.startswith(".") for name in others):
-                raise ConfigError(f"{output} is not empty and holds no run; choose another output")
-            return
-        stored = json.loads(path.read_text(encoding="utf-8"))
-        settings, trained_on = stored["train"] | {"model": stored["model"]}, stored["data"]
-    except OSError as error:
-        raise StorageError(f"{output}: cannot be read: {error.strerror}") from None
-    except (ValueError, KeyError, TypeError):
-        raise ConfigError(f"{path} is damaged; restore it, or choose another output") from None
-    check_language(output, stored)
-    if trained_on["fingerprint"] != fingerprint:
-        raise ConfigError(
-            f"data: {output} was begun on other data ({trained_on['path']}, fingerprint "
-            f"{trained_on['fingerprint']}, now {fingerprint}); choose another output"
-        )
-    check_unchanged(settings, cfg, output=output)
-
-
-def _open_checkpoints(output: Path, cfg: TrainConfig, data: Path, fingerprint: str) -> Checkpoints:
-    # The config comes first: a directory with checkpoints and no config would be refused later.
-    if jax.process_index() == 0 and not (output / "config.json").exists():
-        try:
-            output.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise StorageError(f"{output}: cannot be made: {error.strerror}") from None
-        _write_config(output, cfg, data, fingerprint)
-    return Checkpoints(output / "checkpoints", keep=cfg.keep_checkpoints)
-
-
-def _write_config(output: Path, cfg: TrainConfig, data: Path, fingerprint: str) -> None:
-    settings = to_json(cfg)
-    model = settings.pop("model")
-    config = {
-        "schema_version": SCHEMA_VERSION,
-        "language_version": tokenizer.LANGUAGE_VERSION,
-        "parameters": cfg.model.parameter_count(),
-        "model": model,
-        "train": settings,
-        "data": {"path": str(data), "fingerprint": fingerprint},
-    }
-    write_text(output / "config.json", json.dumps(config, indent=2) + "\n")
-
-
-def _result(cfg: TrainConfig, output: Path, log: RunLog) -> TrainResult:
+def _result(cfg: TrainSettings, log: RunLog) -> TrainResult:
     if not log.rows or "padding_fraction" not in log.rows[-1]:
-        raise StorageError(f"{output / 'metrics.jsonl'} lacks the lines of this run's steps")
+        raise StorageError(f"{cfg.output}/metrics.jsonl lacks the lines of this run's steps")
     row = log.rows[-1]
     return TrainResult(
         step=row["step"],
@@ -432,5 +362,5 @@ def _result(cfg: TrainConfig, output: Path, log: RunLog) -> TrainResult:
         peak_device_bytes=row["peak_device_bytes"],
         parameters=cfg.model.parameter_count(),
         seconds=row["seconds"],
-        output=str(output),
+        output=str(Location.of(cfg.output)),
     )

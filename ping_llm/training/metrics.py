@@ -2,7 +2,6 @@
 
 import json
 import math
-import os
 import sys
 import time
 from collections import deque
@@ -15,8 +14,10 @@ import numpy as np
 
 from ping_llm import sharding, tokenizer
 from ping_llm.errors import StorageError, TrainingError
+from ping_llm.outputs import publish_text
+from ping_llm.storage import Location
 from ping_llm.training import flops
-from ping_llm.training.config import TrainConfig
+from ping_llm.training.settings import TrainSettings
 
 # Steps the host may run ahead of the devices: enough to keep them busy, few enough that the batches
 # waiting there stay small.
@@ -31,7 +32,7 @@ class Meter:
         note: The same and the newest loss, for a progress bar; empty before the first fetch.
     """
 
-    def __init__(self, cfg: TrainConfig, saved: Mapping[str, Any] | None = None):
+    def __init__(self, cfg: TrainSettings, saved: Mapping[str, Any] | None = None):
         """Starts from nothing, or from what `state` gave when a checkpoint was written."""
         nothing = {"seconds": 0.0, "tokens": 0.0, "flops": 0.0, "skipped": 0, "skipped_in_a_row": 0}
         saved = saved or {"window": [], "totals": nothing}
@@ -163,7 +164,7 @@ class RunLog:
     def cut(self) -> None:
         """Makes the file hold `rows`, and nothing after them that a killed process left."""
         text = "".join(json.dumps(row, allow_nan=False) + "\n" for row in self.rows)
-        write_text(self._path, text)
+        publish_text(Location.of(self._path), text)
 
     def append(self, row: dict[str, Any]) -> None:
         """Adds a line, and writes it where this is the process that writes."""
@@ -185,14 +186,3 @@ def _read_whole_lines(path: Path) -> list[dict[str, Any]]:
             except ValueError:  # torn by a kill: what follows was never whole
                 break
     return rows
-
-
-def write_text(path: Path, text: str) -> None:
-    """Puts `text` in a file, in one move: a reader sees the old text or the new one."""
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        unfinished.write_text(text, encoding="utf-8")
-        unfinished.replace(path)
-    except OSError as error:
-        unfinished.unlink(missing_ok=True)
-        raise StorageError(f"{path}: cannot be written: {error.strerror}") from None

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Bool, Float, Int
 
-from ping_llm.training.config import TrainConfig
+from ping_llm.training.settings import TrainSettings
 
 GROUPS = ("kernel", "embedding", "norm")  # "norm": also biases
 
@@ -21,7 +21,7 @@ NORM_DECAY = 0.98  # of the running mean of gradient norms
 NORMS_TO_TRUST = 20  # steps before that mean is trusted
 
 
-def learning_rate_at(cfg: TrainConfig) -> Callable[[Any], Any]:
+def learning_rate_at(cfg: TrainSettings) -> Callable[[Any], Any]:
     """Returns the schedule: a linear warm-up, then down to its floor at step `steps`.
 
     `cosine` goes down half a cosine; `wsd` (warm-up, stable, decay: Hu et al., MiniCPM, 2024) stays
@@ -53,7 +53,7 @@ def groups(params: Any) -> Any:
     return jax.tree_util.tree_map_with_path(group, params)
 
 
-def make_optimizer(cfg: TrainConfig) -> optax.GradientTransformation:
+def make_optimizer(cfg: TrainSettings) -> optax.GradientTransformation:
     """Returns AdamW or Muon after clipping by the global norm, under a `guard`.
 
     Muon (Jordan et al., 2024) is for the kernels of the blocks, each matrix of a stack by itself;

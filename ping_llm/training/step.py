@@ -16,8 +16,8 @@ from ping_llm import tokenizer
 from ping_llm.models.config import DecoderConfig
 from ping_llm.models.decoder import Decoder
 from ping_llm.training import flops
-from ping_llm.training.config import TrainConfig
 from ping_llm.training.optimizer import GuardState
+from ping_llm.training.settings import TrainSettings
 
 Arrays = Mapping[str, Array]
 
@@ -116,7 +116,7 @@ _negative_log_likelihood = optax.softmax_cross_entropy_with_integer_labels
 
 
 def make_train_step(
-    graphdef: Any, cfg: TrainConfig, tx: optax.GradientTransformation
+    graphdef: Any, cfg: TrainSettings, tx: optax.GradientTransformation
 ) -> Callable[[TrainState, Arrays], tuple[TrainState, dict[str, Array]]]:
     """Returns the compiled `train_step(state, batch) -> (state, metrics)`; `state` is given up.
 

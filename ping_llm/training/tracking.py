@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from ping_llm.errors import ConfigError
-from ping_llm.training.metrics import write_text
+from ping_llm.outputs import publish_text
+from ping_llm.storage import Location
 
 PROJECT = "ping-llm"  # WANDB_PROJECT overrides it, as WANDB_ENTITY and the others do theirs
 
@@ -28,7 +29,7 @@ class Tracker:
 
         Args:
             run: The run directory.
-            mode: As `TrainConfig.wandb`; `disabled` makes everything here do nothing.
+            mode: As `TrainSettings.wandb`; `disabled` makes everything here do nothing.
             config: The settings to show.
 
         Raises:
@@ -40,9 +41,9 @@ class Tracker:
         import wandb
 
         id_file = run / "wandb" / "id.txt"
-        id_file.parent.mkdir(parents=True, exist_ok=True)
         if not id_file.exists():
-            write_text(id_file, f"{time.strftime('%Y%m%d')}-{secrets.token_hex(6)}\n")
+            new_id = f"{time.strftime('%Y%m%d')}-{secrets.token_hex(6)}\n"
+            publish_text(Location.of(id_file), new_id)
         try:
             self._run = wandb.init(
                 project=os.environ.get("WANDB_PROJECT", PROJECT),

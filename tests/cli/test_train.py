@@ -11,8 +11,8 @@ def invoke(*arguments):
     return CliRunner().invoke(cli, ["train", *map(str, arguments)])
 
 
-def test_flags_reach_the_library_function_by_their_names(monkeypatch, tmp_path):
-    seen = {}
+def test_flags_reach_the_library_function(monkeypatch, tmp_path):
+    seen = []
     result = loop.TrainResult(
         step=3,
         loss=1.5,
@@ -25,18 +25,14 @@ def test_flags_reach_the_library_function_by_their_names(monkeypatch, tmp_path):
         seconds=2.0,
         output="run",
     )
-    monkeypatch.setattr(loop, "train", lambda **arguments: seen.update(arguments) or result)
-    flags = ["--data", tmp_path, "--output", tmp_path / "run", "--steps", 3, "--set", "a=1"]
-    said = invoke(*flags, "--set", "b=2", "--mesh", "fsdp=2", "--json")
-    assert said.exit_code == 0
-    given = {name: value for name, value in seen.items() if value is not None}
-    assert given == {
-        "data": str(tmp_path),
-        "output": tmp_path / "run",
-        "steps": 3,
-        "overrides": ("a=1", "b=2"),
-        "mesh": "fsdp=2",
-    }
+    monkeypatch.setattr(loop, "train", lambda settings: seen.append(settings) or result)
+    flags = ["--data", tmp_path, "--output", tmp_path / "run", "--steps", 3, "--set", "z_loss=1"]
+    said = invoke(*flags, "--set", "model.d_ff=8", "--mesh", "fsdp=2", "--preset=small", "--json")
+    assert said.exit_code == 0, said.output
+    (cfg,) = seen
+    assert (cfg.data, cfg.output) == (str(tmp_path), str(tmp_path / "run"))
+    assert (cfg.steps, cfg.z_loss, cfg.mesh, cfg.preset) == (3, 1.0, "fsdp=2", "small")
+    assert (cfg.model.d_ff, cfg.model.n_layers, cfg.optimizer) == (8, 8, "muon")
     assert json.loads(said.stdout)["step"] == 3
     assert "loss 1.5000" in invoke(*flags).stdout
 
@@ -44,11 +40,6 @@ def test_flags_reach_the_library_function_by_their_names(monkeypatch, tmp_path):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--preset", "huge"], "preset='huge' is not one of tiny, small, base, large"),
-        (["--steps", "0"], "steps=0 must be above 0"),
-        (["--batch-size", "-1"], "batch_size=-1 must be above 0"),
-        (["--seq-len", "0"], "seq_len=0 must be above 0"),
-        (["--seed", "-3"], "seed=-3 must not be negative"),
         (["--mesh", "cubes=3"], "mesh axis 'cubes'"),
         (["--set", "steps"], "expected key=value"),
         (["--config", "absent.toml"], "absent.toml: cannot be read"),
@@ -64,6 +55,24 @@ def test_a_bad_flag_is_one_line_and_exit_code_1(tmp_path, flags, message):
     assert said.stdout == ""
 
 
-def test_flags_that_are_no_numbers_are_usage_errors(tmp_path):
-    assert invoke("--data", tmp_path, "--output", tmp_path, "--steps", "many").exit_code == 2
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--preset", "huge"], "'huge' is not one of 'tiny', 'small', 'base', 'large'"),
+        (["--steps", "0"], "steps=0 must be above 0"),
+        (["--steps", "many"], "steps='many' is not a whole number"),
+        (["--batch-size", "-1"], "batch_size=-1 must be above 0"),
+        (["--seq-len", "0"], "seq_len=0 must be above 0"),
+        (["--seed", "-3"], "seed=-3 must be at least 0"),
+        (["--wandb", "loud"], "'loud' is not one of 'disabled', 'offline', 'online'"),
+    ],
+)
+def test_a_value_that_a_flag_cannot_have_is_wrong_usage(tmp_path, flags, message):
+    said = invoke("--data", tmp_path, "--output", tmp_path / "run", *flags)
+    assert said.exit_code == 2
+    assert message in said.stderr
+
+
+def test_data_and_output_are_needed(tmp_path):
     assert invoke("--output", tmp_path).exit_code == 2
+    assert invoke("--data", tmp_path).exit_code == 2

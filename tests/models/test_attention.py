@@ -8,12 +8,12 @@ from flax import nnx
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax._src.cudnn import fused_attention_stablehlo as cudnn
+from tiny_runs import train_settings
 
 from ping_llm import sharding
 from ping_llm.models import attention
 from ping_llm.models.decoder import Decoder
 from ping_llm.packing import SHORTEST_SEGMENT
-from ping_llm.training.config import load_config
 from ping_llm.training.optimizer import make_optimizer
 from ping_llm.training.step import TrainState, make_train_step
 
@@ -81,7 +81,7 @@ class TestOnCUDA:
     def lowered(self, platform):
         small = ["d_model=64", "n_layers=2", "n_heads=4", "n_kv_heads=2", "head_dim=16", "d_ff=48"]
         overrides = [f"model.{text}" for text in small] + ["model.dtype=bfloat16"]
-        cfg = load_config(overrides=[*overrides, f"seq_len={self.T}", "batch_size=2"])
+        cfg = train_settings(*overrides, f"seq_len={self.T}", "batch_size=2")
         graphdef, params = nnx.split(nnx.eval_shape(lambda: Decoder(cfg.model, rngs=nnx.Rngs(0))))
         tx = make_optimizer(cfg)
         step = jax.ShapeDtypeStruct((), jnp.int32)

@@ -16,9 +16,12 @@ from jax.sharding import PartitionSpec as P
 from wandb.proto import wandb_internal_pb2
 
 from ping_llm import sharding
-from ping_llm.checkpoints import Checkpoints, load_run
+from ping_llm.checkpoints import Checkpoints
 from ping_llm.data import pipeline
 from ping_llm.errors import CheckpointError, ConfigError, DataError, Stopped, TrainingError
+from ping_llm.outputs import claim
+from ping_llm.runs import load_run
+from ping_llm.storage import Location
 from ping_llm.training.loop import train
 from ping_llm.training.step import make_eval_step
 
@@ -128,7 +131,7 @@ def test_other_data_on_the_same_output_are_refused(finished, probe_rows, tmp_pat
     other = shutil.copytree(probe_rows, tmp_path / "rows")
     metadata = json.loads((other / "dataset.json").read_text())
     (other / "dataset.json").write_text(json.dumps(metadata | {"seed": 5}))
-    with pytest.raises(ConfigError, match="was begun on other data"):
+    with pytest.raises(ConfigError, match=r"was begun with other settings: data\.fingerprint="):
         run(other, finished[0])
 
 
@@ -137,7 +140,7 @@ def test_an_output_that_holds_something_else_is_refused(probe_rows, tmp_path):
     with pytest.raises(ConfigError, match="is not empty and holds no run"):
         run(probe_rows, tmp_path)
     (tmp_path / "config.json").write_text("{")
-    with pytest.raises(ConfigError, match=r"config\.json is damaged"):
+    with pytest.raises(CheckpointError, match=r"config\.json is damaged"):
         run(probe_rows, tmp_path)
 
 
@@ -162,11 +165,37 @@ def test_settings_that_do_not_fit_leave_no_output(probe_rows, tmp_path, override
     assert not (tmp_path / "run").exists()
 
 
-def test_a_remote_output_is_refused_not_taken_for_a_local_name(probe_rows, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    with pytest.raises(ConfigError, match=r"output='s3://bucket/run': .* mounted one"):
-        run(probe_rows, "s3://bucket/run")
+def test_a_second_training_on_one_output_is_refused_and_the_first_one_is_not_touched(
+    finished, probe_rows
+):
+    output, result = finished
+    with claim(Location.of(output), what="train"):
+        code = "from ping_llm.cli import main; main()"
+        flags = ["train", "--data", probe_rows, "--output", output, "--set", "seed=5"]
+        done = subprocess.run([sys.executable, "-c", code, *flags], capture_output=True, text=True)
+    assert done.returncode == 1
+    assert "is being written by another process (train, pid" in done.stderr.splitlines()[-1]
+    assert done.stderr.count("\n") == 1
+    assert run(probe_rows, output, "checkpoint_every=2") == result
+
+
+def test_a_start_that_fails_leaves_nothing(probe_rows, tmp_path, monkeypatch):
+    def fail(*args):
+        raise DataError("the first batch cannot be made")
+
+    monkeypatch.setattr(pipeline.TrainLoader, "__next__", fail)
+    with pytest.raises(DataError, match="first batch"):
+        run(probe_rows, tmp_path / "run")
     assert not list(tmp_path.iterdir())
+
+
+def test_a_run_killed_before_its_first_checkpoint_does_not_bind_the_next_one(
+    copy_of_finished, probe_rows
+):
+    shutil.rmtree(copy_of_finished / "checkpoints")
+    (copy_of_finished / "checkpoints" / "2.orbax-checkpoint-tmp").mkdir(parents=True)
+    assert run(probe_rows, copy_of_finished, "seed=7", steps=2).step == 2
+    assert [row["step"] for row in lines(copy_of_finished)] == [1, 2]
 
 
 def test_a_damaged_checkpoint_says_what_to_do(copy_of_finished, probe_rows):
@@ -197,11 +226,11 @@ def test_the_best_on_valid_is_kept_and_is_what_is_loaded(probe_rows, tmp_path):
     assert kept == [best, 12]
     with Checkpoints(output / "checkpoints", keep=None) as checkpoints:
         assert checkpoints.best() == best
-    _, graphdef, params = load_run(output)
-    evaluate = make_eval_step(graphdef)
+    loaded = load_run(output)
+    evaluate = make_eval_step(loaded.graphdef)
     (batch,) = pipeline.eval_batches(probe_rows, "valid", batch_size=4, seq_len=64, count=1)
     with jax.set_mesh(sharding.make_mesh()):
-        params = jax.device_put(params, NamedSharding(jax.sharding.get_mesh(), P()))
+        params = jax.device_put(loaded.params, NamedSharding(jax.sharding.get_mesh(), P()))
         nll, count = evaluate(params, dataclasses.asdict(batch))
     assert float(nll[-1] / count[-1]) == pytest.approx(losses[best], rel=1e-5)
     # A resumed run knows the best one of before, and goes on from the newest.

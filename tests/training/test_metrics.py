@@ -4,13 +4,13 @@ import json
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from tiny_runs import train_settings
 
 from ping_llm.errors import StorageError, TrainingError
-from ping_llm.training.config import load_config
 from ping_llm.training.flops import training_flops
-from ping_llm.training.metrics import Meter, RunLog, write_text
+from ping_llm.training.metrics import Meter, RunLog
 
-CFG = load_config(overrides=["log_every=2", "batch_size=2", "seq_len=10"])
+CFG = train_settings("log_every=2", "batch_size=2", "seq_len=10")
 
 
 def step_metrics(loss, *, tokens=18, grad_norm=1.0):
@@ -104,5 +104,3 @@ def test_a_file_that_cannot_be_written_is_named(tmp_path):
     absent = tmp_path / "absent" / "metrics.jsonl"
     with pytest.raises(StorageError, match=r"metrics\.jsonl: cannot be written"):
         RunLog(absent, last_step=0).append({"step": 1})
-    with pytest.raises(StorageError, match=r"metrics\.jsonl: cannot be written"):
-        write_text(absent, "text")

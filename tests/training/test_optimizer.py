@@ -4,14 +4,14 @@ import numpy as np
 import optax
 import pytest
 from flax import nnx
+from tiny_runs import train_settings
 
 from ping_llm.models.decoder import Decoder
-from ping_llm.training.config import load_config
 from ping_llm.training.optimizer import groups, guard, learning_rate_at, make_optimizer
 
 
 def test_the_rate_warms_up_peaks_and_falls_to_its_floor():
-    cfg = load_config(overrides=["steps=110", "warmup_steps=10", "learning_rate=1.0"])
+    cfg = train_settings("steps=110", "warmup_steps=10", "learning_rate=1.0")
     rates = np.array([learning_rate_at(cfg)(taken) for taken in range(120)])
     np.testing.assert_allclose(rates[:10], np.arange(1, 11) / 10, rtol=1e-6)
     assert rates[10] == pytest.approx(1.0)
@@ -20,14 +20,14 @@ def test_the_rate_warms_up_peaks_and_falls_to_its_floor():
 
 
 def test_a_run_shorter_than_its_warm_up_still_has_rates():
-    cfg = load_config(overrides=["steps=5", "warmup_steps=10", "learning_rate=1.0"])
+    cfg = train_settings("steps=5", "warmup_steps=10", "learning_rate=1.0")
     rates = [float(learning_rate_at(cfg)(taken)) for taken in range(5)]
     assert rates == pytest.approx([0.1, 0.2, 0.3, 0.4, 0.5])
 
 
 def test_wsd_stays_at_its_peak_and_falls_in_a_line():
     overrides = ["steps=100", "warmup_steps=10", "learning_rate=1.0", "schedule=wsd"]
-    cfg = load_config(overrides=[*overrides, "final_learning_rate_fraction=0"])
+    cfg = train_settings(*overrides, "final_learning_rate_fraction=0")
     rates = np.array([learning_rate_at(cfg)(taken) for taken in range(101)])
     np.testing.assert_allclose(rates[9:81], 1.0, rtol=1e-6)
     np.testing.assert_allclose(rates[80:], np.arange(20, -1, -1) / 20, atol=1e-6)
@@ -35,8 +35,8 @@ def test_wsd_stays_at_its_peak_and_falls_in_a_line():
 
 @pytest.fixture(scope="module")
 def params():
-    cfg = load_config(
-        overrides=["model.qkv_bias=true", "model.qk_norm=true", "model.d_model=16", "model.d_ff=24"]
+    cfg = train_settings(
+        "model.qkv_bias=true", "model.qk_norm=true", "model.d_model=16", "model.d_ff=24"
     ).model
     return nnx.state(Decoder(cfg, rngs=nnx.Rngs(0)))
 
@@ -59,7 +59,7 @@ def test_every_parameter_is_in_a_group(params):
 
 
 def updates_of(params, *overrides, gradient=None):
-    cfg = load_config(overrides=["warmup_steps=0", "learning_rate=0.1", *overrides])
+    cfg = train_settings("warmup_steps=0", "learning_rate=0.1", *overrides)
     tx = make_optimizer(cfg)
     gradient = gradient or jax.tree.map(jnp.zeros_like, params)
     return by_name(tx.update(gradient, tx.init(params), params)[0])

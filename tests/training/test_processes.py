@@ -1,4 +1,4 @@
-"""Training by two processes, for real: each with its own lanes and its own devices."""
+"""Training by two processes, for real: each with its own rows and its own devices."""
 
 import json
 import os
@@ -8,6 +8,9 @@ import sys
 
 import numpy as np
 import pytest
+
+from ping_llm.outputs import claim
+from ping_llm.storage import Location
 
 SETTINGS = [
     "model.n_layers=1",
@@ -32,6 +35,12 @@ def free_port():
 
 def train(data, output, *, processes, steps, mesh, devices=2):
     """Runs `ping-llm train` in so many processes of so many devices each."""
+    codes, logs = run(data, output, processes=processes, steps=steps, mesh=mesh, devices=devices)
+    assert codes == [0] * processes, logs
+
+
+def run(data, output, *, processes, steps, mesh, devices=2):
+    """Returns the exit code and what was said by each process."""
     environment = os.environ | {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"}
     flags = ["--data", str(data), "--output", str(output), "--steps", str(steps), "--mesh", mesh]
     flags += [f"--set={text}" for text in SETTINGS]
@@ -52,10 +61,8 @@ def train(data, output, *, processes, steps, mesh, devices=2):
         with log:
             running.append(subprocess.Popen(command, env=environment, stdout=log, stderr=log))
     codes = [process.wait(timeout=240) for process in running]
-    logs = [
-        (output.parent / f"{output.name}.{index}.log").read_text() for index in range(processes)
-    ]
-    assert codes == [0] * processes, logs
+    names = [f"{output.name}.{index}.log" for index in range(processes)]
+    return codes, [(output.parent / name).read_text() for name in names]
 
 
 def losses(output):
@@ -75,6 +82,18 @@ def test_two_processes_train_as_one_and_resume_as_any_number(probe_rows, tmp_pat
     # The cosine's end moves with `steps`; at these few steps of warm-up it has not begun.
     np.testing.assert_allclose(got, expected, rtol=1e-5)
     np.testing.assert_allclose(got_valid, expected_valid, rtol=1e-4)
+
+
+@pytest.mark.slow
+def test_what_refuses_the_first_process_ends_all_of_them(probe_rows, tmp_path):
+    output = tmp_path / "run"
+    with claim(Location.of(output), what="another training"):
+        codes, logs = run(probe_rows, output, processes=2, steps=1, mesh="data=2", devices=1)
+    assert codes == [1, 1]
+    for log in logs:
+        assert "is being written by another process (another training, pid" in log
+        assert "Traceback" not in log
+    assert not output.exists()
 
 
 @pytest.mark.slow

@@ -8,10 +8,10 @@ from flax import nnx
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
+from tiny_runs import train_settings
 
 from ping_llm import sharding, tokenizer
 from ping_llm.models.config import DecoderConfig
-from ping_llm.training.config import load_config
 from ping_llm.training.optimizer import make_optimizer
 from ping_llm.training.step import init_state, make_eval_step, make_train_step, target_fields
 
@@ -55,7 +55,7 @@ class Trainer:
     def __init__(self, *overrides, cfg=TINY, **axis_sizes):
         self.mesh = sharding.make_mesh(**(axis_sizes or dict(data=4)))
         flags = ["warmup_steps=1", "learning_rate=1e-2", *overrides]
-        self.cfg = dataclasses.replace(load_config(overrides=flags), model=cfg)
+        self.cfg = dataclasses.replace(train_settings(*flags), model=cfg)
         self.tx = make_optimizer(self.cfg)
         self.graphdef, self.start = init_state(cfg, self.tx, seed=0, mesh=self.mesh)
         self._compiled = {}

@@ -1,10 +1,10 @@
 """Qwen2, Qwen2.5 and Qwen3: what their `config.json` means, and what their tensors are called."""
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
 
 from ping_llm.errors import ConfigError
-from ping_llm.models.config import DTYPES, DecoderConfig, YarnScaling
+from ping_llm.models.config import DTYPES, DecoderConfig, Dtype, YarnScaling
 
 # Keys of config.json that change nothing in a forward pass.
 _NO_EFFECT = {
@@ -122,11 +122,11 @@ def read_config(fields: Mapping[str, Any], where: str) -> DecoderConfig:
     return config
 
 
-def _dtype(fields: Mapping[str, Any], where: str) -> str:
+def _dtype(fields: Mapping[str, Any], where: str) -> Dtype:
     name = str(fields.get("dtype") or fields.get("torch_dtype") or "float32").removeprefix("torch.")
     if name not in DTYPES:
         raise ConfigError(f"{where}: dtype {name!r} is not one of {', '.join(DTYPES)}")
-    return name
+    return cast(Dtype, name)
 
 
 def _rope(

@@ -1,0 +1,130 @@
+"""The run directory of a training: claimed, checked against its settings, cleaned up."""
+
+import contextlib
+import dataclasses
+import hashlib
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from ping_llm import outputs, sharding, storage, tokenizer
+from ping_llm.errors import ConfigError
+from ping_llm.runs import RemoteRun, check_language, read_config, whole_steps
+from ping_llm.settings import refuse_changes, to_json
+from ping_llm.storage import Location
+from ping_llm.training.settings import TrainSettings
+
+SCHEMA_VERSION = 1
+_OWN = {"config.json", "metrics.jsonl", "loss.png", "checkpoints", "wandb"}
+
+
+@dataclasses.dataclass(frozen=True)
+class RunDirectory:
+    """A run that this training alone writes.
+
+    Attributes:
+        path: Where its files are on this machine.
+        remote: The run in the object store that they are copied to; None for a local run, and in
+            all processes but the first.
+        config: What its `config.json` is to hold.
+    """
+
+    path: Path
+    remote: RemoteRun | None
+    config: dict[str, Any]
+
+    def write_config(self) -> None:
+        """Writes `config.json`."""
+        outputs.publish_json(Location.of(self.path) / "config.json", self.config)
+
+
+@contextlib.contextmanager
+def open_run(cfg: TrainSettings, data: Path, fingerprint: str) -> Iterator[RunDirectory]:
+    """Claims the run directory `cfg.output` for all processes of this training.
+
+    If a new run fails before it has logged a step, nothing is left of it.
+
+    Args:
+        cfg: The run's settings.
+        data: Its data, on this machine.
+        fingerprint: That of the data.
+
+    Raises:
+        ConfigError: Another process has claimed it, or it holds another run or something else.
+        CheckpointError: Its files are damaged.
+        StorageError: It cannot be read or written.
+    """
+    output, remote = Location.of(cfg.output), None
+    if output.is_local:
+        path = output.path
+    else:
+        key = hashlib.sha256(output.url.encode()).hexdigest()[:24]
+        path = storage.cache_root() / "runs" / key
+    made = not path.exists()
+    with contextlib.ExitStack() as stack:
+        with sharding.by_first_process() as is_first:
+            if is_first:
+                claimed = stack.enter_context(
+                    outputs.claim(
+                        output,
+                        what="train",
+                        settings=cfg,
+                        stored=lambda: _stored_settings(output, fingerprint),
+                    )
+                )
+                if not output.is_local:
+                    stack.enter_context(outputs.claim(Location.of(path), what="train"))
+                    path.mkdir(parents=True, exist_ok=True)
+                    remote = RemoteRun(output, path, claimed)
+        if not output.is_local and jax.process_count() > 1:
+            sharding.check_shared(path)
+        try:
+            yield RunDirectory(path, remote, _config(cfg, data, fingerprint))
+        except BaseException:
+            if is_first:
+                _remove_unbegun(path, made)
+            raise
+
+
+def _stored_settings(output: Location, fingerprint: str) -> Mapping[str, Any] | None:
+    """Returns the settings of the run in `output`, or None where no checkpoint binds to them."""
+    names = output.names()
+    if "config.json" not in names:
+        if any(not name.startswith(".") for name in {*names} - _OWN):
+            raise ConfigError(f"{output} is not empty and holds no run; choose another output")
+        return None
+    config = read_config(output)
+    if not whole_steps(output):
+        return None
+    check_language(output, config)
+    fact = "data.fingerprint"
+    refuse_changes({fact: config["data"]["fingerprint"]}, {fact: fingerprint}, output)
+    return config["train"] | {"model": config["model"]}
+
+
+def _config(cfg: TrainSettings, data: Path, fingerprint: str) -> dict[str, Any]:
+    settings = to_json(cfg)
+    model = settings.pop("model")
+    return {
+        "schema_version": SCHEMA_VERSION,
+        "language_version": tokenizer.LANGUAGE_VERSION,
+        "parameters": cfg.model.parameter_count(),
+        "model": model,
+        "train": settings,
+        "data": {"path": str(data), "fingerprint": fingerprint},
+    }
+
+
+def _remove_unbegun(path: Path, made: bool) -> None:
+    """Removes a run without a checkpoint and without a line about a step."""
+    run, metrics = Location.of(path), path / "metrics.jsonl"
+    has_steps = metrics.exists() and metrics.stat().st_size > 0
+    if has_steps or whole_steps(run):
+        return
+    for name in _OWN:
+        (run / name).remove()
+    if made:
+        with contextlib.suppress(OSError):  # something else is in it
+            path.rmdir()

@@ -1,0 +1,58 @@
+"""Exporting: a run's decoder as one safetensors file beside its config."""
+
+import dataclasses
+import json
+
+import numpy as np
+
+from ping_llm import settings
+from ping_llm.outputs import claim, publish_directory
+from ping_llm.runs import EXPORTED, by_name, load_run
+from ping_llm.storage import Location
+from ping_llm.training.settings import ExportSettings
+
+
+@dataclasses.dataclass(frozen=True)
+class ExportResult:
+    """What an export holds.
+
+    Attributes:
+        parameters: Number of parameters.
+        bytes: Size of their file.
+        output: The directory.
+    """
+
+    parameters: int
+    bytes: int
+    output: str
+
+
+@settings.takes(ExportSettings)
+def export_run(chosen: ExportSettings) -> ExportResult:
+    """Writes a run's best decoder as one safetensors file beside its config.
+
+    The directory can stand for the run wherever one is read: `predict`, `evaluate`, `generate`,
+    `extract-activations`. Exporting again what is there already changes nothing.
+
+    Raises:
+        CheckpointError: `run` cannot be read.
+        ConfigError: `output` holds something else, or another process writes it.
+        StorageError: `output` cannot be written.
+    """
+    from safetensors.numpy import save
+
+    output = Location.of(chosen.output)
+    with claim(output, what="export"):
+        run = load_run(chosen.run)
+        tensors = {name: np.asarray(leaf) for name, leaf in by_name(run.params).items()}
+        weights = save(tensors, metadata={"format": "ping-llm"})
+        config = (json.dumps(run.config, indent=2) + "\n").encode()
+        content = {EXPORTED: weights, "config.json": config}
+        if output.names() != sorted(content) or any(
+            (output / name).read_bytes() != data for name, data in content.items()
+        ):
+            with publish_directory(output, last="config.json") as directory:
+                for name, data in content.items():
+                    (directory / name).write_bytes(data)
+    parameters = sum(tensor.size for tensor in tensors.values())
+    return ExportResult(parameters, len(weights), str(output))
