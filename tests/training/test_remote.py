@@ -169,7 +169,7 @@ def train_here(data, output, *overrides):
 
 def check_readers(run, data):
     from ping_llm.prediction.evaluate import evaluate
-    from ping_llm.prediction.rtt import Predictor
+    from ping_llm import Predictor
 
     exported = f"{run}-exported"
     export_run(run, exported)
