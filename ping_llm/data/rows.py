@@ -389,8 +389,5 @@ def _join_first(head: RowBatch, rows: RowBatch) -> RowBatch:
     """Returns `rows` with the measurements of the one row `head` put before its first row's."""
     joined = RowBatch.concat([head, rows])
     return dataclasses.replace(
-        joined,
-        src=joined.src[1:],
-        family=joined.family[1:],
-        offsets=np.delete(joined.offsets, 1),
+        joined, src=joined.src[1:], family=joined.family[1:], offsets=np.delete(joined.offsets, 1)
     )

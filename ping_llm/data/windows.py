@@ -361,12 +361,7 @@ def gather(rows: ProbeRows, row: np.ndarray, selection: Selection) -> Measuremen
 
 
 def encode_windows(
-    rows: ProbeRows,
-    chosen: Windows,
-    *,
-    seed: int,
-    length: int,
-    config: WindowConfig = DEFAULTS,
+    rows: ProbeRows, chosen: Windows, *, seed: int, length: int, config: WindowConfig = DEFAULTS
 ) -> tuple[np.ndarray, np.ndarray]:
     """Returns (tokens, token_offsets): one segment of at most `length` tokens a window.
 
@@ -385,7 +380,5 @@ def encode_windows(
     selection = select(keys, counts, families, length, config)
     measurements = gather(rows, chosen.row, selection)
     return tokenizer.encode(
-        measurements,
-        segment_offsets=selection.segment_offsets,
-        field_order=selection.field_order,
+        measurements, segment_offsets=selection.segment_offsets, field_order=selection.field_order
     )
