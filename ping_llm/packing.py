@@ -96,3 +96,12 @@ def pack(
     tokens[real] = np.concatenate(segments)
     shape = len(sequences), length
     return tokens.reshape(shape), segment_ids.reshape(shape), positions.reshape(shape)
+
+
+def ragged(counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Returns (segment, index within it) of each element of segments of `counts` elements.
+
+    For [2, 0, 1]: ([0, 0, 2], [0, 1, 0]), int64.
+    """
+    segment = np.repeat(np.arange(len(counts)), counts)
+    return segment, np.arange(len(segment)) - np.repeat(np.cumsum(counts) - counts, counts)

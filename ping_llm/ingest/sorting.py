@@ -22,8 +22,8 @@ _INPUT = np.dtype(np.uint32)
 
 def rank_addresses(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Returns (the distinct addresses in order [S], which of them each of `values` is [n])."""
-    encoded = columns.to_fixed_binary(values).dictionary_encode()
-    distinct = columns.from_fixed_binary(encoded.dictionary)
+    encoded = columns.from_numpy(values).dictionary_encode()
+    distinct = columns.to_numpy(encoded.dictionary)
     order = np.lexsort(addresses.words(distinct)[::-1])
     ranks = np.empty(len(order), np.uint32)
     ranks[order] = np.arange(len(order), dtype=np.uint32)

@@ -6,7 +6,7 @@ a keyed hash; the *time* split alone also needs the first and last time of each 
 
 import numpy as np
 
-from ping_llm.hashing import scramble
+from ping_llm.hashing import scramble, uniform
 from ping_llm.ingest.settings import PrepareSettings
 
 TRAIN, VALID, TEST = 0, 1, 2  # indices into `rows.SPLITS`
@@ -30,9 +30,9 @@ def by_addresses(chosen: PrepareSettings, src: np.ndarray, dst: np.ndarray) -> n
 
 
 def _held_out(chosen: PrepareSettings, hashes: np.ndarray) -> np.ndarray:
-    uniform = (hashes >> np.uint64(11)) * 2.0**-53
-    held_out = uniform < chosen.test_fraction + chosen.valid_fraction
-    return held_out.astype(np.int8) + (uniform < chosen.test_fraction)
+    number = uniform(hashes)
+    held_out = number < chosen.test_fraction + chosen.valid_fraction
+    return held_out.astype(np.int8) + (number < chosen.test_fraction)
 
 
 def time_cuts(chosen: PrepareSettings, first: int, last: int) -> tuple[int, int]:

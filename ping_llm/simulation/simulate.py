@@ -24,7 +24,7 @@ import pyarrow.parquet as pq
 
 from ping_llm import settings
 from ping_llm.errors import DataError
-from ping_llm.hashing import mix
+from ping_llm.hashing import mix, uniform
 from ping_llm.outputs import claim, publish_file
 from ping_llm.progress import progress
 from ping_llm.simulation.cities import Cities, load_cities
@@ -191,8 +191,7 @@ class World:
 
     def _hash(self, what: int, *keys: np.ndarray) -> np.ndarray:
         """Returns numbers uniform on [0, 1), functions of the seed, `what` and `keys` alone."""
-        bits = mix(np.array([self._seed]), np.array([what]), *keys)
-        return np.multiply(bits >> np.uint64(11), 2.0**-53)
+        return uniform(mix(np.array([self._seed]), np.array([what]), *keys))
 
 
 def _make_hosts(rng: np.random.Generator, probes: int, n_as: int, cities: Cities) -> _Hosts:
