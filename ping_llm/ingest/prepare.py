@@ -82,8 +82,8 @@ def prepare_data(chosen: PrepareSettings) -> PrepareResult:
             PeakMemory() as memory,
         ):
             digests = _digests(files, workers)
-            engine = _engine(chosen)(directory, chosen)
-            engine.run(files, workers=workers)
+            engine = _engine(chosen)(directory, chosen, workers)
+            engine.run(files)
             result = PrepareResult(
                 measurements=sum(engine.measurements.values()),
                 failed=engine.failed,

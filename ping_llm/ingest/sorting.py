@@ -164,12 +164,10 @@ def cut_into_ranges(runs: Sequence[Run], rows: int) -> list[np.ndarray]:
 
 def read_range(
     runs: Sequence[Run], starts: np.ndarray, stops: np.ndarray
-) -> tuple[RowBatch, np.ndarray] | None:
-    """Returns one range of `runs` in order, with input indices, or None where it is empty."""
+) -> tuple[RowBatch, np.ndarray]:
+    """Returns one range of `runs`, which is not empty, in order, with input indices."""
     bounds = zip(runs, starts.tolist(), stops.tolist(), strict=True)
     slices = [run.read(start, stop) for run, start, stop in bounds if start < stop]
-    if not slices:
-        return None
     rows = RowBatch.concat([rows for rows, _ in slices])
     index = np.concatenate([index for _, index in slices])
     sources, rank = rank_addresses(rows.src)

@@ -5,6 +5,7 @@ rows by the code of the local engine, so the files are the same byte for byte. W
 rows over in the directory of the output, which all of them must see.
 """
 
+import itertools
 import json
 import os
 import re
@@ -17,15 +18,22 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from ping_llm.columns import from_fixed_binary
-from ping_llm.data.rows import MEASURED, SPLITS, RowBatch, RowBuilder, RowWriter, read_rows
+from ping_llm.columns import to_numpy
+from ping_llm.data.rows import MEASURED, SPLITS, RowBatch, RowWriter, read_rows
 from ping_llm.errors import ConfigError, DataError, StorageError
 from ping_llm.ingest.files import InputFile, Unit
-from ping_llm.ingest.local import Engine, RejectedSpool, no_measurement, split_rows, write_rejected
+from ping_llm.ingest.local import (
+    Engine,
+    SplitWriter,
+    UnitReader,
+    no_measurement,
+    split_rows,
+    write_rejected,
+)
 from ping_llm.ingest.records import READ
 from ping_llm.ingest.settings import PrepareSettings
 from ping_llm.ingest.sorting import MIRRORED
-from ping_llm.ingest.sources import cut_into_units, read_unit
+from ping_llm.ingest.sources import cut_into_units
 from ping_llm.ingest.splits import time_cuts
 from ping_llm.measurements import COLUMNS, MeasurementTable
 from ping_llm.progress import progress
@@ -40,21 +48,22 @@ _ORDER = [COLUMNS[name].arrow for name in ("family", "src", *MEASURED)]
 class SparkEngine(Engine):
     """The engine of a Spark session, which may be of many machines."""
 
-    def run(self, files: Sequence[InputFile], *, workers: int) -> None:
+    def run(self, files: Sequence[InputFile]) -> None:
         """See `Engine.run`."""
         spill = self._spill
         spill.mkdir()
         units = [unit for file in files for unit in cut_into_units(file)]
-        session, ours = _session(workers, self._chosen.memory_bytes)
+        session, ours = _session(self._workers, self._chosen.memory_bytes)
         from pyspark import StorageLevel
         from pyspark.errors import PySparkException
+        from pyspark.sql import functions
 
         try:
             read = session.range(0, len(units), 1, len(units))
             read = read.mapInArrow(_reader(units, spill, self._chosen.both_ends), _READ)
             read = read.persist(StorageLevel.DISK_ONLY)
-            spans = read.groupBy("input").agg({"event_time": "min"}).collect()
-            last = dict(read.groupBy("input").agg({"event_time": "max"}).collect())
+            ends = functions.min("event_time"), functions.max("event_time")
+            spans = read.groupBy("input").agg(*ends).collect()
             lines = np.zeros(len(units), np.int64)
             for i in range(len(units)):
                 path = spill / f"unit-{i}.json"
@@ -69,10 +78,11 @@ class SparkEngine(Engine):
             write_rejected(self._directory, spill, units, lines)
             if not spans:
                 raise no_measurement(files, self.rejected)
-            cuts = np.zeros((max(file.input_index for file in files) + 1, 2), np.int64)
-            for index, first in spans:
+            times = np.zeros((files[-1].input_index + 1, 2), np.int64)
+            for index, first, last in spans:
                 if index < MIRRORED:
-                    cuts[index] = time_cuts(self._chosen, first, last[index])
+                    times[index] = first, last
+            cuts = time_cuts(self._chosen, *times.T)
             parts = max(len(units), session.sparkContext.defaultParallelism)
             # A source goes to one partition, so that rows need not be joined across them.
             made = read.repartitionByRange(parts, "ip_version", "src_addr")
@@ -144,15 +154,10 @@ def _reader(units: list[Unit], spill: Path, both_ends: bool) -> Callable:
 
     def read(batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
         for i in (number for batch in batches for number in batch.column(0).to_pylist()):
-            unit, lines = units[i], 0
-            with RejectedSpool(spill / f"rejected-{i}.arrows") as spool:
-                for part in read_unit(unit):
-                    spool.add(part.rejected)
-                    lines += part.lines
-                    yield to_batch(part.table, unit.file.input_index)
-                    if both_ends:
-                        yield to_batch(part.table.mirrored(), unit.file.input_index | MIRRORED)
-            note = {"lines": lines, "reasons": spool.reasons}
+            reader = UnitReader(units[i], spill, i, both_ends=both_ends)
+            for _, tables in reader.read():
+                yield from itertools.starmap(to_batch, tables)
+            note = {"lines": reader.lines, "reasons": reader.reasons}
             (spill / f"unit-{i}.json").write_text(json.dumps(note))
 
     return read
@@ -166,25 +171,12 @@ def _writer(spill: Path, chosen: PrepareSettings, cuts: np.ndarray) -> Callable:
 
         context = TaskContext.get()
         part = context.partitionId() if context else 0
-        writers = {split: RowWriter(spill, f"{split}.{part}") for split in SPLITS}
-        cap = chosen.row_cap_bytes
-        builders = {split: RowBuilder(writers[split], row_cap_bytes=cap) for split in SPLITS}
-        probes, last = 0, None
+        writer = SplitWriter(spill, chosen, suffix=f".{part}")
         for batch in batches:
-            if len(batch) == 0:
-                continue
-            sources, rows_by_split = split_rows(*_to_rows(batch), chosen, cuts)
-            for split, rows in rows_by_split.items():
-                builders[split].append(rows)
-            if len(sources):
-                probes += len(sources) - int(sources[0] == last)
-                last = sources[-1]
-        for split, writer in writers.items():
-            builders[split].close()
-            writer.close()
-        yield pa.RecordBatch.from_arrays(
-            [pa.array([part]), pa.array([probes])], names=["part", "probes"]
-        )
+            if len(batch):
+                writer.append(*split_rows(*_to_rows(batch), chosen, cuts))
+        writer.close()
+        yield pa.RecordBatch.from_pydict({"part": [part], "probes": [writer.probes]})
 
     return write
 
@@ -192,12 +184,7 @@ def _writer(spill: Path, chosen: PrepareSettings, cuts: np.ndarray) -> Callable:
 def _to_rows(batch: pa.RecordBatch) -> tuple[RowBatch, np.ndarray]:
     """Returns a batch of `_READ`, which is in order, as one row a source, and input indices."""
     index = batch["input"].to_numpy().astype(np.uint32)
-    columns = {}
-    for name in READ:
-        array = batch[COLUMNS[name].arrow]
-        is_address = array.type == pa.binary()
-        fixed = array.cast(pa.binary(16)) if is_address else array
-        columns[name] = from_fixed_binary(fixed) if is_address else fixed.to_numpy()
+    columns = {name: to_numpy(batch[COLUMNS[name].arrow]) for name in READ}
     src = columns["src"]
     first = np.append(True, src[1:] != src[:-1])
     measured = {name: columns[name] for name in MEASURED}

@@ -35,11 +35,13 @@ def _held_out(chosen: PrepareSettings, hashes: np.ndarray) -> np.ndarray:
     return held_out.astype(np.int8) + (number < chosen.test_fraction)
 
 
-def time_cuts(chosen: PrepareSettings, first: int, last: int) -> tuple[int, int]:
-    """Returns the last second of train, and of valid, of an input that spans [first, last]."""
-    span = last - first
-    test_after = last - int(chosen.test_fraction * span)
-    return test_after - int(chosen.valid_fraction * span), test_after
+def time_cuts(
+    chosen: PrepareSettings, first: int | np.ndarray, last: int | np.ndarray
+) -> np.ndarray:
+    """Returns the last second of train, and of valid, of inputs that span [first, last] [I, 2]."""
+    shares = chosen.valid_fraction, chosen.test_fraction
+    valid, test = ((share * (last - np.asarray(first))).astype(np.int64) for share in shares)
+    return np.stack([last - test - valid, last - test], axis=-1)
 
 
 def by_time(time: np.ndarray, cuts: np.ndarray) -> np.ndarray:
