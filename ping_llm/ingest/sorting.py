@@ -17,7 +17,8 @@ from ping_llm.measurements import COLUMNS, MeasurementTable
 
 SAMPLE_EVERY = 1024
 MIRRORED = 1 << 30  # a bit of an input index: the measurement is seen from its destination
-_INPUT = np.dtype(np.uint32)
+_DTYPES = {name: COLUMNS[name].dtype for name in ("src", *MEASURED)}
+_DTYPES |= {"offsets": np.dtype(np.int64), "index": np.dtype(np.uint32)}
 
 
 def rank_addresses(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -71,20 +72,20 @@ class Run:
     def __init__(self, directory: Path, tables: Sequence[tuple[MeasurementTable, int]]):
         """Sorts and writes `tables`, each with its input index, to a new directory."""
         table = MeasurementTable.concat([table for table, _ in tables])
-        index = np.concatenate([np.full(len(table), index, _INPUT) for table, index in tables])
+        index = np.repeat([i for _, i in tables], [len(t) for t, _ in tables]).astype(np.uint32)
         measured = {name: getattr(table, name) for name in MEASURED}
         rows, index = _sort(*rank_addresses(table.src), measured, index)
         self._directory, self._n = directory, len(index)
         sampled = np.arange(0, len(index), SAMPLE_EVERY)
         sources = rows.src[np.searchsorted(rows.offsets, sampled, "right") - 1]
-        self.samples = np.stack(
-            [
+        time, dst, rtt = (values[sampled] for values in (rows.time, rows.dst, rows.rtt))
+        self.samples = np.column_stack(
+            (
                 *addresses.words(sources),
-                rows.time[sampled].astype(np.uint64),
-                *addresses.words(rows.dst[sampled]),
-                _rtt_word(rows.rtt[sampled]),
-            ],
-            axis=1,
+                time.astype(np.uint64),
+                *addresses.words(dst),
+                _rtt_word(rtt),
+            )
         )
         directory.mkdir()
         written = {"src": rows.src, "offsets": rows.offsets, "index": index, **rows.measured}
@@ -94,44 +95,38 @@ class Run:
     def __len__(self) -> int:
         return self._n
 
-    def _read(self, name: str, dtype: np.dtype, start: int = 0, stop: int | None = None):
-        count = -1 if stop is None else stop - start
+    def _read(self, name: str, start: int = 0, stop: int | None = None) -> np.ndarray:
+        dtype, count = _DTYPES[name], -1 if stop is None else stop - start
         return np.fromfile(self._directory / name, dtype, count, offset=start * dtype.itemsize)
-
-    def _column(self, name: str, start: int, stop: int) -> np.ndarray:
-        return self._read(name, COLUMNS[name].dtype, start, stop)
-
-    def _sources(self) -> tuple[np.ndarray, np.ndarray]:
-        return self._read("src", addresses.ADDRESS), self._read("offsets", np.dtype(np.int64))
 
     def find(self, keys: np.ndarray) -> np.ndarray:
         """Returns for each key [K, 6] how many measurements of the run stand before it."""
-        src, offsets = self._sources()
+        src, offsets = self._read("src"), self._read("offsets")
         high, low = addresses.words(src)
         before = []
         for key in keys:
             sources = _narrow(low, key[1], *_narrow(high, key[0], 0, len(high)))
             start, stop = (int(offsets[i]) for i in sources)
-            time = self._column("time", start, stop).astype(np.uint64)
+            time = self._read("time", start, stop).astype(np.uint64)
             start, stop = (start + i for i in _narrow(time, key[2], 0, len(time)))
-            dst_high, dst_low = addresses.words(self._column("dst", start, stop))
-            rtt = _rtt_word(self._column("rtt", start, stop))
+            dst_high, dst_low = addresses.words(self._read("dst", start, stop))
+            rtt = _rtt_word(self._read("rtt", start, stop))
             inner = _narrow(dst_low, key[4], *_narrow(dst_high, key[3], 0, len(rtt)))
             before.append(start + _narrow(rtt, key[5], *inner)[0])
         return np.array(before, np.int64)
 
     def read(self, start: int, stop: int) -> tuple[RowBatch, np.ndarray]:
         """Returns measurements [start, stop) of the run, and their input indices."""
-        src, offsets = self._sources()
+        src, offsets = self._read("src"), self._read("offsets")
         first = int(np.searchsorted(offsets, start, "right")) - 1
         last = int(np.searchsorted(offsets, stop, "left"))
         rows = RowBatch(
             src=src[first:last],
             family=addresses.family(src[first:last]),
             offsets=np.clip(offsets[first : last + 1], start, stop) - start,
-            **{name: self._column(name, start, stop) for name in MEASURED},
+            **{name: self._read(name, start, stop) for name in MEASURED},
         )
-        return rows, self._read("index", _INPUT, start, stop)
+        return rows, self._read("index", start, stop)
 
 
 def _rtt_word(rtt: np.ndarray) -> np.ndarray:

@@ -7,6 +7,7 @@ and nothing is repaired: a record is taken as it stands, or rejected.
 
 # pyarrow.compute makes its functions when it is imported:
 # pyright: reportAttributeAccessIssue=false
+import contextlib
 import dataclasses
 import itertools
 from collections.abc import Callable, Iterator, Sequence
@@ -103,19 +104,14 @@ def read_unit(unit: Unit) -> Iterator[Part]:
             lines += part.lines
 
 
-class _named_errors:  # noqa: N801
+@contextlib.contextmanager
+def _named_errors(file: InputFile) -> Iterator[None]:
     """Turns what a reader raises about a broken file into a `DataError` that names it."""
-
-    def __init__(self, file: InputFile):
-        self._file = file
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, kind: type | None, error: BaseException | None, trace: object) -> None:
-        if isinstance(error, READ_ERRORS):
-            what = f"{self._file.compression or ''} {self._file.format}".strip()
-            why = str(error).strip().split("\n")[0] or type(error).__name__
-            raise DataError(
-                f"{self._file.location} cannot be read as {what}: {why}; get an intact copy"
-            ) from error
+    try:
+        yield
+    except READ_ERRORS as error:
+        what = f"{file.compression or ''} {file.format}".strip()
+        why = str(error).strip().split("\n")[0] or type(error).__name__
+        raise DataError(
+            f"{file.location} cannot be read as {what}: {why}; get an intact copy"
+        ) from error

@@ -92,9 +92,10 @@ class SparkEngine(Engine):
             self.probes = sum(n for _, n in probes)
             self._join(spill, [part for part, _ in probes])
         except PySparkException as error:
-            # What a worker says of a broken file comes as text in a long trace.
+            # What a worker says of a broken file stands in the text of a long trace.
             said = re.search(r"ping_llm\.errors\.DataError: (.+)", str(error))
-            raise DataError(said[1] if said else f"Spark failed: {_first_line(error)}") from error
+            first_line = str(error).strip().partition("\n")[0]
+            raise DataError(said[1] if said else f"Spark failed: {first_line}") from error
         finally:
             if ours:
                 session.stop()
@@ -114,10 +115,6 @@ class SparkEngine(Engine):
                     shown.update(1)
             writer.close()
             self.rows[split], self.measurements[split] = writer.rows, writer.measurements
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().split("\n")[0]
 
 
 def _session(workers: int, memory_limit: int) -> tuple[Any, bool]:

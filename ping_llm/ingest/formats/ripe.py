@@ -51,9 +51,9 @@ def parse_ripe_lines(lines: pa.Array) -> tuple[MeasurementTable, Verdict]:
     fields = _extract(lines)
     verdict = Verdict(len(lines))
     is_object = pc.and_(fields["parsed"], pc.starts_with(pc.utf8_ltrim_whitespace(lines), "{"))
-    verdict.reject(~is_object.to_numpy(zero_copy_only=False), "not a JSON object")
+    verdict.reject(~np.asarray(is_object), "not a JSON object")
     is_ping = pc.fill_null(pc.equal(fields["type"], "ping"), False)
-    verdict.reject(~is_ping.to_numpy(zero_copy_only=False), "not a ping result")
+    verdict.reject(~np.asarray(is_ping), "not a ping result")
     time = to_seconds(*parse_floats(fields["timestamp"]))
     names = ("dst_addr", "addr", "name", "from", "src_addr")
     dst_addr, addr, name, public, private = (parse_addresses(fields[n]) for n in names)
@@ -115,9 +115,9 @@ def _rtt(fields: dict[str, pa.Array]) -> Field:
     result = pc.fill_null(fields["result"], "")
     none_came = (received_problem == OK) & (received == 0)
     none_came |= (problems == OK) & (values < 0)  # RIPE's own mark
-    none_came |= pc.starts_with(result, "[{").to_numpy(zero_copy_only=False)
+    none_came |= np.asarray(pc.starts_with(result, "[{"))
     undecided = (problems != INVALID) & (values <= 0)
-    with_replies = pc.match_substring_regex(result, r'"rtt"|\\').to_numpy(zero_copy_only=False)
+    with_replies = np.asarray(pc.match_substring_regex(result, r'"rtt"|\\'))
     values = np.where(undecided, -1.0, values)
     problems = np.where(undecided, np.where(none_came, OK, MISSING), problems).astype(np.uint8)
     for i in np.flatnonzero(undecided & with_replies):
