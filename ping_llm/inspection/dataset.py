@@ -4,7 +4,7 @@ One streaming pass over measurements in any input format, or over a directory of
 """
 
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -59,7 +59,7 @@ def inspect_data(chosen: InspectDataSettings) -> InspectDataResult:
 
 
 def _inspect_measurements(path: str, samples: int) -> InspectDataResult:
-    stats, rejected, contexts = Statistics(), Counter(), []
+    stats, rejected, contexts = Statistics(), Counter[str](), []
     tables = read_measurements(
         [path], on_rejected=lambda batch: rejected.update(batch["reason"].to_pylist())
     )
@@ -71,7 +71,7 @@ def _inspect_measurements(path: str, samples: int) -> InspectDataResult:
             shown.update(len(table))
     stats.finish()
     checks = measurement_checks(stats, rejected, ordered=False)
-    return _result(path, "measurements", stats, rejected, checks, {}, None, contexts)
+    return _result(stats, path, dict(rejected), checks, contexts)
 
 
 def _first_contexts(table: MeasurementTable, count: int) -> list[SampleContext]:
@@ -116,7 +116,9 @@ def _inspect_rows(path: str, samples: int) -> InspectDataResult:
         except DataError as error:
             checks.append(Check("rows encode", False, 0, str(error)))
     counts = {split: len(rows[split]) for split in SPLITS}
-    return _result(path, "rows", stats, rejected, checks, counts, window_statistics, contexts)
+    by_split = dict(zip(SPLITS, stats.measurements.tolist(), strict=True))
+    of_rows = {"rows": counts, "measurements_by_split": by_split, "windows": window_statistics}
+    return _result(stats, path, rejected, checks, contexts, **of_rows)
 
 
 def _tables(rows: ProbeRows) -> Iterator[MeasurementTable]:
@@ -165,14 +167,7 @@ def _windows(
 
 
 def _result(
-    path: str,
-    kind: str,
-    stats: Statistics,
-    rejected: Mapping[str, int],
-    checks: list[Check],
-    rows: dict[str, int],
-    windows: dict[str, Any] | None,
-    samples: list[SampleContext],
+    stats: Statistics, path: str, rejected: dict, checks: list[Check], samples: list, **of_rows: Any
 ) -> InspectDataResult:
     by_outcome = stats.time.counts.sum(axis=0).reshape(2, 2)  # [family, answered or failed]
     by_family, failed, total = by_outcome.sum(axis=1), by_outcome[:, 1], int(by_outcome.sum())
@@ -182,10 +177,9 @@ def _result(
         "pairs": stats.pairs,
         "duplicates": stats.records,
     }
-    by_split = {split: int(n) for split, n in zip(rows, stats.measurements, strict=False)}
     return InspectDataResult(
         path=path,
-        kind=kind,
+        kind="rows" if of_rows else "measurements",
         measurements=total,
         failed_fraction=_ratio(failed.sum(), total),
         ipv6_fraction=_ratio(by_family[1], total),
@@ -205,10 +199,6 @@ def _result(
             }
             for i, name in enumerate(("ipv4", "ipv6"))
         },
-        rows=rows,
-        measurements_by_split=by_split,
-        rejected=dict(rejected),
-        checks=checks,
         distributions={
             "rtt_ms": _rtt_distribution(stats.rtt),
             "time": _time_distribution(stats),
@@ -216,8 +206,10 @@ def _result(
         },
         top_sources=_top(stats.sources),
         top_destinations=_top(stats.destinations),
-        windows=windows,
+        rejected=rejected,
+        checks=checks,
         samples=samples,
+        **of_rows,
     )
 
 
