@@ -22,7 +22,7 @@ _PER_SECOND = {"s": 1, "ms": 10**3, "us": 10**6, "ns": 10**9}
 _NUMBER = r"(?i)^[+-]?(([0-9]+\.?[0-9]*|\.[0-9]+)(e[+-]?[0-9]+)?|nan|inf|infinity)$"
 _ISO_8601 = (
     r"^(?P<base>[0-9]{4}-[0-9]{2}-[0-9]{2}[T ][0-9]{2}:[0-9]{2}(?::[0-9]{2})?)"
-    r"(?:[.,][0-9]+)?(?P<zone>Z|[+-][0-9]{2}(?::?[0-9]{2})?)?$"
+    r"(?:[.,][0-9]+)?(?P<zone>Z|[+-](?:[01][0-9]|2[0-3])(?::?[0-5][0-9])?)?$"
 )
 
 
@@ -183,9 +183,9 @@ def parse_times(column: pa.Array) -> tuple[np.ndarray, np.ndarray]:
     seconds, problem = to_seconds(numbers, problem)
     if len(rest):
         parts = pc.extract_regex(column.take(pa.array(rest)), _ISO_8601)
-        base = _each_distinct(pc.struct_field(parts, "base"), _civil_seconds, pa.int64())
-        zone = _each_distinct(pc.struct_field(parts, "zone"), _zone_seconds, pa.int64())
-        utc = pc.subtract(base, zone)
+        base, zone = (pc.struct_field(parts, name) for name in ("base", "zone"))
+        texts = pc.binary_join_element_wise(base, zone, "")
+        utc = _each_distinct(texts, _epoch_seconds, pa.int64())
         rest = rest[np.asarray(utc.is_valid())]
         seconds[rest], problem[rest] = utc.drop_null().to_numpy(), OK
     return seconds, problem
@@ -198,19 +198,9 @@ def _each_distinct(column: pa.Array, parse: Callable[[str], object], to: pa.Data
     return parsed.take(encoded.indices)
 
 
-def _civil_seconds(text: str) -> int | None:
+def _epoch_seconds(text: str) -> int | None:
     try:
-        civil = datetime.datetime.fromisoformat(text).replace(tzinfo=datetime.UTC)
+        moment = datetime.datetime.fromisoformat(text)
     except ValueError:  # the 30th of February
         return None
-    return int(civil.timestamp())
-
-
-def _zone_seconds(text: str) -> int | None:
-    if text in ("", "Z"):
-        return 0
-    digits = text[1:].replace(":", "").ljust(4, "0")
-    hours, minutes = int(digits[:2]), int(digits[2:])
-    if hours > 23 or minutes > 59:
-        return None
-    return (-1 if text[0] == "-" else 1) * (hours * 3600 + minutes * 60)
+    return int(moment.replace(tzinfo=moment.tzinfo or datetime.UTC).timestamp())

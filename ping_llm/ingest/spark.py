@@ -21,15 +21,8 @@ import pyarrow as pa
 from ping_llm.columns import to_numpy
 from ping_llm.data.rows import MEASURED, SPLITS, RowBatch, RowWriter, read_rows
 from ping_llm.errors import ConfigError, DataError, StorageError
+from ping_llm.ingest import local
 from ping_llm.ingest.files import InputFile, Unit
-from ping_llm.ingest.local import (
-    Engine,
-    SplitWriter,
-    UnitReader,
-    no_measurement,
-    split_rows,
-    write_rejected,
-)
 from ping_llm.ingest.records import READ
 from ping_llm.ingest.settings import PrepareSettings
 from ping_llm.ingest.sorting import MIRRORED
@@ -45,7 +38,7 @@ _READ = (
 _ORDER = [COLUMNS[name].arrow for name in ("family", "src", *MEASURED)]
 
 
-class SparkEngine(Engine):
+class SparkEngine(local.Engine):
     """The engine of a Spark session, which may be of many machines."""
 
     def run(self, files: Sequence[InputFile]) -> None:
@@ -75,9 +68,9 @@ class SparkEngine(Engine):
                 note = json.loads(path.read_text())
                 lines[i] = note["lines"]
                 self.rejected.update(note["reasons"])
-            write_rejected(self._directory, spill, units, lines)
+            local.write_rejected(self._directory, spill, units, lines)
             if not spans:
-                raise no_measurement(files, self.rejected)
+                raise local.no_measurement(files, self.rejected)
             times = np.zeros((files[-1].input_index + 1, 2), np.int64)
             for index, first, last in spans:
                 if index < MIRRORED:
@@ -151,7 +144,7 @@ def _reader(units: list[Unit], spill: Path, both_ends: bool) -> Callable:
 
     def read(batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
         for i in (number for batch in batches for number in batch.column(0).to_pylist()):
-            reader = UnitReader(units[i], spill, i, both_ends=both_ends)
+            reader = local.UnitReader(units[i], spill, i, both_ends=both_ends)
             for _, tables in reader.read():
                 yield from itertools.starmap(to_batch, tables)
             note = {"lines": reader.lines, "reasons": reader.reasons}
@@ -168,10 +161,10 @@ def _writer(spill: Path, chosen: PrepareSettings, cuts: np.ndarray) -> Callable:
 
         context = TaskContext.get()
         part = context.partitionId() if context else 0
-        writer = SplitWriter(spill, chosen, suffix=f".{part}")
+        writer = local.SplitWriter(spill, chosen, suffix=f".{part}")
         for batch in batches:
             if len(batch):
-                writer.append(*split_rows(*_to_rows(batch), chosen, cuts))
+                writer.append(*local.split_rows(*_to_rows(batch), chosen, cuts))
         writer.close()
         yield pa.RecordBatch.from_pydict({"part": [part], "probes": [writer.probes]})
 
