@@ -8,6 +8,7 @@ processes or restarts.
 """
 
 import collections
+import contextlib
 import dataclasses
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -144,7 +145,7 @@ class _Reader:
         return chunk.segments(sequence)
 
 
-class TrainLoader:
+class TrainLoader(contextlib.AbstractContextManager):
     """An endless iterator of this process's part of each global batch, made in the background.
 
     Closing it, or leaving its `with` block, ends the thread that makes them.
@@ -208,8 +209,8 @@ class TrainLoader:
 
         It holds the positions of this process's streams; `merge_states` joins those of all.
         """
-        positions = {"first_lane": self.streams.start, "positions": list(self._positions)}
-        return {**self._settings, **positions}
+        positions = list(self._positions)
+        return {**self._settings, "first_lane": self.streams.start, "positions": positions}
 
     def set_state(self, state: dict[str, Any]) -> None:
         """Goes to where `state` was taken, by this process or by any number of others, merged.
@@ -240,9 +241,6 @@ class TrainLoader:
             self._thread.shutdown(cancel_futures=True)
             self._ahead.clear()
             self._reader = None
-
-    def __enter__(self) -> "TrainLoader":
-        return self
 
     def __exit__(self, *exc: object) -> None:
         self.close()
