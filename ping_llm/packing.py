@@ -33,13 +33,8 @@ class Batch:
 def next_token_batch(tokens: np.ndarray, segment_ids: np.ndarray, positions: np.ndarray) -> Batch:
     """Returns the next-token examples in packed sequences, each [B, T + 1], int32."""
     here, after = segment_ids[:, :-1], segment_ids[:, 1:]
-    return Batch(
-        inputs=tokens[:, :-1],
-        targets=tokens[:, 1:],
-        segment_ids=here,
-        positions=positions[:, :-1],
-        mask=((here == after) & (after != 0)).astype(np.float32),
-    )
+    mask = ((here == after) & (after != 0)).astype(np.float32)
+    return Batch(tokens[:, :-1], tokens[:, 1:], here, positions[:, :-1], mask)
 
 
 def best_fit(lengths: np.ndarray, capacity: int | np.ndarray) -> list[list[int]]:

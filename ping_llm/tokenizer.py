@@ -223,10 +223,8 @@ def encode(
         _scatter(tokens, starts[where] + _FIELD_STARTS[field][layout[where]], head, payload)
 
     src_bytes, dst_bytes = (addresses.as_bytes(a) for a in (measurements.src, measurements.dst))
-    for among, width, src, dst in (
-        (~family6, 4, SRC_IPV4, DST_IPV4),
-        (family6, 16, SRC_IPV6, DST_IPV6),
-    ):
+    families = (~family6, 4, SRC_IPV4, DST_IPV4), (family6, 16, SRC_IPV6, DST_IPV6)
+    for among, width, src, dst in families:
         where = np.flatnonzero(among & ~same_source)
         write(0, where, src, src_bytes[where, 16 - width :])
         where = np.flatnonzero(among)

@@ -144,8 +144,8 @@ class LocalEngine(Engine):
 
     def _write(self, pool: ThreadPoolExecutor, cuts: np.ndarray) -> None:
         total = sum(len(run) for run in self._runs)
-        bounds = itertools.pairwise(cut_into_ranges(self._runs, self._share(self._workers + 1)))
-        ranges = [(starts, stops) for starts, stops in bounds if (stops > starts).any()]
+        bounds = cut_into_ranges(self._runs, self._share(self._workers + 1))
+        ranges = list(itertools.pairwise(bounds))
 
         def sort(bounds: tuple[np.ndarray, np.ndarray]) -> tuple[np.ndarray, dict[str, RowBatch]]:
             return split_rows(*read_range(self._runs, *bounds), self._chosen, cuts)

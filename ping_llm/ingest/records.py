@@ -8,7 +8,7 @@ import numpy as np
 import pyarrow as pa
 
 from ping_llm.addresses import ADDRESS
-from ping_llm.columns import INVALID, MISSING, OK, Addresses, parse_addresses
+from ping_llm.columns import INVALID, MISSING, OK, parse_addresses
 from ping_llm.data.rows import MEASURED
 from ping_llm.errors import DataError
 from ping_llm.measurements import COLUMNS, MeasurementTable
@@ -80,29 +80,26 @@ class Verdict:
 Field = tuple[np.ndarray, np.ndarray]  # values, and OK, MISSING or INVALID for each
 
 
-def check(
-    verdict: Verdict,
-    *,
-    src: Addresses,
-    dst: Addresses,
-    time: Field,
-    family: Field,
-    rtt: Field,
-    **optional: Field,
-) -> MeasurementTable:
-    """Returns the good records; adds to `verdict` what is wrong with the others."""
-    seconds, problems = time
+def check(verdict: Verdict, **fields: Any) -> MeasurementTable:
+    """Returns the good records; adds to `verdict` what is wrong with the others.
+
+    Args:
+        verdict: What is wrong with them so far.
+        fields: The values by column: `Addresses` for src and dst, else a `Field`; those `NEEDED`,
+            and any others.
+    """
+    src, dst, (seconds, problems) = fields["src"], fields["dst"], fields["time"]
     verdict.reject_problems(problems, "event_time")
     out_of_range = (seconds < 0) | (seconds >= END_OF_TIME)
     verdict.reject(out_of_range, "event_time outside 1970..2106")
     verdict.reject_problems(src.problems(), "src_addr")
     verdict.reject_problems(dst.problems(), "dst_addr")
-    versions, problems = family
+    versions, problems = fields["family"]
     odd = (problems == OK) & (versions != 4) & (versions != 6)
     verdict.reject_problems(np.where(odd, INVALID, problems), "ip_version")
     for end in (src, dst):
         verdict.reject(end.family_of_records() != versions, "address family mismatch")
-    ms, problems = rtt
+    ms, problems = fields["rtt"]
     verdict.reject_problems(problems, "rtt")
     verdict.reject(~np.isfinite(ms), "non-finite rtt")
     with np.errstate(over="ignore", invalid="ignore"):
@@ -111,8 +108,8 @@ def check(
     n = len(verdict.codes)
     absent = np.zeros(n), np.full(n, MISSING)
     values = {
-        name: _optional(verdict, name, *optional.get(name, absent))
-        for name in {*READ, *optional} - {*NEEDED}
+        name: _optional(verdict, name, *fields.get(name, absent))
+        for name in {*READ, *fields} - {*NEEDED}
     }
     good = np.flatnonzero(verdict.codes == 0)
     return MeasurementTable(

@@ -79,14 +79,9 @@ class Run:
         sampled = np.arange(0, len(index), SAMPLE_EVERY)
         sources = rows.src[np.searchsorted(rows.offsets, sampled, "right") - 1]
         time, dst, rtt = (values[sampled] for values in (rows.time, rows.dst, rows.rtt))
-        self.samples = np.column_stack(
-            (
-                *addresses.words(sources),
-                time.astype(np.uint64),
-                *addresses.words(dst),
-                _rtt_word(rtt),
-            )
-        )
+        before = (*addresses.words(sources), time.astype(np.uint64))
+        key = (*before, *addresses.words(dst), _rtt_word(rtt))
+        self.samples = np.stack(key, axis=1)
         directory.mkdir()
         written = {"src": rows.src, "offsets": rows.offsets, "index": index, **rows.measured}
         for name, values in written.items():
@@ -145,16 +140,16 @@ def _narrow(ordered: np.ndarray, value: np.generic, start: int, stop: int) -> tu
 def cut_into_ranges(runs: Sequence[Run], rows: int) -> list[np.ndarray]:
     """Returns the bounds of each range [R + 1 arrays over runs]: about `rows` measurements each.
 
-    Range r is measurements `bounds[r][i]:bounds[r + 1][i]` of each run i.
+    Range r is measurements `bounds[r][i]:bounds[r + 1][i]` of each run i; none is empty.
     """
     total = sum(len(run) for run in runs)
     samples = np.concatenate([run.samples for run in runs])
     samples = samples[np.lexsort(samples.T[::-1])]
     count = -(-total // rows)
     step = -(-len(samples) // count)
-    cuts = [run.find(samples[step::step]) for run in runs]
+    cuts = np.array([run.find(samples[step::step]) for run in runs]).T
     sizes = np.array([len(run) for run in runs])
-    return [np.zeros(len(runs), np.int64), *np.array(cuts).T, sizes]
+    return list(np.unique(np.vstack([np.zeros_like(sizes), cuts, sizes]), axis=0))
 
 
 def read_range(

@@ -239,10 +239,8 @@ class Statistics:
             in_train = np.isin(source, train) & np.isin(destination, train)
             self.both_in_train += int(np.count_nonzero(in_train))
 
-        pair, repeats = np.unique(
-            mix(np.minimum(source, destination), np.maximum(source, destination)),
-            return_counts=True,
-        )
+        ends = np.minimum(source, destination), np.maximum(source, destination)
+        pair, repeats = np.unique(mix(*ends), return_counts=True)
         in_split = np.zeros((len(pair), N_SPLITS), np.int64)
         in_split[:, split] = repeats
         self.pairs.add(pair, in_split)

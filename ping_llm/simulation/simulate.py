@@ -33,15 +33,9 @@ from ping_llm.storage import Location
 START_TIME = 1_704_067_200  # 2024-01-01T00:00:00Z
 BLOCK = 1 << 17  # measurements of one row group, and of one noise generator: part of the format
 SETTINGS_KEY = b"ping_llm.simulate"
-SCHEMA = pa.schema(
-    {
-        "event_time": pa.timestamp("us", tz="UTC"),
-        "src_addr": pa.string(),
-        "dst_addr": pa.string(),
-        "ip_version": pa.int8(),
-        "rtt": pa.float32(),
-    }
-)
+_NAMES = ("event_time", "src_addr", "dst_addr", "ip_version", "rtt")
+_TYPES = pa.timestamp("us", tz="UTC"), pa.string(), pa.string(), pa.int8(), pa.float32()
+SCHEMA = pa.schema(zip(_NAMES, _TYPES, strict=True))
 
 FIBRE_KM_PER_MS = 100.0  # there and back: light in glass covers 200 km in 1 ms
 MAX_ANCHORS, MAX_TARGETS = 1000, 40
@@ -220,16 +214,10 @@ def _make_hosts(rng: np.random.Generator, probes: int, n_as: int, cities: Cities
     interface = rng.integers(0, 2**63, probes)
     site, host = prefix[asn], (slot << 10) | (number // 254 << 8) | (number % 254 + 1)
     as_ipv6 = (site << 32 | host << 16).astype(np.uint64) | np.uint64(0xFD00 << 48)
-    return _Hosts(
-        n_anchors=n_anchors,
-        asn=asn,
-        city=as_cities[asn, slot],
-        access=access,
-        last_mile_ms=low + (high - low) * rng.random(probes),
-        ipv4=_texts(np.zeros_like(site), 0xFFFF << 32 | 10 << 24 | site << 12 | host),
-        ipv6=_texts(as_ipv6, interface),
-        has_ipv6=has_ipv6,
-    )
+    ipv4 = _texts(np.zeros_like(site), 0xFFFF << 32 | 10 << 24 | site << 12 | host)
+    ipv6, city = _texts(as_ipv6, interface), as_cities[asn, slot]
+    last_mile_ms = low + (high - low) * rng.random(probes)
+    return _Hosts(n_anchors, asn, city, access, last_mile_ms, ipv4, ipv6, has_ipv6)
 
 
 def _texts(high: np.ndarray, low: np.ndarray) -> list[str]:
