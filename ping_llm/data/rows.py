@@ -104,6 +104,11 @@ class RowBatch:
         measured = {name: values[index] for name, values in self.measured.items()}
         return RowBatch.grouped(self.row_of_each()[index], self.src, measured)
 
+    def regroup(self, index: np.ndarray, offsets: np.ndarray) -> "RowBatch":
+        """Returns the same measurements in other rows: of sources `src[index]`, at `offsets`."""
+        family = self.family[index]
+        return dataclasses.replace(self, src=self.src[index], family=family, offsets=offsets)
+
     def to_table(self) -> MeasurementTable:
         """Returns the measurements, sources one after the other."""
         counts = np.diff(self.offsets)
@@ -349,11 +354,12 @@ class RowBuilder:
         if len(sources) == 0:
             return
         if self._open is not None:
-            if self._open.src[0] == sources.src[0]:
-                sources = _join_first(self._open, sources)
-            else:
-                self._writer.append(self._open)
-        rows = self._cut(sources)
+            sources = RowBatch.concat([self._open, sources])
+            if sources.src[0] == sources.src[1]:
+                sources = sources.regroup(np.arange(1, len(sources)), np.delete(sources.offsets, 1))
+        source, nth = ragged(-(-np.diff(sources.offsets) // self._cap))
+        starts = sources.offsets[source] + nth * self._cap
+        rows = sources.regroup(source, np.append(starts, sources.offsets[-1]))
         self._writer.append(rows.slice(0, len(rows) - 1))
         # A copy: the last row alone would keep the whole array it is a view of.
         self._open = RowBatch.concat([rows.slice(len(rows) - 1, len(rows))])
@@ -363,22 +369,3 @@ class RowBuilder:
         if self._open is not None:
             self._writer.append(self._open)
             self._open = None
-
-    def _cut(self, sources: RowBatch) -> RowBatch:
-        parts = -(-np.diff(sources.offsets) // self._cap)
-        source_of_part, nth = ragged(parts)
-        starts = sources.offsets[source_of_part] + nth * self._cap
-        return dataclasses.replace(
-            sources,
-            src=sources.src[source_of_part],
-            family=sources.family[source_of_part],
-            offsets=np.append(starts, sources.offsets[-1]),
-        )
-
-
-def _join_first(head: RowBatch, rows: RowBatch) -> RowBatch:
-    """Returns `rows` with the measurements of the one row `head` put before its first row's."""
-    joined = RowBatch.concat([head, rows])
-    return dataclasses.replace(
-        joined, src=joined.src[1:], family=joined.family[1:], offsets=np.delete(joined.offsets, 1)
-    )

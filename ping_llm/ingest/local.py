@@ -249,14 +249,14 @@ class UnitReader:
         index, writer = self._unit.file.input_index, None
         with contextlib.ExitStack() as stack:
             for part in read_unit(self._unit):
-                self.lines += part.lines
                 if len(part.rejected):
                     if writer is None:
                         new = pa.ipc.new_stream(str(self._path), REJECTED_SCHEMA)
                         writer = stack.enter_context(new)
-                    writer.write_batch(part.rejected)
+                    writer.write_batch(renumber(part.rejected, self.lines))
                     for count in part.rejected["reason"].value_counts().to_pylist():
                         self.reasons[count["values"]] += count["counts"]
+                self.lines += part.lines
                 tables = [(part.table, index)]
                 if self._both_ends:
                     tables.append((part.table.mirrored(), index | MIRRORED))

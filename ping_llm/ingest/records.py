@@ -46,7 +46,7 @@ class Part:
 
     Attributes:
         table: The good ones.
-        rejected: The others, of `REJECTED_SCHEMA`; lines count from the start of the unit.
+        rejected: The others, of `REJECTED_SCHEMA`; lines count from the start of the part.
         lines: How many lines or rows were read.
         done: How much of the unit is read by now, 0 to 1.
     """

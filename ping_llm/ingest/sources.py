@@ -8,7 +8,6 @@ and nothing is repaired: a record is taken as it stands, or rejected.
 # pyarrow.compute makes its functions when it is imported:
 # pyright: reportAttributeAccessIssue=false
 import contextlib
-import dataclasses
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 
@@ -40,16 +39,14 @@ def read_measurements(
         DataError: A file is missing, empty, corrupt or of no known format.
     """
     for file in find_files(inputs):
-        lines_before = 0
+        lines = 0
         for unit in cut_into_units(file):
-            lines = 0
             for part in read_unit(unit):
-                lines += part.lines
                 if on_rejected is not None and len(part.rejected):
-                    on_rejected(renumber(part.rejected, lines_before))
+                    on_rejected(renumber(part.rejected, lines))
+                lines += part.lines
                 if len(part.table):
                     yield part.table
-            lines_before += lines
 
 
 def read_table(inputs: Sequence[str]) -> MeasurementTable:
@@ -92,16 +89,13 @@ def cut_into_units(file: InputFile) -> list[Unit]:
 
 
 def read_unit(unit: Unit) -> Iterator[Part]:
-    """Yields what a unit holds; the numbers of lines in `rejected` count from its start.
+    """Yields what a unit holds.
 
     Raises:
         DataError: The file cannot be read to the end of the unit.
     """
     with _named_errors(unit.file):
-        lines = 0
-        for part in _READERS[unit.file.format](unit):
-            yield dataclasses.replace(part, rejected=renumber(part.rejected, lines))
-            lines += part.lines
+        yield from _READERS[unit.file.format](unit)
 
 
 @contextlib.contextmanager
