@@ -223,9 +223,8 @@ class MeasurementTable:
         IPv4 as IPv4-mapped IPv6; ip_version int8; rtt float32 ms; and the optional columns there
         are. Without copies where nothing is null.
         """
-        present = self._present()
-        schema = pa.schema([(COLUMNS[n].arrow, COLUMNS[n].arrow_type()) for n in present])
-        return pa.table([COLUMNS[n].to_arrow(v) for n, v in present.items()], schema=schema)
+        present = self._present().items()
+        return pa.table({COLUMNS[name].arrow: COLUMNS[name].to_arrow(v) for name, v in present})
 
     def __arrow_c_stream__(self, requested_schema: object = None) -> object:
         """Returns the measurements as people read them, for pandas, polars and others.

@@ -171,23 +171,18 @@ def _result(
 ) -> InspectDataResult:
     by_outcome = stats.time.counts.sum(axis=0).reshape(2, 2)  # [family, answered or failed]
     by_family, failed, total = by_outcome.sum(axis=1), by_outcome[:, 1], int(by_outcome.sum())
-    tables = {
-        "probes": stats.sources,
-        "destinations": stats.destinations,
-        "pairs": stats.pairs,
-        "duplicates": stats.records,
-    }
+    tables = {"probes": stats.sources, "destinations": stats.destinations, "pairs": stats.pairs}
+    sampled = [name for name, table in tables.items() if table.fraction < 1]
+    sampled += ["duplicates"] if stats.records.fraction < 1 else []
     return InspectDataResult(
         path=path,
         kind="rows" if of_rows else "measurements",
         measurements=total,
         failed_fraction=_ratio(failed.sum(), total),
         ipv6_fraction=_ratio(by_family[1], total),
-        probes=stats.sources.distinct(),
-        destinations=stats.destinations.distinct(),
-        pairs=stats.pairs.distinct(),
+        **{name: table.distinct() for name, table in tables.items()},
         duplicates=stats.records.repeats(),
-        estimated=[name for name, table in tables.items() if table.fraction < 1],
+        estimated=sampled,
         time_first=time_text(stats.first_time.min()) if total else None,
         time_last=time_text(stats.last_time.max()) if total else None,
         rtt_ms=_rtt_quantiles(stats.rtt.sum(axis=0)),

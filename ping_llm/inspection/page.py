@@ -36,11 +36,9 @@ def html_page(result: InspectDataResult) -> str:
     if over_time["ipv4"]:
         blocks.append(_heading("Over time"))
         blocks.append(picture(_time_figure(over_time), "measurements and failures over time"))
-    blocks += [
-        _heading("Sources and destinations"),
-        _numbers(*cells.top("top sources", result.top_sources)),
-        _numbers(*cells.top("top destinations", result.top_destinations)),
-    ]
+    blocks.append(_heading("Sources and destinations"))
+    blocks.append(_numbers(*cells.top("top sources", result.top_sources)))
+    blocks.append(_numbers(*cells.top("top destinations", result.top_destinations)))
     per_probe = result.distributions["measurements_per_probe"]
     if per_probe["edges"]:
         blocks.append(picture(_probe_figure(per_probe), "distribution of measurements per probe"))

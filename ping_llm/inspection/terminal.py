@@ -106,10 +106,8 @@ def terminal_text(result: InspectDataResult, *, width: int, colour: bool) -> str
         show_table(spread)
     if result.windows:
         console.print(Text(cells.windows_text(result.windows)))
-    for title, entries in (
-        ("top sources", result.top_sources),
-        ("top destinations", result.top_destinations),
-    ):
+    tops = ("top sources", result.top_sources), ("top destinations", result.top_destinations)
+    for title, entries in tops:
         if entries:
             show_table(cells.top(title, entries[:5]))
 

@@ -38,10 +38,9 @@ def _header(file: InputFile) -> list[str]:
     with text:
         line = text.readline(1 << 16)
     try:
-        names = next(csv.reader([line.decode("utf-8-sig").strip()], strict=True), [])
+        return next(csv.reader([line.decode("utf-8-sig").strip()], strict=True), [])
     except (UnicodeDecodeError, csv.Error) as error:
         raise DataError(f"{file.location}: its first line is no CSV header: {error}") from None
-    return names
 
 
 def _columns(

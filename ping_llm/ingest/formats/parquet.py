@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -62,19 +63,14 @@ def read_parquet(unit: Unit) -> Iterator[Part]:
     """Yields the records in one unit of a Parquet file."""
     import pyarrow.parquet as pq
 
-    with (
-        unit.file.location.open_input() as source,
-        pq.ParquetFile(
-            source, read_dictionary=["src_addr", "dst_addr"], page_checksum_verification=True
-        ) as parquet,
-    ):
+    options: dict[str, Any] = {"page_checksum_verification": True}
+    options["read_dictionary"] = ["src_addr", "dst_addr"]
+    with unit.file.location.open_input() as source, pq.ParquetFile(source, **options) as parquet:
         names = _columns_to_read(unit.file, parquet.schema_arrow)
         groups = list(range(unit.start, unit.stop or 0))
         rows = sum(parquet.metadata.row_group(i).num_rows for i in groups)
         done = 0
-        for batch in parquet.iter_batches(
-            BATCH_ROWS, row_groups=groups, columns=names, use_threads=False
-        ):
+        for batch in parquet.iter_batches(BATCH_ROWS, groups, names, use_threads=False):
             done += len(batch)
             yield _part(unit, batch, done / rows)
         if done != rows:
