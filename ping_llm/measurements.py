@@ -1,6 +1,6 @@
-"""THE table of measurements: who pinged whom, when, and what came back.
+"""The one table of measurements: who pinged whom, when, and what came back.
 
-It goes to and from everything that speaks Arrow (pandas, polars, DuckDB, pyarrow):
+It goes to and from every library that speaks Arrow (pandas, polars, DuckDB, pyarrow):
 `MeasurementTable.from_arrow(frame)`, `polars.DataFrame(table)`, `pyarrow.table(table).to_pandas()`.
 """
 
@@ -80,13 +80,10 @@ _FAMILY = _ColumnSpec("ip_version", np.dtype("i1"), "4 or 6", accepts=_among(4, 
 _RTT = _ColumnSpec("rtt", _FLOAT, "ms, -1 = failed", accepts=_within(-_LARGEST, _LARGEST))
 _MEANINGS = "0 for ping, 1 for hop or 2 for end"
 _KIND = _ColumnSpec("kind", np.dtype("u1"), _MEANINGS, missing=0, accepts=_among(0, 1, 2))
-_LOSS, _SPREAD = (
-    _ColumnSpec(name, _FLOAT, wanted, missing=np.nan, accepts=_within(0, high))
-    for name, wanted, high in (
-        ("loss", "a fraction from 0 to 1", 1),
-        ("spread", "ms, at least 0", _LARGEST),
-    )
-)
+_SHARE = "a fraction from 0 to 1"
+_LOSS = _ColumnSpec("loss", _FLOAT, _SHARE, missing=np.nan, accepts=_within(0, 1))
+_AT_LEAST_0 = _within(0, _LARGEST)
+_SPREAD = _ColumnSpec("spread", _FLOAT, "ms, at least 0", missing=np.nan, accepts=_AT_LEAST_0)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

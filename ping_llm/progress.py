@@ -1,6 +1,6 @@
 """Progress of long work: a bar on a terminal, a plain line now and then elsewhere.
 
-Everything goes to standard error, which leaves standard output to results.
+It goes to standard error, which leaves standard output to results.
 """
 
 import contextlib
@@ -12,7 +12,7 @@ PLAIN_INTERVAL_S = 10.0
 
 
 class Progress:
-    """How far a piece of work is. `update` may be called as often as one likes."""
+    """How far a piece of work is. `update` is cheap enough to call at every step."""
 
     def __init__(self, title: str, total: float | None, unit: str, initial: float = 0.0):
         self.title, self.total, self.unit = title, total, unit

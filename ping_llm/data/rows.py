@@ -129,7 +129,7 @@ class RowBatch:
     def from_arrow(cls, batch: pa.RecordBatch) -> "RowBatch":
         """Returns the rows of a record batch of `ROW_SCHEMA` as views.
 
-        `offsets` start at 0 and every flat array is cut to the batch, also for a sliced batch.
+        `offsets` start at 0 and every flat array is cut to the batch, even if that is a slice.
         """
         src, family, *lists = batch.columns
         offsets = lists[0].offsets.to_numpy().astype(np.int64)
@@ -365,7 +365,7 @@ class RowBuilder:
         self._open = RowBatch.concat([rows.slice(len(rows) - 1, len(rows))])
 
     def close(self) -> None:
-        """Hands the last row to the writer."""
+        """Writes the last row."""
         if self._open is not None:
             self._writer.append(self._open)
             self._open = None

@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -30,26 +31,22 @@ _BYTES_PER_MEASUREMENT = 200  # while its run or range is sorted
 
 
 class Engine:
-    """Makes the rows of some files; what it made is counted in its attributes.
+    """Makes the rows of some files.
 
     Attributes:
-        rows: Rows of each split.
-        measurements: Measurements of each split.
-        failed: Failed measurements.
-        probes: Distinct sources.
         rejected: Rejected records by reason.
     """
 
     def __init__(self, directory: Path, chosen: PrepareSettings, workers: int):
         self._directory, self._chosen, self._workers = directory, chosen, workers
         self._spill = directory / "spill"
-        self.rows: dict[str, int] = dict.fromkeys(SPLITS, 0)
-        self.measurements: dict[str, int] = dict.fromkeys(SPLITS, 0)
-        self.failed = self.probes = 0
         self.rejected: Counter[str] = Counter()
 
-    def run(self, files: Sequence[InputFile]) -> None:
+    def run(self, files: Sequence[InputFile]) -> dict[str, Any]:
         """Reads `files` and writes all rows, and `rejected.parquet`, to the directory.
+
+        Returns:
+            The counts of `PrepareResult` but for rejected records.
 
         Raises:
             ConfigError: The engine is not installed.
@@ -67,16 +64,17 @@ class LocalEngine(Engine):
         self._run_numbers = itertools.count()
         self._runs: list[Run] = []
 
-    def run(self, files: Sequence[InputFile]) -> None:
+    def run(self, files: Sequence[InputFile]) -> dict[str, Any]:
         """See `Engine.run`."""
         self._spill.mkdir()
         with ThreadPoolExecutor(self._workers) as pool:
             try:
-                self._write(pool, self._read(files, pool))
+                counts = self._write(pool, self._read(files, pool))
             finally:
                 self._stop.set()
                 pool.shutdown(cancel_futures=True)
         shutil.rmtree(self._spill)
+        return counts
 
     def _share(self, parts: int) -> int:
         """Returns how many measurements each of `parts` threads may hold."""
@@ -142,7 +140,7 @@ class LocalEngine(Engine):
 
     # Writing
 
-    def _write(self, pool: ThreadPoolExecutor, cuts: np.ndarray) -> None:
+    def _write(self, pool: ThreadPoolExecutor, cuts: np.ndarray) -> dict[str, Any]:
         total = sum(len(run) for run in self._runs)
         bounds = cut_into_ranges(self._runs, self._share(self._workers + 1))
         ranges = list(itertools.pairwise(bounds))
@@ -156,8 +154,7 @@ class LocalEngine(Engine):
             for (starts, stops), made in zip(ranges, in_order, strict=True):
                 writer.append(*made)
                 shown.update(int((stops - starts).sum()))
-        self.rows, self.measurements = writer.close()
-        self.failed, self.probes = writer.failed, writer.probes
+        return writer.close()
 
 
 def no_measurement(files: Sequence[InputFile], rejected: Counter[str]) -> DataError:
@@ -264,32 +261,33 @@ class UnitReader:
 
 
 class SplitWriter:
-    """Writes rows that come in order, each to the files of its split.
-
-    Attributes:
-        failed: Failed measurements.
-        probes: Distinct sources.
-    """
+    """Writes rows that come in order, each to the files of its split, and counts them."""
 
     def __init__(self, directory: Path, chosen: PrepareSettings, *, suffix: str = ""):
         cap = chosen.row_cap_bytes
         self._writers = {split: RowWriter(directory, f"{split}{suffix}") for split in SPLITS}
         self._builders = {s: RowBuilder(w, row_cap_bytes=cap) for s, w in self._writers.items()}
-        self._last_source, self.failed, self.probes = None, 0, 0
+        self._last_source, self._failed, self._probes = None, 0, 0
 
     def append(self, sources: np.ndarray, by_split: dict[str, RowBatch]) -> None:
         """Adds what `split_rows` returns."""
         for split, rows in by_split.items():
             self._builders[split].append(rows)
-            self.failed += int((rows.rtt < 0).sum())
+            self._failed += int((rows.rtt < 0).sum())
         if len(sources):
-            self.probes += len(sources) - int(sources[0] == self._last_source)
+            self._probes += len(sources) - int(sources[0] == self._last_source)
             self._last_source = sources[-1]
 
-    def close(self) -> tuple[dict[str, int], dict[str, int]]:
-        """Ends all files; returns the rows and the measurements of each split."""
+    def close(self) -> dict[str, Any]:
+        """Ends all files; returns the counts of `PrepareResult` but for rejected records."""
         for split, writer in self._writers.items():
             self._builders[split].close()
             writer.close()
-        writers = self._writers.items()
-        return {s: w.rows for s, w in writers}, {s: w.measurements for s, w in writers}
+        measurements = {split: writer.measurements for split, writer in self._writers.items()}
+        return {
+            "rows": {split: writer.rows for split, writer in self._writers.items()},
+            "split_measurements": measurements,
+            "measurements": sum(measurements.values()),
+            "failed": self._failed,
+            "probes": self._probes,
+        }

@@ -76,14 +76,10 @@ def prepare_data(chosen: PrepareSettings) -> PrepareResult:
         ):
             digests = _digests(files, workers)
             engine = _engine(chosen)(directory, chosen, workers)
-            engine.run(files)
+            counts = engine.run(files)
             result = PrepareResult(
-                measurements=sum(engine.measurements.values()),
-                failed=engine.failed,
+                **counts,
                 rejected=dict(sorted(engine.rejected.items())),
-                probes=engine.probes,
-                rows=engine.rows,
-                split_measurements=engine.measurements,
                 seconds=round(time.monotonic() - started, 3),
                 peak_rss_bytes=memory.peak(),
             )

@@ -95,8 +95,8 @@ def check(verdict: Verdict, **fields: Any) -> MeasurementTable:
     verdict.reject_problems(src.problems(), "src_addr")
     verdict.reject_problems(dst.problems(), "dst_addr")
     versions, problems = fields["family"]
-    odd = (problems == OK) & (versions != 4) & (versions != 6)
-    verdict.reject_problems(np.where(odd, INVALID, problems), "ip_version")
+    neither = (problems == OK) & (versions != 4) & (versions != 6)
+    verdict.reject_problems(np.where(neither, INVALID, problems), "ip_version")
     for end in (src, dst):
         verdict.reject(end.family_of_records() != versions, "address family mismatch")
     ms, problems = fields["rtt"]

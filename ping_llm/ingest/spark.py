@@ -1,8 +1,8 @@
 """The Spark engine of `prepare_data`, for more than one machine can sort.
 
 Spark reads, deals out by ranges of sources and sorts; the records are parsed, split and cut into
-rows by the code of the local engine, so the files are the same byte for byte. Workers hand their
-rows over in the directory of the output, which all of them must see.
+rows by the code of the local engine, so the files are the same byte for byte. Workers leave their
+rows in the directory of the output, which all of them must see.
 """
 
 import itertools
@@ -19,7 +19,7 @@ import numpy as np
 import pyarrow as pa
 
 from ping_llm.columns import to_numpy
-from ping_llm.data.rows import MEASURED, SPLITS, RowBatch, RowWriter, read_rows
+from ping_llm.data.rows import MEASURED, SPLITS, RowBatch, read_rows
 from ping_llm.errors import ConfigError, DataError, StorageError
 from ping_llm.ingest import local
 from ping_llm.ingest.files import InputFile, Unit
@@ -41,12 +41,12 @@ _ORDER = [COLUMNS[name].arrow for name in ("family", "src", *MEASURED)]
 class SparkEngine(local.Engine):
     """The engine of a Spark session, which may be of many machines."""
 
-    def run(self, files: Sequence[InputFile]) -> None:
+    def run(self, files: Sequence[InputFile]) -> dict[str, Any]:
         """See `Engine.run`."""
         spill = self._spill
         spill.mkdir()
         units = [unit for file in files for unit in cut_into_units(file)]
-        session, ours = _session(self._workers, self._chosen.memory_bytes)
+        session, started = _session(self._workers, self._chosen.memory_bytes)
         from pyspark import StorageLevel
         from pyspark.errors import PySparkException
         from pyspark.sql import functions
@@ -82,32 +82,31 @@ class SparkEngine(local.Engine):
             made = made.sortWithinPartitions(*_ORDER)
             made = made.mapInArrow(_writer(spill, self._chosen, cuts), "part long, probes long")
             probes = sorted(tuple(row) for row in made.collect())
-            self.probes = sum(n for _, n in probes)
-            self._join(spill, [part for part, _ in probes])
+            counts = self._join(spill, [part for part, _ in probes])
+            counts["probes"] = sum(n for _, n in probes)
         except PySparkException as error:
             # What a worker says of a broken file stands in the text of a long trace.
             said = re.search(r"ping_llm\.errors\.DataError: (.+)", str(error))
             first_line = str(error).strip().partition("\n")[0]
             raise DataError(said[1] if said else f"Spark failed: {first_line}") from error
         finally:
-            if ours:
+            if started:
                 session.stop()
         shutil.rmtree(spill)
+        return counts
 
-    def _join(self, spill: Path, parts: list[int]) -> None:
-        """Writes the rows of all partitions, in their order, as the local engine does."""
+    def _join(self, spill: Path, parts: list[int]) -> dict[str, Any]:
+        """Writes the rows of all partitions, in their order, and returns their counts."""
+        writer = local.SplitWriter(self._directory, self._chosen)
         for split in SPLITS:
-            writer = RowWriter(self._directory, split)
             with progress(f"writing {split}", total=len(parts), unit="partitions") as shown:
                 for part in parts:
                     for path in sorted(spill.glob(f"{split}.{part}-*.arrow")):
                         for rows in read_rows(path):
-                            writer.append(rows)
-                            self.failed += int((rows.rtt < 0).sum())
+                            writer.append(rows.src[:0], {split: rows})
                         path.unlink()
                     shown.update(1)
-            writer.close()
-            self.rows[split], self.measurements[split] = writer.rows, writer.measurements
+        return writer.close()
 
 
 def _session(workers: int, memory_limit: int) -> tuple[Any, bool]:
@@ -165,8 +164,8 @@ def _writer(spill: Path, chosen: PrepareSettings, cuts: np.ndarray) -> Callable:
         for batch in batches:
             if len(batch):
                 writer.append(*local.split_rows(*_to_rows(batch), chosen, cuts))
-        writer.close()
-        yield pa.RecordBatch.from_pydict({"part": [part], "probes": [writer.probes]})
+        counts = writer.close()
+        yield pa.RecordBatch.from_pydict({"part": [part], "probes": [counts["probes"]]})
 
     return write
 

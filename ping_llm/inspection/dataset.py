@@ -80,12 +80,12 @@ def _first_contexts(table: MeasurementTable, count: int) -> list[SampleContext]:
     hashes = hash_addresses(table.src)
     _, first = np.unique(hashes, return_index=True)
     for i in np.sort(first)[:count]:
-        mine = table.take(np.flatnonzero(hashes == hashes[i])[:_MEASUREMENTS_THAT_FIT])
-        mine = mine.take(np.argsort(mine.time, kind="stable"))
-        order = np.tile(np.arange(4, dtype=np.uint8), (len(mine), 1))
-        offsets = np.array([0, len(mine)])
-        tokens, _ = tokenizer.encode(mine, segment_offsets=offsets, field_order=order)
-        (source,) = addresses.to_text(mine.src[:1])
+        chosen = table.take(np.flatnonzero(hashes == hashes[i])[:_MEASUREMENTS_THAT_FIT])
+        chosen = chosen.take(np.argsort(chosen.time, kind="stable"))
+        order = np.tile(np.arange(4, dtype=np.uint8), (len(chosen), 1))
+        offsets = np.array([0, len(chosen)])
+        tokens, _ = tokenizer.encode(chosen, segment_offsets=offsets, field_order=order)
+        (source,) = addresses.to_text(chosen.src[:1])
         contexts.append(SampleContext(source, None, tokens.tolist()))
     return contexts
 

@@ -1,4 +1,4 @@
-"""A synthetic internet, measured the way RIPE Atlas measures the real one.
+"""A synthetic internet, measured as RIPE Atlas measures the real one.
 
 Hosts stand in true cities, belong to autonomous systems (ASes), and have addresses in their AS's
 prefixes, so that addresses say where a host is: 10.0.0.0/8 and fd00::/16, private space that

@@ -1,4 +1,4 @@
-"""The lines of text files, also of compressed ones, some at a time."""
+"""The lines of text files, plain or compressed, a block at a time."""
 
 import io
 import lzma

@@ -100,7 +100,7 @@ def _part(unit: Unit, batch: pa.RecordBatch, done: float) -> Part:
 
 
 def _row_texts(rows: pa.RecordBatch) -> list[str]:
-    """Returns each row as JSON; text that is not UTF-8 with its odd bytes escaped."""
+    """Returns each row as JSON; of text that is not UTF-8, the bytes that are wrong are escaped."""
     values: dict[str, list] = {}
     for name in names_to_read("", rows.schema.names):
         column = rows[name]

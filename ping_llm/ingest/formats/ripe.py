@@ -100,10 +100,10 @@ def _use_private(
     public: columns.Addresses, private: columns.Addresses, family: np.ndarray
 ) -> np.ndarray:
     """Returns where the source is `src_addr`: `from` is absent, or of the other family."""
-    problem, ours = public.problems(), public.family_of_records()
+    problem, family_seen = public.problems(), public.family_of_records()
     absent = (problem == columns.MISSING) & (private.problems() != columns.MISSING)
     return absent | (
-        (problem == columns.OK) & (ours != family) & (private.family_of_records() == family)
+        (problem == columns.OK) & (family_seen != family) & (private.family_of_records() == family)
     )
 
 
