@@ -324,15 +324,19 @@ def gather(rows: ProbeRows, row: np.ndarray, selection: Selection) -> Measuremen
     counts, n = np.diff(offsets), len(selection.index)
     time, rtt = np.empty(n, np.int64), np.empty(n, np.float32)
     dst, src = np.empty(n, addresses.ADDRESS), np.empty(len(row), addresses.ADDRESS)
-    numbers = zip(rows.batch_index[row].tolist(), rows.row_in_batch[row].tolist(), strict=True)
-    for i, (start, (batch_number, r)) in enumerate(zip(offsets.tolist(), numbers, strict=False)):
-        batch = rows.batches[batch_number]
-        shown = slice(start, start + counts[i])
-        index = batch.offsets[r] + selection.index[shown]
-        src[i] = batch.src[r]
-        time[shown], dst[shown], rtt[shown] = batch.time[index], batch.dst[index], batch.rtt[index]
+    batches = [rows.batches[b] for b in rows.batch_index[row].tolist()]
+    starts = np.empty(len(row), np.int64)
+    for i, (batch, r) in enumerate(zip(batches, rows.row_in_batch[row].tolist(), strict=True)):
+        starts[i], src[i] = batch.offsets[r], batch.src[r]
     hidden = selection.hidden_source
     src[hidden] = addresses.unspecified(rows.family[row[hidden]])
+    index = np.repeat(starts, counts) + selection.index
+    bounds = offsets.tolist()
+    for batch, start, stop in zip(batches, bounds, bounds[1:], strict=False):
+        shown = index[start:stop]
+        time[start:stop] = batch.time[shown]
+        dst[start:stop] = batch.dst[shown]
+        rtt[start:stop] = batch.rtt[shown]
     return MeasurementTable(
         time=np.where(selection.has_time, time, NO_TIME),
         src=np.repeat(src, counts),
