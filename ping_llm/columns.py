@@ -19,11 +19,10 @@ from ping_llm import addresses
 OK, MISSING, INVALID = 0, 1, 2
 
 _PER_SECOND = {"s": 1, "ms": 10**3, "us": 10**6, "ns": 10**9}
-_DECIMAL = r"^[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?$"
-_NOT_FINITE = r"(?i)^[+-]?(nan|inf|infinity)$"
+_NUMBER = r"(?i)^[+-]?(([0-9]+\.?[0-9]*|\.[0-9]+)(e[+-]?[0-9]+)?|nan|inf|infinity)$"
 _ISO_8601 = (
     r"^(?P<base>[0-9]{4}-[0-9]{2}-[0-9]{2}[T ][0-9]{2}:[0-9]{2}(?::[0-9]{2})?)"
-    r"(?:[.,][0-9]+)?(?P<zone>Z|[+-][0-9]{2}(?::?[0-9]{2})?)?$"
+    r"(?:[.,][0-9]+)?(?P<zone>Z|[+-](?:[01][0-9]|2[0-3])(?::?[0-5][0-9])?)?$"
 )
 
 
@@ -54,9 +53,8 @@ class Addresses:
 def _text_buffers(array: pa.Array) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Returns start and length [n] of each string of a `binary` array, and all bytes."""
     _, offsets, data = array.buffers()
-    bounds = np.frombuffer(offsets or b"", np.int32)[array.offset : array.offset + len(array) + 1]
-    if len(array) == 0:
-        bounds = np.zeros(1, np.int32)
+    offsets = np.frombuffer(offsets or bytes(4), np.int32)  # an empty array may have none
+    bounds = offsets[array.offset : array.offset + len(array) + 1]
     return bounds[:-1], np.diff(bounds), np.frombuffer(data or b"", np.uint8)
 
 
@@ -69,8 +67,8 @@ def parse_addresses(column: pa.Array) -> Addresses:
     if len(indices) and not -1 <= indices.min() <= indices.max() < len(texts):
         raise pa.ArrowInvalid("a dictionary index is out of range")  # Arrow reads such Parquet
     if texts.null_count:  # a dictionary may hold null as a value
-        null = texts.is_null().to_numpy(zero_copy_only=False)
-        indices = np.where(np.append(null, False)[indices], -1, indices).astype(np.int32)
+        null = np.append(texts.is_null(), False)
+        indices = np.where(null[indices], -1, indices).astype(np.int32)
         texts = pc.fill_null(texts, b"")
     starts, lengths, data = _text_buffers(texts)
     values, family = addresses.parse_texts(starts, lengths, data)
@@ -79,14 +77,26 @@ def parse_addresses(column: pa.Array) -> Addresses:
     return Addresses(values, family, codes)
 
 
-def from_fixed_binary(column: pa.Array) -> np.ndarray:
-    """Returns a fixed_size_binary(16) array as addresses [n], without a copy."""
+def to_numpy(column: pa.Array) -> np.ndarray:
+    """Returns the values of a column without nulls [n], `addresses.ADDRESS` where it is binary.
+
+    Without a copy where it is numbers or fixed_size_binary(16).
+    """
+    if pa.types.is_binary(column.type):
+        column = column.cast(pa.binary(16))
+    if column.type != pa.binary(16):
+        return column.to_numpy()
     data = column.buffers()[1] or b""
     return np.frombuffer(data, addresses.ADDRESS, len(column), 16 * column.offset)
 
 
-def to_fixed_binary(values: np.ndarray) -> pa.Array:
-    """Returns addresses [n] as a fixed_size_binary(16) array, without a copy where contiguous."""
+def from_numpy(values: np.ndarray) -> pa.Array:
+    """Returns `values` [n] as an array, addresses as fixed_size_binary(16).
+
+    Without a copy where they are contiguous.
+    """
+    if values.dtype != addresses.ADDRESS:
+        return pa.array(values)
     buffer = pa.py_buffer(np.ascontiguousarray(values))
     return pa.FixedSizeBinaryArray.from_buffers(pa.binary(16), len(values), [None, buffer])
 
@@ -97,14 +107,11 @@ def _plain(column: pa.Array) -> pa.Array:
 
 def is_text(kind: pa.DataType) -> bool:
     """Returns whether a column of type `kind` holds strings of any encoding."""
-    return (
-        pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)
-    )
+    return kind in (pa.string(), pa.large_string(), pa.string_view())
 
 
 def _missing(column: pa.Array) -> np.ndarray:
-    null = column.is_null().to_numpy(zero_copy_only=False)
-    return np.where(null, MISSING, OK).astype(np.uint8)
+    return np.where(column.is_null(), MISSING, OK).astype(np.uint8)
 
 
 def read_addresses(column: pa.Array) -> tuple[np.ndarray, np.ndarray]:
@@ -112,7 +119,7 @@ def read_addresses(column: pa.Array) -> tuple[np.ndarray, np.ndarray]:
     kind = column.type.value_type if pa.types.is_dictionary(column.type) else column.type
     if kind == pa.binary(16):
         column = _plain(column)
-        return from_fixed_binary(column), _missing(column)
+        return to_numpy(column), _missing(column)
     parsed = parse_addresses(column)
     values = np.append(parsed.values, np.zeros(1, addresses.ADDRESS))
     return values[parsed.codes], parsed.problems()
@@ -148,19 +155,15 @@ def parse_floats(column: pa.Array) -> tuple[np.ndarray, np.ndarray]:
     "nan" and "inf" are numbers here, so that who uses them can say what is wrong with them.
     """
     column = pc.if_else(pc.equal(column, ""), pa.scalar(None, pa.string()), column)
-    problem = np.where(column.is_null().to_numpy(zero_copy_only=False), MISSING, OK)
+    problem = _missing(column)
     try:
         numbers = column.cast(pa.float64())
-    except pa.ArrowInvalid:  # some text is no number: a slower way that finds which
-        is_number = pc.or_(
-            pc.match_substring_regex(column, _DECIMAL),
-            pc.match_substring_regex(column, _NOT_FINITE),
-        )
-        is_number = pc.fill_null(is_number, True)
-        problem[~is_number.to_numpy(zero_copy_only=False)] = INVALID
+    except pa.ArrowInvalid:  # some text is no number; which, only a slower search tells
+        is_number = pc.fill_null(pc.match_substring_regex(column, _NUMBER), True)
+        problem[~np.asarray(is_number)] = INVALID
         column = pc.if_else(is_number, column, pa.scalar(None, pa.string()))
         numbers = _each_distinct(column, float, pa.float64())
-    return pc.fill_null(numbers, 0.0).to_numpy(), problem.astype(np.uint8)
+    return pc.fill_null(numbers, 0.0).to_numpy(), problem
 
 
 def to_seconds(numbers: np.ndarray, problem: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -180,12 +183,11 @@ def parse_times(column: pa.Array) -> tuple[np.ndarray, np.ndarray]:
     seconds, problem = to_seconds(numbers, problem)
     if len(rest):
         parts = pc.extract_regex(column.take(pa.array(rest)), _ISO_8601)
-        base = _each_distinct(pc.struct_field(parts, "base"), _civil_seconds, pa.int64())
-        zone = _each_distinct(pc.struct_field(parts, "zone"), _zone_seconds, pa.int64())
-        utc = pc.subtract(base, zone)
-        found = utc.is_valid().to_numpy(zero_copy_only=False)
-        seconds[rest[found]] = utc.drop_null().to_numpy()
-        problem[rest[found]] = OK
+        base, zone = (pc.struct_field(parts, name) for name in ("base", "zone"))
+        texts = pc.binary_join_element_wise(base, zone, "")
+        utc = _each_distinct(texts, _epoch_seconds, pa.int64())
+        rest = rest[np.asarray(utc.is_valid())]
+        seconds[rest], problem[rest] = utc.drop_null().to_numpy(), OK
     return seconds, problem
 
 
@@ -196,19 +198,9 @@ def _each_distinct(column: pa.Array, parse: Callable[[str], object], to: pa.Data
     return parsed.take(encoded.indices)
 
 
-def _civil_seconds(text: str) -> int | None:
+def _epoch_seconds(text: str) -> int | None:
     try:
-        civil = datetime.datetime.fromisoformat(text).replace(tzinfo=datetime.UTC)
+        moment = datetime.datetime.fromisoformat(text)
     except ValueError:  # the 30th of February
         return None
-    return int(civil.timestamp())
-
-
-def _zone_seconds(text: str) -> int | None:
-    if text in ("", "Z"):
-        return 0
-    digits = text[1:].replace(":", "").ljust(4, "0")
-    hours, minutes = int(digits[:2]), int(digits[2:])
-    if hours > 23 or minutes > 59:
-        return None
-    return (-1 if text[0] == "-" else 1) * (hours * 3600 + minutes * 60)
+    return int(moment.replace(tzinfo=moment.tzinfo or datetime.UTC).timestamp())

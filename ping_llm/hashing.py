@@ -6,7 +6,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-_GOLDEN = np.uint64(0x9E3779B97F4A7C15)
+GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 
 
 def scramble(x: np.ndarray) -> np.ndarray:
@@ -16,11 +16,16 @@ def scramble(x: np.ndarray) -> np.ndarray:
     return x ^ (x >> np.uint64(31))
 
 
+def uniform(bits: np.ndarray) -> np.ndarray:
+    """Returns 64 random bits each as a number uniform on [0, 1), of their upper 53."""
+    return (bits >> np.uint64(11)) * 2.0**-53
+
+
 def mix(*columns: np.ndarray) -> np.ndarray:
     """Returns one hash for each element of the integer columns [n] or [1]; their order matters."""
     key = np.zeros(np.shape(columns[0]), np.uint64)
     for column in columns:
-        key = scramble((key + _GOLDEN) ^ scramble(column.astype(np.uint64) + _GOLDEN))
+        key = scramble((key + GOLDEN) ^ scramble(column.astype(np.uint64) + GOLDEN))
     return key
 
 

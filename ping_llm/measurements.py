@@ -1,6 +1,6 @@
-"""THE table of measurements: who pinged whom, when, and what came back.
+"""The one table of measurements: who pinged whom, when, and what came back.
 
-It goes to and from everything that speaks Arrow (pandas, polars, DuckDB, pyarrow):
+It goes to and from every library that speaks Arrow (pandas, polars, DuckDB, pyarrow):
 `MeasurementTable.from_arrow(frame)`, `polars.DataFrame(table)`, `pyarrow.table(table).to_pandas()`.
 """
 
@@ -27,28 +27,26 @@ class _ColumnSpec:
     Attributes:
         arrow: Its name in Arrow.
         dtype: Its dtype.
-        read: Returns (values, OK / MISSING / INVALID) of an Arrow array.
         wanted: How an error says what a value should be.
+        read: Returns (values, OK / MISSING / INVALID) of an Arrow array.
         missing: What stands for a null; None where there must be a value.
         accepts: Says which of the values read are good.
     """
 
     arrow: str
     dtype: np.dtype
-    read: Callable[[pa.Array], tuple[np.ndarray, np.ndarray]]
     wanted: str
+    read: Callable[[pa.Array], tuple[np.ndarray, np.ndarray]] = columns.read_numbers
     missing: float | None = None
-    accepts: Callable[[np.ndarray], np.ndarray] | None = None
+    accepts: Callable[[np.ndarray], np.ndarray] = lambda values: np.ones(len(values), bool)
 
     def arrow_type(self) -> pa.DataType:
-        is_address = self.dtype == addresses.ADDRESS
-        return pa.binary(16) if is_address else pa.from_numpy_dtype(self.dtype)
+        return columns.from_numpy(np.zeros(0, self.dtype)).type
 
     def from_arrow(self, array: pa.Array, row: int) -> np.ndarray:
         """Returns the values of `array`, of which the first stands in row `row`."""
         values, problems = self.read(array)
-        accepted = np.ones(len(array), bool) if self.accepts is None else self.accepts(values)
-        bad = (problems == columns.INVALID) | ((problems == columns.OK) & ~accepted)
+        bad = (problems == columns.INVALID) | ((problems == columns.OK) & ~self.accepts(values))
         absent = problems == columns.MISSING
         if self.missing is None:
             bad |= absent
@@ -60,53 +58,32 @@ class _ColumnSpec:
 
     def to_arrow(self, values: np.ndarray) -> pa.Array:
         if self.dtype == addresses.ADDRESS:
-            return columns.to_fixed_binary(values)
+            return columns.from_numpy(values)
         unknown = np.isnan(values) if self.dtype.kind == "f" else values == NO_TIME
         return pa.array(values, mask=unknown if unknown.any() else None)
 
 
-def _is_float32(values: np.ndarray) -> np.ndarray:
-    return np.abs(values) <= np.finfo(np.float32).max  # false for NaN
+def _within(low: float, high: float) -> Callable[[np.ndarray], np.ndarray]:
+    return lambda values: (values >= low) & (values <= high)  # false for NaN
 
 
-_ADDRESS = addresses.ADDRESS, columns.read_addresses, "an address like 192.0.2.1 or 2001:db8::1"
-_FLOAT = np.dtype(np.float32), columns.read_numbers
+def _among(*choices: int) -> Callable[[np.ndarray], np.ndarray]:
+    return lambda values: np.isin(values, choices)
+
+
+_FLOAT, _LARGEST = np.dtype(np.float32), float(np.finfo(np.float32).max)
+_ADDRESS = addresses.ADDRESS, "an address like 192.0.2.1 or 2001:db8::1", columns.read_addresses
 _TIME = _ColumnSpec(
-    "event_time",
-    np.dtype(np.int64),
-    columns.read_times,
-    "ISO 8601 or seconds since 1970",
-    missing=NO_TIME,
+    "event_time", np.dtype("i8"), "ISO 8601 or seconds since 1970", columns.read_times, NO_TIME
 )
-_FAMILY = _ColumnSpec(
-    "ip_version",
-    np.dtype(np.int8),
-    columns.read_numbers,
-    "4 or 6",
-    accepts=lambda values: np.isin(values, (4, 6)),
-)
-_KIND = _ColumnSpec(
-    "kind",
-    np.dtype(np.uint8),
-    columns.read_numbers,
-    "0 for ping, 1 for hop or 2 for end",
-    missing=0,
-    accepts=lambda values: np.isin(values, range(len(KINDS))),
-)
-_LOSS = _ColumnSpec(
-    "loss",
-    *_FLOAT,
-    "a fraction from 0 to 1",
-    missing=np.nan,
-    accepts=lambda values: (values >= 0) & (values <= 1),
-)
-_SPREAD = _ColumnSpec(
-    "spread",
-    *_FLOAT,
-    "ms, at least 0",
-    missing=np.nan,
-    accepts=lambda values: _is_float32(values) & (values >= 0),
-)
+_FAMILY = _ColumnSpec("ip_version", np.dtype("i1"), "4 or 6", accepts=_among(4, 6))
+_RTT = _ColumnSpec("rtt", _FLOAT, "ms, -1 = failed", accepts=_within(-_LARGEST, _LARGEST))
+_MEANINGS = "0 for ping, 1 for hop or 2 for end"
+_KIND = _ColumnSpec("kind", np.dtype("u1"), _MEANINGS, missing=0, accepts=_among(0, 1, 2))
+_SHARE = "a fraction from 0 to 1"
+_LOSS = _ColumnSpec("loss", _FLOAT, _SHARE, missing=np.nan, accepts=_within(0, 1))
+_AT_LEAST_0 = _within(0, _LARGEST)
+_SPREAD = _ColumnSpec("spread", _FLOAT, "ms, at least 0", missing=np.nan, accepts=_AT_LEAST_0)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -131,7 +108,7 @@ class MeasurementTable:
     src: Annotated[np.ndarray, _ColumnSpec("src_addr", *_ADDRESS)]
     dst: Annotated[np.ndarray, _ColumnSpec("dst_addr", *_ADDRESS)]
     family: Annotated[np.ndarray, _FAMILY]
-    rtt: Annotated[np.ndarray, _ColumnSpec("rtt", *_FLOAT, "ms, -1 = failed", accepts=_is_float32)]
+    rtt: Annotated[np.ndarray, _RTT]
     kind: Annotated[np.ndarray | None, _KIND] = None
     loss: Annotated[np.ndarray | None, _LOSS] = None
     spread: Annotated[np.ndarray | None, _SPREAD] = None
@@ -195,17 +172,12 @@ class MeasurementTable:
         """
         if len(tables) < 2:
             return tables[0] if tables else cls.empty()
-        names = [name for name in COLUMNS if any(name in table._present() for table in tables)]
+        names = dict.fromkeys(name for table in tables for name in table._present())
+        return cls(**{n: np.concatenate([table._column(n) for table in tables]) for n in names})
 
-        def whole(name: str) -> np.ndarray:
-            column, parts = COLUMNS[name], [getattr(table, name) for table in tables]
-            filled = [
-                np.full(len(table), column.missing, column.dtype) if part is None else part
-                for table, part in zip(tables, parts, strict=True)
-            ]
-            return np.concatenate(filled)
-
-        return cls(**{name: whole(name) for name in names})
+    def _column(self, name: str) -> np.ndarray:
+        column, values = COLUMNS[name], getattr(self, name)
+        return np.full(len(self), column.missing, column.dtype) if values is None else values
 
     @classmethod
     def from_arrow(
@@ -233,7 +205,7 @@ class MeasurementTable:
         except (pa.ArrowException, TypeError, ValueError) as error:
             raise DataError(f"this is no table: {error}") from None
         _check_names(table.schema.names, questions)
-        batches = table.to_batches() or [_no_rows(table.schema)]
+        batches = table.to_batches() or [pa.RecordBatch.from_pylist([], schema=table.schema)]
         rows = np.cumsum([first_row, *map(len, batches)]).tolist()
         try:
             tables = [_from_batch(*each, questions) for each in zip(batches, rows, strict=False)]
@@ -248,9 +220,8 @@ class MeasurementTable:
         IPv4 as IPv4-mapped IPv6; ip_version int8; rtt float32 ms; and the optional columns there
         are. Without copies where nothing is null.
         """
-        present = self._present()
-        schema = pa.schema([(COLUMNS[n].arrow, COLUMNS[n].arrow_type()) for n in present])
-        return pa.table([COLUMNS[n].to_arrow(v) for n, v in present.items()], schema=schema)
+        present = self._present().items()
+        return pa.table({COLUMNS[name].arrow: COLUMNS[name].to_arrow(v) for name, v in present})
 
     def __arrow_c_stream__(self, requested_schema: object = None) -> object:
         """Returns the measurements as people read them, for pandas, polars and others.
@@ -273,12 +244,8 @@ _OPTIONAL = {f.name for f in dataclasses.fields(MeasurementTable) if f.default i
 
 def _texts(array: pa.Array) -> pa.Array:
     encoded = array.dictionary_encode()
-    texts = addresses.to_text(columns.from_fixed_binary(encoded.dictionary))
+    texts = addresses.to_text(columns.to_numpy(encoded.dictionary))
     return pa.array(texts, pa.large_string()).take(encoded.indices)
-
-
-def _no_rows(schema: pa.Schema) -> pa.RecordBatch:
-    return pa.RecordBatch.from_arrays([pa.nulls(0, field.type) for field in schema], schema=schema)
 
 
 def _check_names(names: Sequence[str], questions: bool) -> None:

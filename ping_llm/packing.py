@@ -33,13 +33,8 @@ class Batch:
 def next_token_batch(tokens: np.ndarray, segment_ids: np.ndarray, positions: np.ndarray) -> Batch:
     """Returns the next-token examples in packed sequences, each [B, T + 1], int32."""
     here, after = segment_ids[:, :-1], segment_ids[:, 1:]
-    return Batch(
-        inputs=tokens[:, :-1],
-        targets=tokens[:, 1:],
-        segment_ids=here,
-        positions=positions[:, :-1],
-        mask=((here == after) & (after != 0)).astype(np.float32),
-    )
+    mask = ((here == after) & (after != 0)).astype(np.float32)
+    return Batch(tokens[:, :-1], tokens[:, 1:], here, positions[:, :-1], mask)
 
 
 def best_fit(lengths: np.ndarray, capacity: int | np.ndarray) -> list[list[int]]:
@@ -96,3 +91,12 @@ def pack(
     tokens[real] = np.concatenate(segments)
     shape = len(sequences), length
     return tokens.reshape(shape), segment_ids.reshape(shape), positions.reshape(shape)
+
+
+def ragged(counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Returns (segment, index within it) of each element of segments of `counts` elements.
+
+    For [2, 0, 1]: ([0, 0, 2], [0, 1, 0]), int64.
+    """
+    segment = np.repeat(np.arange(len(counts)), counts)
+    return segment, np.arange(len(segment)) - np.repeat(np.cumsum(counts) - counts, counts)

@@ -1,6 +1,6 @@
 """Progress of long work: a bar on a terminal, a plain line now and then elsewhere.
 
-Everything goes to standard error, which leaves standard output to results.
+It goes to standard error, which leaves standard output to results.
 """
 
 import contextlib
@@ -12,7 +12,7 @@ PLAIN_INTERVAL_S = 10.0
 
 
 class Progress:
-    """How far a piece of work is. `update` may be called as often as one likes."""
+    """How far a piece of work is. `update` is cheap enough to call at every step."""
 
     def __init__(self, title: str, total: float | None, unit: str, initial: float = 0.0):
         self.title, self.total, self.unit = title, total, unit
@@ -24,6 +24,9 @@ class Progress:
         """Moves on by `advance`, or to `done`; `note` is what stands at the end of the line."""
         self.done = self.done + advance if done is None else done
         self.note = note or self.note
+        self._show()
+
+    def _show(self) -> None:
         now = time.monotonic()
         if now - self._printed >= PLAIN_INTERVAL_S:
             self._printed = now
@@ -33,11 +36,8 @@ class Progress:
         """Returns one plain line: title, amount, rate, time left, note."""
         elapsed = max(time.monotonic() - self.started, 1e-9)
         rate = (self.done - self.initial) / elapsed
-        parts = [f"{self.title}: {self.done:,.0f}"]
-        if self.total:
-            parts[0] += f"/{self.total:,.0f} ({self.done / self.total:.0%})"
-        parts[0] += f" {self.unit}"
-        parts.append(f"{rate:,.1f}/s")
+        total = f"/{self.total:,.0f} ({self.done / self.total:.0%})" if self.total else ""
+        parts = [f"{self.title}: {self.done:,.0f}{total} {self.unit}", f"{rate:,.1f}/s"]
         if self.total and rate > 0:
             left = int(max(self.total - self.done, 0.0) / rate)
             parts.append(f"{left // 3600}:{left // 60 % 60:02d}:{left % 60:02d} left")
@@ -69,9 +69,7 @@ class _Bar(Progress):
         )
         self._bar.start()
 
-    def update(self, advance: float = 0.0, *, done: float | None = None, note: str = "") -> None:
-        self.done = self.done + advance if done is None else done
-        self.note = note or self.note
+    def _show(self) -> None:
         total = f"/{self.total:,.0f}" if self.total else ""
         amount = f"{self.done:,.0f}{total} {self.unit}"
         self._bar.update(self._task, completed=self.done, amount=amount, note=self.note)

@@ -6,6 +6,7 @@ matplotlib is used through its objects, never through `pyplot`: no global state,
 import base64
 import html
 import io
+import itertools
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -73,18 +74,16 @@ def loss_plot(metrics: Sequence[Mapping[str, Any]], location: str | Path | Locat
     fields = [key for key in keys if key.startswith("loss_") and _series(metrics, key)[0]]
     fig, axes = figure(columns=2 if fields else 1, width=11 if fields else 7, height=4.2)
 
-    for key, label, colour in (("loss", "train", COLOURS[0]), ("valid_loss", "valid", COLOURS[1])):
+    curves = [(axes[0], "loss", "train", COLOURS[0]), (axes[0], "valid_loss", "valid", COLOURS[1])]
+    for key, colour in zip(fields, itertools.cycle(COLOURS), strict=False):
+        curves.append((axes[-1], key, key.removeprefix("loss_"), colour))
+    for ax, key, label, colour in curves:
         steps, values = _series(metrics, key)
         if steps:
-            # A marker only where points are few: also a single one must be seen.
+            # A marker only where points are few: a single one would not be seen.
             marker = "o" if len(steps) <= 30 else None
-            axes[0].plot(steps, values, color=colour, marker=marker, markersize=4, label=label)
+            ax.plot(steps, values, color=colour, marker=marker, markersize=4, label=label)
     axes[0].set_title("Loss")
-    for key, colour in zip(fields, COLOURS * len(fields), strict=False):
-        steps, values = _series(metrics, key)
-        marker = "o" if len(steps) <= 30 else None
-        label = key.removeprefix("loss_")
-        axes[-1].plot(steps, values, color=colour, marker=marker, markersize=3, label=label)
     if fields:
         axes[1].set_title("Training loss by field")
     for ax in axes:
@@ -94,7 +93,8 @@ def loss_plot(metrics: Sequence[Mapping[str, Any]], location: str | Path | Locat
         ax.set_ylim(bottom=0.0)
         if ax.lines:
             ax.legend(frameon=False)
-    save_figure(fig, location)
+    with publish_file(Location.of(location)) as path:
+        fig.savefig(path, format="png", dpi=130)
 
 
 # --- one HTML page -------------------------------------------------------------------------------
@@ -182,9 +182,3 @@ def write_page(text: str, location: str | Path | Location) -> None:
         StorageError: It cannot be written.
     """
     publish_text(Location.of(location), text)
-
-
-def save_figure(fig: "Figure", location: str | Path | Location) -> None:
-    """Writes `fig` as PNG, as `write_page` does."""
-    with publish_file(Location.of(location)) as path:
-        fig.savefig(path, format="png", dpi=130)

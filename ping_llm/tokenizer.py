@@ -10,6 +10,7 @@ big-endian. One from the same source as the measurement before it leaves its sou
 
 import dataclasses
 import ipaddress
+import itertools
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -21,52 +22,30 @@ from ping_llm.measurements import NO_TIME, MeasurementTable
 # Counts up when the same measurements become other tokens: no model reads two versions.
 LANGUAGE_VERSION = 2
 
-MEASUREMENT_START = 0
-SRC_IPV4 = 1
-SRC_IPV6 = 2
-DST_IPV4 = 3
-DST_IPV6 = 4
-TIMESTAMP_ABS = 5
-TIMESTAMP_DELTA1 = 6
-TIMESTAMP_DELTA4 = 7
-RTT_START = 8
-THROUGHPUT_START = 9
-FAILED = 10
-BYTE_0 = 11
+MEASUREMENT_START, SRC_IPV4, SRC_IPV6, DST_IPV4, DST_IPV6 = range(5)
+TIMESTAMP_ABS, TIMESTAMP_DELTA1, TIMESTAMP_DELTA4 = range(5, 8)
+RTT_START, THROUGHPUT_START, FAILED, BYTE_0 = range(8, 12)
 VOCAB_SIZE = BYTE_0 + 256
-
-TOKEN_NAMES = (
-    "MEASUREMENT_START",
-    "SRC_IPV4",
-    "SRC_IPV6",
-    "DST_IPV4",
-    "DST_IPV6",
-    "TIMESTAMP_ABS",
-    "TIMESTAMP_DELTA1",
-    "TIMESTAMP_DELTA4",
-    "RTT_START",
-    "THROUGHPUT_START",
-    "FAILED",
-)
-# How many bytes follow each of the ids below BYTE_0.
-PAYLOAD_BYTES = (0, 4, 16, 4, 16, 8, 1, 4, 2, 2, 0)
 
 # What a token is about, for the loss per field. An id below BYTE_0 is structure; a byte is of the
 # field of the last id below BYTE_0 before it.
 FIELDS = ("structure", "source", "destination", "time", "rtt")
 STRUCTURE, SOURCE, DESTINATION, TIME, RTT = range(5)
-FIELD_OF_PAYLOAD = (
-    STRUCTURE,
-    SOURCE,
-    SOURCE,
-    DESTINATION,
-    DESTINATION,
-    TIME,
-    TIME,
-    TIME,
-    RTT,
-    RTT,
-    RTT,
+
+# Of each id below BYTE_0: its name, how many bytes follow it, and the field that they are of.
+TOKEN_NAMES, PAYLOAD_BYTES, FIELD_OF_PAYLOAD = zip(
+    ("MEASUREMENT_START", 0, STRUCTURE),
+    ("SRC_IPV4", 4, SOURCE),
+    ("SRC_IPV6", 16, SOURCE),
+    ("DST_IPV4", 4, DESTINATION),
+    ("DST_IPV6", 16, DESTINATION),
+    ("TIMESTAMP_ABS", 8, TIME),
+    ("TIMESTAMP_DELTA1", 1, TIME),
+    ("TIMESTAMP_DELTA4", 4, TIME),
+    ("RTT_START", 2, RTT),
+    ("THROUGHPUT_START", 2, RTT),
+    ("FAILED", 0, RTT),
+    strict=True,
 )
 
 MANTISSA_BITS = 11
@@ -137,22 +116,18 @@ _TIME_TOKENS = (0, FIRST_TIME_TOKENS, 2, NEXT_TIME_TOKENS)
 def _layout_tables() -> tuple[np.ndarray, np.ndarray]:
     """Returns (start of each field within a measurement [4, 2048], tokens in all [2048])."""
     starts, lengths = np.zeros((4, 2048), np.uint8), np.zeros(2048, np.uint8)
-    for order_code in range(64):
-        order = [order_code & 3, order_code >> 2 & 3, order_code >> 4]
-        order.append(6 - sum(order))
-        if sorted(order) != [0, 1, 2, 3]:
-            continue
+    for order in itertools.permutations(range(4)):
+        order_code = order[0] | order[1] << 2 | order[2] << 4
         for rest in range(32):
-            family6, time_form = rest & 1, rest >> 1 & 3
-            failed, same_source = rest >> 3 & 1, rest >> 4
-            address = 17 if family6 else 5
+            time_form, failed, same_source = rest >> 1 & 3, rest >> 3 & 1, rest >> 4
+            address = 17 if rest & 1 else 5
             source = 0 if same_source else address
             sizes = (source, address, _TIME_TOKENS[time_form], 1 if failed else 3)
-            layout, at = order_code << 5 | rest, 1
+            layout, length = order_code << 5 | rest, 1
             for field in order:
-                starts[field, layout] = at
-                at += sizes[field]
-            lengths[layout] = at
+                starts[field, layout] = length
+                length += sizes[field]
+            lengths[layout] = length
     return starts, lengths
 
 
@@ -248,10 +223,8 @@ def encode(
         _scatter(tokens, starts[where] + _FIELD_STARTS[field][layout[where]], head, payload)
 
     src_bytes, dst_bytes = (addresses.as_bytes(a) for a in (measurements.src, measurements.dst))
-    for among, width, src, dst in (
-        (~family6, 4, SRC_IPV4, DST_IPV4),
-        (family6, 16, SRC_IPV6, DST_IPV6),
-    ):
+    families = (~family6, 4, SRC_IPV4, DST_IPV4), (family6, 16, SRC_IPV6, DST_IPV6)
+    for among, width, src, dst in families:
         where = np.flatnonzero(among & ~same_source)
         write(0, where, src, src_bytes[where, 16 - width :])
         where = np.flatnonzero(among)
@@ -273,20 +246,13 @@ def encode(
 
 # --- decode -----------------------------------------------------------------------------------
 
-_SOURCE, _DESTINATION, _TIME, _RESULT = range(4)
-# Which field of a measurement an id below BYTE_0 gives.
+# Which field of a measurement an id below BYTE_0 gives, and what messages call it.
 _FIELD_OF_HEAD = {
-    SRC_IPV4: _SOURCE,
-    SRC_IPV6: _SOURCE,
-    DST_IPV4: _DESTINATION,
-    DST_IPV6: _DESTINATION,
-    TIMESTAMP_ABS: _TIME,
-    TIMESTAMP_DELTA1: _TIME,
-    TIMESTAMP_DELTA4: _TIME,
-    RTT_START: _RESULT,
-    FAILED: _RESULT,
+    head: FIELD_OF_PAYLOAD[head]
+    for head in range(SRC_IPV4, BYTE_0)
+    if head != THROUGHPUT_START  # reserved: no measurement has one
 }
-_FIELD_NAMES = ("source", "destination", "timestamp", "result")
+_FIELD_NAMES = {SOURCE: "source", DESTINATION: "destination", TIME: "timestamp", RTT: "result"}
 
 
 def decode(tokens: Sequence[int] | np.ndarray) -> tuple[MeasurementTable, list[Problem]]:
@@ -297,91 +263,82 @@ def decode(tokens: Sequence[int] | np.ndarray) -> tuple[MeasurementTable, list[P
     measurement went wrong still counts as the last one for what follows.
     """
     ids = np.asarray(tokens).tolist()
-    found: list[dict[int, tuple[int, bytes]]] = []
+    decoded: list[dict[int, bytes]] = []  # the payload of each field
+    times: list[int] = []
     problems: list[Problem] = []
-    times: list[int | None] = []
     previous: int | None = None
-    last_source: tuple[int, bytes] | None = None
-    at = 0
-    while at < len(ids):
-        begin = at
-        fields: dict[int, tuple[int, bytes]] = {}
-        time: int | None = None
-        problem: Problem | None = None
-        if ids[at] != MEASUREMENT_START:
-            problem = Problem(at, f"{token_name(ids[at])} outside a measurement")
-        at += 1
-        while at < len(ids) and ids[at] != MEASUREMENT_START:
-            head, position = ids[at], at
-            if problem is not None or head not in _FIELD_OF_HEAD:
-                problem = problem or Problem(at, f"{token_name(head)} where a field should start")
-                at += 1
-                continue
-            at += 1
-            size = PAYLOAD_BYTES[head]
-            payload = [token - BYTE_0 for token in ids[at : at + size]]
-            valid = [0 <= byte <= 255 for byte in payload]
-            length = valid.index(False) if False in valid else len(payload)
-            at += length
-            field = _FIELD_OF_HEAD[head]
-            if length < size:
-                problem = Problem(position, f"{token_name(head)} has {length} of {size} bytes")
+    last_source: dict[int, bytes] = {}
+    starts = [i for i, token in enumerate(ids) if i == 0 or token == MEASUREMENT_START]
+    for begin, end in itertools.pairwise([*starts, len(ids)]):
+        fields: dict[int, bytes] = {}
+        time, problem, position = NO_TIME, None, begin + 1
+        if ids[begin] != MEASUREMENT_START:
+            problem = Problem(begin, f"{token_name(ids[begin])} outside a measurement")
+        while problem is None and position < end:
+            head = ids[position]
+            if head not in _FIELD_OF_HEAD:
+                problem = Problem(position, f"{token_name(head)} where a field should start")
+                break
+            field, size = _FIELD_OF_HEAD[head], PAYLOAD_BYTES[head]
+            payload = _leading_bytes(ids[position + 1 : position + 1 + size])
+            if len(payload) < size:
+                reason = f"{token_name(head)} has {len(payload)} of {size} bytes"
+                problem = Problem(position, reason)
             elif field in fields:
                 problem = Problem(position, f"a second {_FIELD_NAMES[field]}")
-            else:
-                fields[field] = (head, bytes(payload))
-                if field == _SOURCE:
-                    last_source = fields[field]
-                if field == _TIME:
-                    time, reason = _read_time(head, bytes(payload), previous)
-                    problem = Problem(position, reason) if reason else None
-                    previous = previous if time is None else time
-        if last_source is not None:
-            fields.setdefault(_SOURCE, last_source)
+            elif field == TIME:
+                time, reason = _read_time(head, payload, previous)
+                problem = Problem(position, reason) if reason else None
+                previous = previous if time == NO_TIME else time
+            elif field == SOURCE:
+                last_source = {SOURCE: payload}
+            fields[field] = payload
+            position += 1 + size
+        fields = last_source | fields
         problem = problem or _incomplete(fields, begin)
-        if problem is not None:
-            problems.append(problem)
-        else:
-            found.append(fields)
+        if problem is None:
+            decoded.append(fields)
             times.append(time)
-    return _measurements(found, times), problems
+        else:
+            problems.append(problem)
+    return _measurements(decoded, times), problems
 
 
-def _read_time(head: int, payload: bytes, previous: int | None) -> tuple[int | None, str]:
-    """Returns (the time, why there is none)."""
+def _leading_bytes(tokens: list[int]) -> bytes:
+    """Returns the byte tokens that `tokens` begin with as bytes."""
+    leading = itertools.takewhile(lambda token: BYTE_0 <= token < VOCAB_SIZE, tokens)
+    return bytes(token - BYTE_0 for token in leading)
+
+
+def _read_time(head: int, payload: bytes, previous: int | None) -> tuple[int, str]:
+    """Returns (the time, ""), or (NO_TIME, why there is none)."""
+    time = int.from_bytes(payload, "big", signed=head == TIMESTAMP_ABS)
     if head == TIMESTAMP_ABS:
-        time = int.from_bytes(payload, "big", signed=True)
-        return (None, f"{token_name(head)} is no time") if time == NO_TIME else (time, "")
+        return time, f"{token_name(head)} is no time" if time == NO_TIME else ""
     if previous is None:
-        return None, f"{token_name(head)} without a timestamp before it"
-    time = previous + int.from_bytes(payload, "big")
-    return (time, "") if time < 2**63 else (None, f"{token_name(head)} leads beyond 64 bits")
+        return NO_TIME, f"{token_name(head)} without a timestamp before it"
+    time += previous
+    return (time, "") if time < 2**63 else (NO_TIME, f"{token_name(head)} leads beyond 64 bits")
 
 
-def _incomplete(fields: dict[int, tuple[int, bytes]], begin: int) -> Problem | None:
-    for field in (_SOURCE, _DESTINATION, _RESULT):
+def _incomplete(fields: dict[int, bytes], begin: int) -> Problem | None:
+    for field in (SOURCE, DESTINATION, RTT):
         if field not in fields:
             return Problem(begin, f"a measurement without a {_FIELD_NAMES[field]}")
-    if len(fields[_SOURCE][1]) != len(fields[_DESTINATION][1]):
+    if len(fields[SOURCE]) != len(fields[DESTINATION]):
         return Problem(begin, "source and destination of different families")
     return None
 
 
-def _measurements(
-    found: list[dict[int, tuple[int, bytes]]], times: list[int | None]
-) -> MeasurementTable:
-    src, dst = (
-        addresses.from_packed(fields[field][1] for fields in found)
-        for field in (_SOURCE, _DESTINATION)
-    )
-    results = [fields[_RESULT] for fields in found]
-    codes = np.array([int.from_bytes(payload, "big") for _, payload in results], np.uint16)
-    failed = np.array([head == FAILED for head, _ in results], bool)
+def _measurements(decoded: list[dict[int, bytes]], times: list[int]) -> MeasurementTable:
+    src, dst, results = ([fields[key] for fields in decoded] for key in (SOURCE, DESTINATION, RTT))
+    codes = np.array([int.from_bytes(payload, "big") for payload in results], np.uint16)
+    failed = np.array([payload == b"" for payload in results], bool)
     return MeasurementTable(
-        time=np.array([NO_TIME if time is None else time for time in times], np.int64),
-        src=src,
-        dst=dst,
-        family=np.array([4 if len(f[_SOURCE][1]) == 4 else 6 for f in found], np.int8),
+        time=np.array(times, np.int64),
+        src=addresses.from_packed(src),
+        dst=addresses.from_packed(dst),
+        family=np.array([4 if len(packed) == 4 else 6 for packed in src], np.int8),
         rtt=np.where(failed, -1.0, decode_rtt(codes)).astype(np.float32),
     )
 
@@ -419,37 +376,33 @@ def format_tokens(
         colour: Called with each piece of text and its field (one of `FIELDS`); returns the text to
             show in its place.
     """
-    ids, at = np.asarray(tokens).tolist(), 0
+    ids, position = np.asarray(tokens).tolist(), 0
     lines: list[list[str]] = []
-    while at < len(ids):
-        head = ids[at]
+    while position < len(ids):
+        head = ids[position]
         if head == MEASUREMENT_START or not lines:
             lines.append([])
         size = PAYLOAD_BYTES[head] if 0 <= head < BYTE_0 else 0
-        payload = [token - BYTE_0 for token in ids[at + 1 : at + 1 + size]]
-        whole = len(payload) == size and all(0 <= byte <= 255 for byte in payload)
-        text, field = (
-            token_name(head),
-            FIELDS[FIELD_OF_PAYLOAD[head]] if size else FIELDS[STRUCTURE],
-        )
+        payload = _leading_bytes(ids[position + 1 : position + 1 + size])
+        whole = len(payload) == size
+        text = token_name(head)
         if size and whole:
-            text = f"{text} {_payload_text(head, bytes(payload))}"
+            text += f" {_payload_text(head, payload)}"
+        field = FIELDS[FIELD_OF_PAYLOAD[head] if size else STRUCTURE]
         lines[-1].append(colour(text, field) if colour else text)
-        at += 1 + size if whole else 1
+        position += 1 + size if whole else 1
     return "\n".join(" ".join(line) for line in lines)
 
 
 def _payload_text(head: int, payload: bytes) -> str:
     value = int.from_bytes(payload, "big")
-    if head in (SRC_IPV4, DST_IPV4):
-        return str(ipaddress.IPv4Address(payload))
-    if head in (SRC_IPV6, DST_IPV6):
-        return str(ipaddress.IPv6Address(payload))
+    if FIELD_OF_PAYLOAD[head] in (SOURCE, DESTINATION):
+        return str(ipaddress.ip_address(payload))
     if head == TIMESTAMP_ABS:
         seconds = int.from_bytes(payload, "big", signed=True)
         inside = 0 <= seconds < 2**32
         return f"{np.datetime64(seconds, 's')}Z" if inside else f"{seconds} s"
-    if head in (TIMESTAMP_DELTA1, TIMESTAMP_DELTA4):
+    if FIELD_OF_PAYLOAD[head] == TIME:
         return f"+{value} s"
     if head == RTT_START:
         return f"{decode_rtt(np.array(value)):.3f} ms"

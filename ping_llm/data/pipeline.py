@@ -8,6 +8,7 @@ processes or restarts.
 """
 
 import collections
+import contextlib
 import dataclasses
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -53,24 +54,32 @@ class _PackedWindows:
         return [self.tokens[offsets[w] : offsets[w + 1]] for w in self.sequences[sequence]]
 
 
-def _pack_windows(
-    rows: ProbeRows,
-    chosen: windows.Windows,
-    *,
-    seed: int,
-    length: int,
-    order_key: np.ndarray,
-    config: WindowConfig,
-) -> _PackedWindows:
-    """Returns windows packed, with the sequences in the random order that `order_key` [1] names."""
-    tokens, offsets = windows.encode_windows(rows, chosen, seed=seed, length=length, config=config)
-    lengths = np.diff(offsets)
-    if lengths.max() > length:
-        row = int(chosen.row[np.argmax(lengths)])
-        raise DataError(f"row {row} is not in time order; prepare the data again")
-    sequences = best_fit(lengths, length)  # those of the longest windows come first
-    order = np.argsort(windows.draw(order_key, np.arange(len(sequences))), kind="stable")
-    return _PackedWindows(tokens, offsets, [sequences[i] for i in order])
+@dataclasses.dataclass(frozen=True)
+class _Packer:
+    """Makes windows of `rows` into sequences of `length` tokens."""
+
+    rows: ProbeRows
+    length: int
+    seed: int
+    config: WindowConfig
+
+    def encode(self, chosen: windows.Windows) -> tuple[np.ndarray, np.ndarray]:
+        """Returns what `windows.encode_windows` does."""
+        return windows.encode_windows(
+            self.rows, chosen, seed=self.seed, length=self.length, config=self.config
+        )
+
+    def pack(self, chosen: windows.Windows, *chunk: int) -> _PackedWindows:
+        """Returns windows packed, the sequences in the random order that the numbers name."""
+        tokens, offsets = self.encode(chosen)
+        lengths = np.diff(offsets)
+        if lengths.max() > self.length:
+            row = int(chosen.row[np.argmax(lengths)])
+            raise DataError(f"row {row} is not in time order; prepare the data again")
+        sequences = best_fit(lengths, self.length)  # those of the longest windows come first
+        key = windows.make_keys(self.seed, *np.array([*chunk, _ORDER])[:, None])
+        order = np.argsort(windows.draw(key, np.arange(len(sequences))), kind="stable")
+        return _PackedWindows(tokens, offsets, [sequences[i] for i in order])
 
 
 class _Streams:
@@ -83,20 +92,17 @@ class _Streams:
         self, data: str | Path, *, batch_size: int, seq_len: int, seed: int, config: WindowConfig
     ):
         windows.check_length(seq_len + 1)
-        self._rows = ProbeRows(data, "train")
-        self._order = windows.WindowOrder(self._rows.n_measurements, seed)
-        self._batch_size, self.length, self._seed = batch_size, seq_len + 1, seed
-        self._config = config
+        rows = ProbeRows(data, "train")
+        self._packer, self.length = _Packer(rows, seq_len + 1, seed, config), seq_len + 1
+        self._order = windows.WindowOrder(rows.n_measurements, seed)
+        self._batch_size = batch_size
         if self._order.per_epoch == 0:
             raise DataError(f"{data} has no train rows; prepare it again from more measurements")
         self._chunk_windows = self._choose_chunk_windows()
 
     def _choose_chunk_windows(self) -> int:
         """Returns how many windows make a chunk of the size wanted, about."""
-        sample = self._order[np.arange(min(self._order.per_epoch, 512))]
-        _, offsets = windows.encode_windows(
-            self._rows, sample, seed=self._seed, length=self.length, config=self._config
-        )
+        _, offsets = self._packer.encode(self._order[np.arange(min(self._order.per_epoch, 512))])
         least, most = CHUNK_SEQUENCES
         sequences = BUFFERED_TOKENS // (self._batch_size * self.length)
         tokens = min(max(sequences, least), most) * self.length
@@ -108,19 +114,9 @@ class _Streams:
         # First chunks differ in size from stream to stream, so that later ones do not fall due all
         # at the same step.
         first = max(size * (stream + 1) // self._batch_size, -(-size // 8))
-        start, stop = (
-            (0, first) if number == 0 else (first + (number - 1) * size, first + number * size)
-        )
-        return _pack_windows(
-            self._rows,
-            self._order[np.arange(start, stop) * self._batch_size + stream],
-            seed=self._seed,
-            length=self.length,
-            order_key=windows.make_keys(
-                self._seed, np.array([stream]), np.array([number]), np.array([_ORDER])
-            ),
-            config=self._config,
-        )
+        stop = first + number * size
+        numbers = np.arange(stop - size if number else 0, stop)
+        return self._packer.pack(self._order[numbers * self._batch_size + stream], stream, number)
 
 
 class _Reader:
@@ -149,7 +145,7 @@ class _Reader:
         return chunk.segments(sequence)
 
 
-class TrainLoader:
+class TrainLoader(contextlib.AbstractContextManager):
     """An endless iterator of this process's part of each global batch, made in the background.
 
     Closing it, or leaving its `with` block, ends the thread that makes them.
@@ -213,8 +209,8 @@ class TrainLoader:
 
         It holds the positions of this process's streams; `merge_states` joins those of all.
         """
-        positions = {"first_lane": self.streams.start, "positions": list(self._positions)}
-        return {**self._settings, **positions}
+        positions = list(self._positions)
+        return {**self._settings, "first_lane": self.streams.start, "positions": positions}
 
     def set_state(self, state: dict[str, Any]) -> None:
         """Goes to where `state` was taken, by this process or by any number of others, merged.
@@ -245,9 +241,6 @@ class TrainLoader:
             self._thread.shutdown(cancel_futures=True)
             self._ahead.clear()
             self._reader = None
-
-    def __enter__(self) -> "TrainLoader":
-        return self
 
     def __exit__(self, *exc: object) -> None:
         self.close()
@@ -289,7 +282,7 @@ def eval_batches(
             on hidden ones.
     """
     windows.check_length(seq_len + 1)
-    rows, length = ProbeRows(data, split), seq_len + 1
+    rows = ProbeRows(data, split)
     shown = rows.n_measurements > 0
     by_probe = rows.metadata.get("split") == "probe"
     if by_probe:
@@ -299,26 +292,20 @@ def eval_batches(
     with_any = np.flatnonzero(shown)
     if len(with_any) == 0:
         return []
-    needed = tried = batch_size * count
-    order_key = windows.make_keys(EVAL_SEED, np.array([_ORDER]))
-    while True:
+    packer = _Packer(rows, seq_len + 1, EVAL_SEED, config)
+    made, needed = 0, batch_size * count
+    tried = needed
+    while made < needed:
         turn, index = np.divmod(np.arange(tried), len(with_any))
         row = with_any[windows.permuted(index, len(with_any), windows.make_keys(EVAL_SEED, turn))]
-        chunk = _pack_windows(
-            rows,
-            windows.Windows(turn, row, np.zeros_like(row)),
-            seed=EVAL_SEED,
-            length=length,
-            order_key=order_key,
-            config=config,
-        )
+        chunk = packer.pack(windows.Windows(turn, row, np.zeros_like(row)))
         made = len(chunk.sequences)
-        if made >= needed:
-            break
         tried = max(tried + 1, int(1.05 * tried * needed / made))
     sequences = [chunk.segments(i) for i in range(needed)]
-    starts = range(0, needed, batch_size)
-    return [next_token_batch(*pack(sequences[i : i + batch_size], length)) for i in starts]
+    return [
+        next_token_batch(*pack(sequences[i : i + batch_size], seq_len + 1))
+        for i in range(0, needed, batch_size)
+    ]
 
 
 def _sources(rows: ProbeRows) -> np.ndarray:

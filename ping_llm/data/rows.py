@@ -16,9 +16,10 @@ import numpy as np
 import pyarrow as pa
 
 from ping_llm import addresses, outputs
-from ping_llm.columns import from_fixed_binary, to_fixed_binary
+from ping_llm.columns import from_numpy, to_numpy
 from ping_llm.errors import DataError
 from ping_llm.measurements import COLUMNS, MeasurementTable
+from ping_llm.packing import ragged
 from ping_llm.storage import Location
 
 SCHEMA_VERSION = 1
@@ -103,6 +104,11 @@ class RowBatch:
         measured = {name: values[index] for name, values in self.measured.items()}
         return RowBatch.grouped(self.row_of_each()[index], self.src, measured)
 
+    def regroup(self, index: np.ndarray, offsets: np.ndarray) -> "RowBatch":
+        """Returns the same measurements in other rows: of sources `src[index]`, at `offsets`."""
+        family = self.family[index]
+        return dataclasses.replace(self, src=self.src[index], family=family, offsets=offsets)
+
     def to_table(self) -> MeasurementTable:
         """Returns the measurements, sources one after the other."""
         counts = np.diff(self.offsets)
@@ -113,24 +119,25 @@ class RowBatch:
         """Returns one record batch of `ROW_SCHEMA`."""
         offsets = pa.array(self.offsets.astype(np.int32))
         lists = [
-            pa.ListArray.from_arrays(offsets, _array(values)) for values in self.measured.values()
+            pa.ListArray.from_arrays(offsets, from_numpy(values))
+            for values in self.measured.values()
         ]
-        sources = [_array(self.src), _array(self.family)]
+        sources = [from_numpy(self.src), from_numpy(self.family)]
         return pa.RecordBatch.from_arrays([*sources, *lists], schema=ROW_SCHEMA)
 
     @classmethod
     def from_arrow(cls, batch: pa.RecordBatch) -> "RowBatch":
         """Returns the rows of a record batch of `ROW_SCHEMA` as views.
 
-        `offsets` start at 0 and every flat array is cut to the batch, also for a sliced batch.
+        `offsets` start at 0 and every flat array is cut to the batch, even if that is a slice.
         """
         src, family, *lists = batch.columns
         offsets = lists[0].offsets.to_numpy().astype(np.int64)
         return cls(
-            src=_view(src),
-            family=_view(family),
+            src=to_numpy(src),
+            family=to_numpy(family),
             offsets=offsets - offsets[0],
-            **{name: _view(each.flatten()) for name, each in zip(MEASURED, lists, strict=True)},
+            **{name: to_numpy(each.flatten()) for name, each in zip(MEASURED, lists, strict=True)},
         )
 
 
@@ -140,14 +147,6 @@ ROW_SCHEMA = pa.schema(
     [(COLUMNS[name].arrow, COLUMNS[name].arrow_type()) for name in ("src", "family")]
     + [(COLUMNS[name].arrow, pa.list_(COLUMNS[name].arrow_type())) for name in MEASURED]
 )
-
-
-def _array(values: np.ndarray) -> pa.Array:
-    return to_fixed_binary(values) if values.dtype == addresses.ADDRESS else pa.array(values)
-
-
-def _view(array: pa.Array) -> np.ndarray:
-    return from_fixed_binary(array) if array.type == pa.binary(16) else array.to_numpy()
 
 
 def is_dataset(directory: str | Path | Location) -> bool:
@@ -211,9 +210,8 @@ class ProbeRows:
     def __init__(self, data: str | Path | Location, split: str):
         directory = Location.of(data).local_copy(identity=METADATA)
         self.metadata = read_metadata(directory)
-        self.batches: list[RowBatch] = []
-        for path in split_files(directory, split):
-            self.batches.extend(read_rows(path))
+        files = split_files(directory, split)
+        self.batches = [batch for path in files for batch in read_rows(path)]
         rows = [len(batch) for batch in self.batches]
         expected = self.metadata["rows"][split]
         if sum(rows) != expected:
@@ -221,9 +219,9 @@ class ProbeRows:
                 f"{directory}: the {split} files hold {sum(rows)} rows, dataset.json says "
                 f"{expected}; prepare the data again"
             )
-        self.batch_index = np.repeat(np.arange(len(rows), dtype=np.int32), rows)
-        parts = [np.arange(n, dtype=np.int32) for n in rows]
-        self.row_in_batch = np.concatenate([np.zeros(0, np.int32), *parts])
+        self.batch_index, self.row_in_batch = (
+            x.astype(np.int32) for x in ragged(np.array(rows, int))
+        )
         families = [batch.family for batch in self.batches]
         self.family = np.concatenate([np.zeros(0, np.int8), *families])
         counts = [np.diff(batch.offsets) for batch in self.batches]
@@ -305,17 +303,17 @@ class RowWriter:
         """Adds some rows. A record batch ends with the first row that brings it to 1 MB."""
         self.rows += len(rows)
         self.measurements += len(rows.time)
-        ends = np.cumsum(np.diff(rows.offsets) * BYTES_PER_MEASUREMENT + BYTES_PER_ROW)
-        start, before = 0, 0
+        sizes = np.diff(rows.offsets) * BYTES_PER_MEASUREMENT + BYTES_PER_ROW
+        ends = np.append(0, np.cumsum(sizes))
+        start = 0
         while start < len(rows):
-            needed = before + BATCH_BYTES - self._pending_bytes
-            stop = int(np.searchsorted(ends, needed)) + 1
-            full = stop <= len(rows)
-            stop = min(stop, len(rows))
+            needed = ends[start] + BATCH_BYTES - self._pending_bytes
+            full = int(np.searchsorted(ends, needed))
+            stop = min(full, len(rows))
             self._pending.append(rows.slice(start, stop))
-            self._pending_bytes += int(ends[stop - 1]) - before
-            start, before = stop, int(ends[stop - 1])
-            if full:
+            self._pending_bytes += int(ends[stop] - ends[start])
+            start = stop
+            if full <= len(rows):
                 self._write_batch()
 
     def _write_batch(self) -> None:
@@ -356,41 +354,18 @@ class RowBuilder:
         if len(sources) == 0:
             return
         if self._open is not None:
-            if self._open.src[0] == sources.src[0]:
-                sources = _join_first(self._open, sources)
-            else:
-                self._writer.append(self._open)
-        rows = self._cut(sources)
+            sources = RowBatch.concat([self._open, sources])
+            if sources.src[0] == sources.src[1]:
+                sources = sources.regroup(np.arange(1, len(sources)), np.delete(sources.offsets, 1))
+        source, nth = ragged(-(-np.diff(sources.offsets) // self._cap))
+        starts = sources.offsets[source] + nth * self._cap
+        rows = sources.regroup(source, np.append(starts, sources.offsets[-1]))
         self._writer.append(rows.slice(0, len(rows) - 1))
         # A copy: the last row alone would keep the whole array it is a view of.
         self._open = RowBatch.concat([rows.slice(len(rows) - 1, len(rows))])
 
     def close(self) -> None:
-        """Hands the last row to the writer."""
+        """Writes the last row."""
         if self._open is not None:
             self._writer.append(self._open)
             self._open = None
-
-    def _cut(self, sources: RowBatch) -> RowBatch:
-        counts = np.diff(sources.offsets)
-        parts = -(-counts // self._cap)
-        source_of_part = np.repeat(np.arange(len(counts)), parts)
-        nth = np.arange(len(source_of_part)) - np.repeat(np.cumsum(parts) - parts, parts)
-        starts = sources.offsets[source_of_part] + nth * self._cap
-        return dataclasses.replace(
-            sources,
-            src=sources.src[source_of_part],
-            family=sources.family[source_of_part],
-            offsets=np.append(starts, sources.offsets[-1]),
-        )
-
-
-def _join_first(head: RowBatch, rows: RowBatch) -> RowBatch:
-    """Returns `rows` with the measurements of the one row `head` put before its first row's."""
-    joined = RowBatch.concat([head, rows])
-    return dataclasses.replace(
-        joined,
-        src=joined.src[1:],
-        family=joined.family[1:],
-        offsets=np.delete(joined.offsets, 1),
-    )

@@ -6,6 +6,7 @@ else is drawn, in which order, or by which process.
 """
 
 import dataclasses
+import itertools
 from collections.abc import Mapping
 from typing import Any
 
@@ -14,8 +15,9 @@ import numpy as np
 from ping_llm import addresses, tokenizer
 from ping_llm.data.rows import ProbeRows
 from ping_llm.errors import ConfigError
-from ping_llm.hashing import scramble
+from ping_llm.hashing import GOLDEN, scramble, uniform
 from ping_llm.measurements import NO_TIME, MeasurementTable
+from ping_llm.packing import ragged
 
 MEASUREMENTS_PER_WINDOW = 30
 MAX_WINDOWS = 16
@@ -28,28 +30,18 @@ UNTIMED_FRACTION = (0.1, 0.9)
 _SIZE, _OFFSET, _MODE, _FRACTION, _COIN, _RESULT_LAST, _HIDE = range(7)
 _SELECT, _SLOT, _FIELDS = range(101, 104)
 
-_GOLDEN = np.uint64(0x9E3779B97F4A7C15)
-_PERMUTATIONS = np.array(
-    [
-        (a, b, c, 6 - a - b - c)
-        for a in range(4)
-        for b in range(4)
-        for c in range(4)
-        if len({a, b, c}) == 3
-    ],
-    np.uint8,
-)
+_PERMUTATIONS = np.array(list(itertools.permutations(range(4))), np.uint8)
 
 
 def draw(key: np.ndarray, index: np.ndarray | int) -> np.ndarray:
     """Returns random bits `index` of the stream `key`, uint64: output `index` of SplitMix64."""
     index = np.atleast_1d(np.asarray(index, np.uint64))  # arrays wrap around without a warning
-    return scramble(key + (index + np.uint64(1)) * _GOLDEN)
+    return scramble(key + (index + np.uint64(1)) * GOLDEN)
 
 
 def _uniform(key: np.ndarray, index: np.ndarray | int) -> np.ndarray:
     """Returns random number `index` of the stream `key`, uniform on [0, 1)."""
-    return (draw(key, index) >> np.uint64(11)) * 2.0**-53
+    return uniform(draw(key, index))
 
 
 def make_keys(seed: int, *parts: np.ndarray) -> np.ndarray:
@@ -212,15 +204,9 @@ def largest_count(
     return np.maximum(count, 1)
 
 
-def _ragged(counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Returns (segment, index within it) of each element of segments of `counts` elements."""
-    segment = np.repeat(np.arange(len(counts)), counts)
-    return segment, np.arange(len(segment)) - np.repeat(np.cumsum(counts) - counts, counts)
-
-
 def _shuffled(counts: np.ndarray, key: np.ndarray) -> np.ndarray:
     """Returns 0..count - 1 of each segment in uniformly random order, segments end to end."""
-    segment, index = _ragged(counts)
+    segment, index = ragged(counts)
     # One sort of plain integers: segment, then random bits, then the index, which makes all differ.
     segment_bits = np.uint64(len(counts).bit_length())
     index_bits = int(counts.max(initial=0)).bit_length()
@@ -242,7 +228,7 @@ def _first_distinct(size: np.ndarray, count: np.ndarray, key: np.ndarray) -> np.
     """
     draws = 2 * count
     while True:
-        window, index = _ragged(draws)
+        window, index = ragged(draws)
         value = (_uniform(key[window], index) * size[window]).astype(np.int64)
         # Sorted by (window, value, index), each value's first draw comes first in its run.
         index_bits = int(draws.max(initial=0)).bit_length()
@@ -258,7 +244,7 @@ def _first_distinct(size: np.ndarray, count: np.ndarray, key: np.ndarray) -> np.
         draws *= 2
     is_first = np.zeros(len(value), bool)
     is_first[(np.cumsum(draws) - draws)[owner] + (firsts & ((1 << index_bits) - 1))] = True
-    owner, rank = _ragged(distinct)
+    owner, rank = ragged(distinct)
     return value[is_first][rank < count[owner]]
 
 
@@ -267,7 +253,7 @@ def _sample(size: np.ndarray, count: np.ndarray, key: np.ndarray) -> np.ndarray:
     dense = size <= 4 * count
     out = np.empty(count.sum(), np.int64)
     from_dense = np.repeat(dense, count)
-    _, rank = _ragged(size[dense])
+    _, rank = ragged(size[dense])
     taken = rank < np.repeat(count[dense], size[dense])
     out[from_dense] = _shuffled(size[dense], key[dense])[taken]
     out[~from_dense] = _first_distinct(size[~dense], count[~dense], key[~dense])
@@ -309,7 +295,7 @@ def select(
 
     count = np.minimum(span, largest_count(family, mode, fraction, coin, length))
     untimed = _untimed(count, mode, fraction, coin)
-    window, rank = _ragged(count)
+    window, rank = ragged(count)
     # The first `untimed` of those chosen, a uniform subset in random order, lose their time and
     # take the first `untimed` of the shuffled slots. The rest fill the others in time order.
     chosen = _sample(span, count, draw(keys, _SELECT))
@@ -347,10 +333,10 @@ def gather(rows: ProbeRows, row: np.ndarray, selection: Selection) -> Measuremen
     index = np.repeat(starts, counts) + selection.index
     bounds = offsets.tolist()
     for batch, start, stop in zip(batches, bounds, bounds[1:], strict=False):
-        at = index[start:stop]
-        time[start:stop] = batch.time[at]
-        dst[start:stop] = batch.dst[at]
-        rtt[start:stop] = batch.rtt[at]
+        shown = index[start:stop]
+        time[start:stop] = batch.time[shown]
+        dst[start:stop] = batch.dst[shown]
+        rtt[start:stop] = batch.rtt[shown]
     return MeasurementTable(
         time=np.where(selection.has_time, time, NO_TIME),
         src=np.repeat(src, counts),
@@ -361,12 +347,7 @@ def gather(rows: ProbeRows, row: np.ndarray, selection: Selection) -> Measuremen
 
 
 def encode_windows(
-    rows: ProbeRows,
-    chosen: Windows,
-    *,
-    seed: int,
-    length: int,
-    config: WindowConfig = DEFAULTS,
+    rows: ProbeRows, chosen: Windows, *, seed: int, length: int, config: WindowConfig = DEFAULTS
 ) -> tuple[np.ndarray, np.ndarray]:
     """Returns (tokens, token_offsets): one segment of at most `length` tokens a window.
 
@@ -385,7 +366,5 @@ def encode_windows(
     selection = select(keys, counts, families, length, config)
     measurements = gather(rows, chosen.row, selection)
     return tokenizer.encode(
-        measurements,
-        segment_offsets=selection.segment_offsets,
-        field_order=selection.field_order,
+        measurements, segment_offsets=selection.segment_offsets, field_order=selection.field_order
     )

@@ -11,16 +11,8 @@ from ping_llm.data.rows import is_dataset
 from ping_llm.errors import DataError
 from ping_llm.storage import Location, StoredFile
 
-ENDINGS = {
-    ".parquet": "parquet",
-    ".pq": "parquet",
-    ".arrow": "arrow",
-    ".feather": "arrow",
-    ".csv": "csv",
-    ".ndjson": "ripe",
-    ".jsonl": "ripe",
-    ".json": "ripe",
-}
+ENDINGS = {".parquet": "parquet", ".pq": "parquet", ".arrow": "arrow", ".feather": "arrow"}
+ENDINGS |= {".csv": "csv", ".ndjson": "ripe", ".jsonl": "ripe", ".json": "ripe"}
 COMPRESSIONS = {".gz": "gzip", ".bz2": "bz2", ".zst": "zstd", ".xz": "xz"}
 READ_ERRORS = (OSError, EOFError, UnicodeDecodeError, lzma.LZMAError, pa.ArrowException)
 

@@ -1,5 +1,6 @@
 """The local engine of `prepare_data`: threads that read and sort, one writer, bounded memory."""
 
+import contextlib
 import itertools
 import queue
 import shutil
@@ -8,16 +9,16 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
-from ping_llm import addresses
 from ping_llm.data.rows import SPLITS, RowBatch, RowBuilder, RowWriter
 from ping_llm.errors import DataError
 from ping_llm.hashing import keyed_hash_addresses
 from ping_llm.ingest.files import InputFile, Unit
-from ping_llm.ingest.records import REJECTED_SCHEMA
+from ping_llm.ingest.records import REJECTED_SCHEMA, Part
 from ping_llm.ingest.settings import PrepareSettings
 from ping_llm.ingest.sorting import MIRRORED, Run, cut_into_ranges, read_range
 from ping_llm.ingest.sources import cut_into_units, read_unit, renumber
@@ -30,26 +31,22 @@ _BYTES_PER_MEASUREMENT = 200  # while its run or range is sorted
 
 
 class Engine:
-    """Makes the rows of some files; what it made is counted in its attributes.
+    """Makes the rows of some files.
 
     Attributes:
-        rows: Rows of each split.
-        measurements: Measurements of each split.
-        failed: Failed measurements.
-        probes: Distinct sources.
         rejected: Rejected records by reason.
     """
 
-    def __init__(self, directory: Path, chosen: PrepareSettings):
-        self._directory, self._chosen = directory, chosen
+    def __init__(self, directory: Path, chosen: PrepareSettings, workers: int):
+        self._directory, self._chosen, self._workers = directory, chosen, workers
         self._spill = directory / "spill"
-        self.rows: dict[str, int] = dict.fromkeys(SPLITS, 0)
-        self.measurements: dict[str, int] = dict.fromkeys(SPLITS, 0)
-        self.failed = self.probes = 0
         self.rejected: Counter[str] = Counter()
 
-    def run(self, files: Sequence[InputFile], *, workers: int) -> None:
+    def run(self, files: Sequence[InputFile]) -> dict[str, Any]:
         """Reads `files` and writes all rows, and `rejected.parquet`, to the directory.
+
+        Returns:
+            The counts of `PrepareResult` but for rejected records.
 
         Raises:
             ConfigError: The engine is not installed.
@@ -61,89 +58,74 @@ class Engine:
 class LocalEngine(Engine):
     """The engine of one machine: threads, runs on disk, ranges in memory."""
 
-    def __init__(self, directory: Path, chosen: PrepareSettings):
-        super().__init__(directory, chosen)
-        self._memory = chosen.memory_bytes - _BASE_MEMORY
-        self._stop = threading.Event()
-        self._lock = threading.Lock()
+    def __init__(self, directory: Path, chosen: PrepareSettings, workers: int):
+        super().__init__(directory, chosen, workers)
+        self._stop, self._lock = threading.Event(), threading.Lock()
         self._run_numbers = itertools.count()
         self._runs: list[Run] = []
-        self._cuts = np.zeros((0, 2), np.int64)
 
-    def run(self, files: Sequence[InputFile], *, workers: int) -> None:
+    def run(self, files: Sequence[InputFile]) -> dict[str, Any]:
         """See `Engine.run`."""
         self._spill.mkdir()
-        with ThreadPoolExecutor(workers) as pool:
+        with ThreadPoolExecutor(self._workers) as pool:
             try:
-                self._read(files, pool, workers)
-                self._write(pool, workers)
+                counts = self._write(pool, self._read(files, pool))
             finally:
                 self._stop.set()
                 pool.shutdown(cancel_futures=True)
         shutil.rmtree(self._spill)
+        return counts
+
+    def _share(self, parts: int) -> int:
+        """Returns how many measurements each of `parts` threads may hold."""
+        memory = (self._chosen.memory_bytes - _BASE_MEMORY) // 2
+        return max(memory // parts // _BYTES_PER_MEASUREMENT, 1000)
 
     # Reading
 
-    def _read(self, files: Sequence[InputFile], pool: ThreadPoolExecutor, workers: int) -> None:
-        units = [unit for units in pool.map(cut_into_units, files) for unit in units]
-        left: queue.SimpleQueue[int] = queue.SimpleQueue()
-        for i in range(len(units)):
-            left.put(i)
-        lines = np.zeros(len(units), np.int64)
-        spans = np.tile(np.array([[2**62, -1]]), (len(units), 1))
-        run_rows = max(self._memory // 2 // workers // _BYTES_PER_MEASUREMENT, 1000)
-        with progress("reading", total=sum(unit.size for unit in units), unit="bytes") as shown:
-            tasks = [
-                pool.submit(self._read_units, units, left, lines, spans, run_rows, shown)
-                for _ in range(workers)
-            ]
+    def _read(self, files: Sequence[InputFile], pool: ThreadPoolExecutor) -> np.ndarray:
+        """Spills all measurements in runs; returns `time_cuts` of each input."""
+        self._units = [unit for units in pool.map(cut_into_units, files) for unit in units]
+        self._lines = np.zeros(len(self._units), np.int64)
+        self._first = np.full(files[-1].input_index + 1, 2**62)  # times of each input
+        self._last = np.full_like(self._first, -1)
+        self._left: queue.SimpleQueue[int | None] = queue.SimpleQueue()
+        for i in [*range(len(self._units)), *[None] * self._workers]:
+            self._left.put(i)
+        total = sum(unit.size for unit in self._units)
+        with progress("reading", total=total, unit="bytes") as shown:
+            tasks = [pool.submit(self._read_units, shown) for _ in range(self._workers)]
             for task in tasks:
                 task.result()
-        write_rejected(self._directory, self._spill, units, lines)
+        write_rejected(self._directory, self._spill, self._units, self._lines)
         if not self._runs:
             raise no_measurement(files, self.rejected)
-        count = max(file.input_index for file in files) + 1
-        self._cuts = np.zeros((count, 2), np.int64)
-        for index in range(count):
-            mine = [i for i, unit in enumerate(units) if unit.file.input_index == index]
-            first, last = spans[mine, 0].min(), spans[mine, 1].max()
-            self._cuts[index] = time_cuts(self._chosen, int(first), int(last)) if last >= 0 else 0
+        return time_cuts(self._chosen, self._first, self._last)
 
-    def _read_units(
-        self,
-        units: list[Unit],
-        left: "queue.SimpleQueue[int]",
-        lines: np.ndarray,
-        spans: np.ndarray,
-        run_rows: int,
-        shown: Progress,
-    ) -> None:
-        """Spills unit after unit until none is left; fills in `lines` and `spans` of each."""
+    def _read_units(self, shown: Progress) -> None:
+        """Spills unit after unit until none is left, and notes the lines and times of each."""
         tables: list[tuple[MeasurementTable, int]] = []
         try:
-            while (i := _next(left)) is not None:
-                unit, done = units[i], 0.0
-                with RejectedSpool(self._spill / f"rejected-{i}.arrows") as spool:
-                    for part in read_unit(unit):
-                        if self._stop.is_set():
-                            return
-                        spool.add(part.rejected)
-                        lines[i] += part.lines
+            for i in iter(self._left.get, None):
+                unit, done = self._units[i], 0.0
+                reader = UnitReader(unit, self._spill, i, both_ends=self._chosen.both_ends)
+                for part, some in reader.read():
+                    if self._stop.is_set():
+                        return
+                    tables += some
+                    if sum(len(table) for table, _ in tables) >= self._share(self._workers):
+                        self._spill_run(tables)
+                    with self._lock:
                         if len(part.table):
-                            times = part.table.time
-                            spans[i] = min(spans[i, 0], times.min()), max(spans[i, 1], times.max())
-                            index = unit.file.input_index
-                            tables.append((part.table, index))
-                            if self._chosen.both_ends:
-                                tables.append((part.table.mirrored(), index | MIRRORED))
-                        if sum(len(table) for table, _ in tables) >= run_rows:
-                            self._spill_run(tables)
-                        with self._lock:
-                            shown.update((part.done - done) * unit.size)
-                        done = part.done
+                            index, times = unit.file.input_index, part.table.time
+                            self._first[index] = min(self._first[index], times.min())
+                            self._last[index] = max(self._last[index], times.max())
+                        shown.update((part.done - done) * unit.size)
+                    done = part.done
+                self._lines[i] = reader.lines
                 with self._lock:
                     shown.update((1 - done) * unit.size)
-                    self.rejected += spool.reasons
+                    self.rejected += reader.reasons
             self._spill_run(tables)
         except BaseException:
             self._stop.set()
@@ -158,42 +140,21 @@ class LocalEngine(Engine):
 
     # Writing
 
-    def _write(self, pool: ThreadPoolExecutor, workers: int) -> None:
+    def _write(self, pool: ThreadPoolExecutor, cuts: np.ndarray) -> dict[str, Any]:
         total = sum(len(run) for run in self._runs)
-        size = max(self._memory // 2 // (workers + 1) // _BYTES_PER_MEASUREMENT, 1000)
-        bounds = cut_into_ranges(self._runs, size)
-        writers = {split: RowWriter(self._directory, split) for split in SPLITS}
-        builders = {
-            split: RowBuilder(writer, row_cap_bytes=self._chosen.row_cap_bytes)
-            for split, writer in writers.items()
-        }
+        bounds = cut_into_ranges(self._runs, self._share(self._workers + 1))
         ranges = list(itertools.pairwise(bounds))
-        last_source = None
-        with progress("sorting", total=total, unit="measurements") as shown:
-            for n, sources, rows_by_split in _in_order(
-                pool, self._sort_range, ranges, ahead=workers
-            ):
-                for split, rows in rows_by_split.items():
-                    builders[split].append(rows)
-                    self.failed += int((rows.rtt < 0).sum())
-                if len(sources):
-                    self.probes += len(sources) - int(sources[0] == last_source)
-                    last_source = sources[-1]
-                shown.update(n)
-        for split, writer in writers.items():
-            builders[split].close()
-            writer.close()
-            self.rows[split], self.measurements[split] = writer.rows, writer.measurements
 
-    def _sort_range(
-        self, bounds: tuple[np.ndarray, np.ndarray]
-    ) -> tuple[int, np.ndarray, dict[str, RowBatch]]:
-        """Returns (the size of one range, and `split_rows` of it)."""
-        in_order = read_range(self._runs, *bounds)
-        if in_order is None:
-            return 0, np.zeros(0, addresses.ADDRESS), {}
-        rows, index = in_order
-        return len(index), *split_rows(rows, index, self._chosen, self._cuts)
+        def sort(bounds: tuple[np.ndarray, np.ndarray]) -> tuple[np.ndarray, dict[str, RowBatch]]:
+            return split_rows(*read_range(self._runs, *bounds), self._chosen, cuts)
+
+        writer = SplitWriter(self._directory, self._chosen)
+        in_order = _in_order(pool, sort, ranges, ahead=self._workers)
+        with progress("sorting", total=total, unit="measurements") as shown:
+            for (starts, stops), made in zip(ranges, in_order, strict=True):
+                writer.append(*made)
+                shown.update(int((stops - starts).sum()))
+        return writer.close()
 
 
 def no_measurement(files: Sequence[InputFile], rejected: Counter[str]) -> DataError:
@@ -216,8 +177,11 @@ def write_rejected(directory: Path, spill: Path, units: Sequence[Unit], lines: n
         for i, unit in enumerate(units):
             if unit.file != file:
                 before, file = 0, unit.file
-            for batch in _read_spool(spill / f"rejected-{i}.arrows"):
-                writer.write_batch(renumber(batch, before))
+            path = _rejected_path(spill, i)
+            if path.exists():
+                with pa.OSFile(str(path)) as source, pa.ipc.open_stream(source) as reader:
+                    for batch in reader:
+                        writer.write_batch(renumber(batch, before))
             before += int(lines[i])
 
 
@@ -245,13 +209,6 @@ def split_rows(
     return rows.src[np.unique(rows.row_of_each()[kept])], by_split
 
 
-def _next(left: "queue.SimpleQueue[int]") -> int | None:
-    try:
-        return left.get_nowait()
-    except queue.Empty:
-        return None
-
-
 def _in_order(pool: ThreadPoolExecutor, work, items: list, *, ahead: int) -> Iterator:
     """Yields `work` of each item in order; at most `ahead` are under way or waiting."""
     waiting: list[Future] = []
@@ -263,32 +220,74 @@ def _in_order(pool: ThreadPoolExecutor, work, items: list, *, ahead: int) -> Ite
         yield waiting.pop(0).result()
 
 
-class RejectedSpool:
-    """A file for what one unit rejects, made when there is something."""
-
-    def __init__(self, path: Path):
-        self._path, self._writer = path, None
-        self.reasons: Counter[str] = Counter()
-
-    def __enter__(self) -> "RejectedSpool":
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        if self._writer is not None:
-            self._writer.close()
-
-    def add(self, rejected: pa.RecordBatch) -> None:
-        """Writes rejected records, and counts their reasons."""
-        if len(rejected) == 0:
-            return
-        if self._writer is None:
-            self._writer = pa.ipc.new_stream(str(self._path), REJECTED_SCHEMA)
-        self._writer.write_batch(rejected)
-        for count in rejected["reason"].value_counts().to_pylist():
-            self.reasons[count["values"]] += count["counts"]
+def _rejected_path(spill: Path, number: int) -> Path:
+    return spill / f"rejected-{number}.arrows"
 
 
-def _read_spool(path: Path) -> Iterator[pa.RecordBatch]:
-    if path.exists():
-        with pa.OSFile(str(path)) as source, pa.ipc.open_stream(source) as reader:
-            yield from reader
+class UnitReader:
+    """Reads a unit; what it rejects goes to a file in `spill`, made when there is something.
+
+    Attributes:
+        lines: How many lines or rows were read.
+        reasons: Rejected records by reason.
+    """
+
+    def __init__(self, unit: Unit, spill: Path, number: int, *, both_ends: bool):
+        self._unit, self._both_ends = unit, both_ends
+        self._path = _rejected_path(spill, number)
+        self.lines, self.reasons = 0, Counter[str]()
+
+    def read(self) -> Iterator[tuple[Part, list[tuple[MeasurementTable, int]]]]:
+        """Yields each part, and its tables with their input indices, mirrored ones for both ends.
+
+        Raises:
+            DataError: The file cannot be read to the end of the unit.
+        """
+        index, writer = self._unit.file.input_index, None
+        with contextlib.ExitStack() as stack:
+            for part in read_unit(self._unit):
+                if len(part.rejected):
+                    if writer is None:
+                        new = pa.ipc.new_stream(str(self._path), REJECTED_SCHEMA)
+                        writer = stack.enter_context(new)
+                    writer.write_batch(renumber(part.rejected, self.lines))
+                    for count in part.rejected["reason"].value_counts().to_pylist():
+                        self.reasons[count["values"]] += count["counts"]
+                self.lines += part.lines
+                tables = [(part.table, index)]
+                if self._both_ends:
+                    tables.append((part.table.mirrored(), index | MIRRORED))
+                yield part, [each for each in tables if len(each[0])]
+
+
+class SplitWriter:
+    """Writes rows that come in order, each to the files of its split, and counts them."""
+
+    def __init__(self, directory: Path, chosen: PrepareSettings, *, suffix: str = ""):
+        cap = chosen.row_cap_bytes
+        self._writers = {split: RowWriter(directory, f"{split}{suffix}") for split in SPLITS}
+        self._builders = {s: RowBuilder(w, row_cap_bytes=cap) for s, w in self._writers.items()}
+        self._last_source, self._failed, self._probes = None, 0, 0
+
+    def append(self, sources: np.ndarray, by_split: dict[str, RowBatch]) -> None:
+        """Adds what `split_rows` returns."""
+        for split, rows in by_split.items():
+            self._builders[split].append(rows)
+            self._failed += int((rows.rtt < 0).sum())
+        if len(sources):
+            self._probes += len(sources) - int(sources[0] == self._last_source)
+            self._last_source = sources[-1]
+
+    def close(self) -> dict[str, Any]:
+        """Ends all files; returns the counts of `PrepareResult` but for rejected records."""
+        for split, writer in self._writers.items():
+            self._builders[split].close()
+            writer.close()
+        measurements = {split: writer.measurements for split, writer in self._writers.items()}
+        return {
+            "rows": {split: writer.rows for split, writer in self._writers.items()},
+            "split_measurements": measurements,
+            "measurements": sum(measurements.values()),
+            "failed": self._failed,
+            "probes": self._probes,
+        }

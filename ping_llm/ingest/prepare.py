@@ -9,14 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ping_llm import settings
-from ping_llm.data.rows import (
-    METADATA,
-    SCHEMA_VERSION,
-    SPLITS,
-    fingerprint,
-    is_dataset,
-    read_metadata,
-)
+from ping_llm.data import rows
 from ping_llm.errors import DataError
 from ping_llm.hashing import digest
 from ping_llm.ingest.files import InputFile, find_files
@@ -70,7 +63,7 @@ def prepare_data(chosen: PrepareSettings) -> PrepareResult:
     workers = chosen.workers or len(os.sched_getaffinity(0))
 
     def stored() -> dict[str, Any] | None:
-        return read_metadata(output)["settings"] if is_dataset(output) else None
+        return rows.read_metadata(output)["settings"] if rows.is_dataset(output) else None
 
     with claim(output, what="prepare-data", settings=chosen, stored=stored) as held:
         if (made_with := stored()) is not None:
@@ -78,19 +71,15 @@ def prepare_data(chosen: PrepareSettings) -> PrepareResult:
             settings.refuse_changes({"inputs": _shown(made_with["inputs"])}, inputs, output)
             return _finished(output)
         with (
-            publish_directory(output, last=METADATA, claim=held) as directory,
+            publish_directory(output, last=rows.METADATA, claim=held) as directory,
             PeakMemory() as memory,
         ):
             digests = _digests(files, workers)
-            engine = _engine(chosen)(directory, chosen)
-            engine.run(files, workers=workers)
+            engine = _engine(chosen)(directory, chosen, workers)
+            counts = engine.run(files)
             result = PrepareResult(
-                measurements=sum(engine.measurements.values()),
-                failed=engine.failed,
+                **counts,
                 rejected=dict(sorted(engine.rejected.items())),
-                probes=engine.probes,
-                rows=engine.rows,
-                split_measurements=engine.measurements,
                 seconds=round(time.monotonic() - started, 3),
                 peak_rss_bytes=memory.peak(),
             )
@@ -124,26 +113,26 @@ def _shown(digests: list[list[dict[str, Any]]]) -> str:
 
 
 def _finished(output: Location) -> PrepareResult:
-    metadata = read_metadata(output)
+    metadata = rows.read_metadata(output)
     names = [field.name for field in dataclasses.fields(PrepareResult)]
     try:
         return PrepareResult(**{name: metadata[name] for name in names})
     except KeyError as error:
-        raise DataError(f"{output}/{METADATA} lacks {error}; delete {output}") from None
+        raise DataError(f"{output}/{rows.METADATA} lacks {error}; delete {output}") from None
 
 
 def _write_metadata(directory: Path, stored: dict[str, Any], result: PrepareResult) -> None:
     metadata = {
-        "schema_version": SCHEMA_VERSION,
+        "schema_version": rows.SCHEMA_VERSION,
         "settings": stored,
         "split": stored["split"],
         "seed": stored["seed"],
         **dataclasses.asdict(result),
         "format": {
             "rows": "Arrow IPC file, one row a source and part, see rows.ROW_SCHEMA",
-            "files": {s: len(list(directory.glob(f"{s}-*.arrow"))) for s in SPLITS},
+            "files": {s: len(list(directory.glob(f"{s}-*.arrow"))) for s in rows.SPLITS},
             "rejected": "rejected.parquet: file, line or row, reason, record",
         },
     }
-    metadata["fingerprint"] = fingerprint(metadata)
-    (directory / METADATA).write_text(json.dumps(metadata, indent=1) + "\n")
+    metadata["fingerprint"] = rows.fingerprint(metadata)
+    (directory / rows.METADATA).write_text(json.dumps(metadata, indent=1) + "\n")

@@ -8,20 +8,16 @@ import numpy as np
 import pyarrow as pa
 
 from ping_llm.addresses import ADDRESS
-from ping_llm.columns import INVALID, MISSING, OK, Addresses, parse_addresses
+from ping_llm.columns import INVALID, MISSING, OK, parse_addresses
 from ping_llm.data.rows import MEASURED
 from ping_llm.errors import DataError
 from ping_llm.measurements import COLUMNS, MeasurementTable
+from ping_llm.tokenizer import MAX_RTT_MS
 
+# `line` is a line of a text file, a row of another, from 1; `record` is as it stood in the file.
 REJECTED_SCHEMA = pa.schema(
-    [
-        ("file", pa.string()),
-        ("line", pa.int64()),  # line of a text file, row of another; from 1
-        ("reason", pa.string()),
-        ("record", pa.string()),  # as it stood in the file
-    ]
+    {"file": pa.string(), "line": pa.int64(), "reason": pa.string(), "record": pa.string()}
 )
-LARGEST_RTT_US = 2047 * 2**31  # the largest code of the token language
 END_OF_TIME = 2**32  # in 2106
 NEEDED = ("time", "src", "dst", "family", "rtt")
 READ = (*NEEDED, *(name for name in MEASURED if name not in NEEDED))
@@ -35,15 +31,8 @@ REASONS = (
     "missing event_time",
     "invalid event_time",
     "event_time outside 1970..2106",
-    "missing src_addr",
-    "invalid src_addr",
-    "missing dst_addr",
-    "invalid dst_addr",
-    "missing ip_version",
-    "invalid ip_version",
+    *(f"{what} {COLUMNS[name].arrow}" for name in NEEDED[1:] for what in ("missing", "invalid")),
     "address family mismatch",
-    "missing rtt",
-    "invalid rtt",
     "non-finite rtt",
     "rtt beyond the largest code",
     *(f"invalid {COLUMNS[name].arrow}" for name in COLUMNS if name not in NEEDED),
@@ -57,7 +46,7 @@ class Part:
 
     Attributes:
         table: The good ones.
-        rejected: The others, of `REJECTED_SCHEMA`; lines count from the start of the unit.
+        rejected: The others, of `REJECTED_SCHEMA`; lines count from the start of the part.
         lines: How many lines or rows were read.
         done: How much of the unit is read by now, 0 to 1.
     """
@@ -91,41 +80,36 @@ class Verdict:
 Field = tuple[np.ndarray, np.ndarray]  # values, and OK, MISSING or INVALID for each
 
 
-def check(
-    verdict: Verdict,
-    *,
-    src: Addresses,
-    dst: Addresses,
-    time: Field,
-    family: Field,
-    rtt: Field,
-    **optional: Field,
-) -> MeasurementTable:
-    """Returns the good records; adds to `verdict` what is wrong with the others."""
-    seconds, problems = time
+def check(verdict: Verdict, **fields: Any) -> MeasurementTable:
+    """Returns the good records; adds to `verdict` what is wrong with the others.
+
+    Args:
+        verdict: What is wrong with them so far.
+        fields: The values by column: `Addresses` for src and dst, else a `Field`; those `NEEDED`,
+            and any others.
+    """
+    src, dst, (seconds, problems) = fields["src"], fields["dst"], fields["time"]
     verdict.reject_problems(problems, "event_time")
     out_of_range = (seconds < 0) | (seconds >= END_OF_TIME)
     verdict.reject(out_of_range, "event_time outside 1970..2106")
     verdict.reject_problems(src.problems(), "src_addr")
     verdict.reject_problems(dst.problems(), "dst_addr")
-    versions, problems = family
-    odd = (problems == OK) & (versions != 4) & (versions != 6)
-    verdict.reject_problems(np.where(odd, INVALID, problems), "ip_version")
-    mixed = src.family_of_records() != versions
-    mixed |= dst.family_of_records() != versions
-    verdict.reject(mixed, "address family mismatch")
-    ms, problems = rtt
+    versions, problems = fields["family"]
+    neither = (problems == OK) & (versions != 4) & (versions != 6)
+    verdict.reject_problems(np.where(neither, INVALID, problems), "ip_version")
+    for end in (src, dst):
+        verdict.reject(end.family_of_records() != versions, "address family mismatch")
+    ms, problems = fields["rtt"]
     verdict.reject_problems(problems, "rtt")
     verdict.reject(~np.isfinite(ms), "non-finite rtt")
     with np.errstate(over="ignore", invalid="ignore"):
         stored = np.where(ms < 0, -1.0, np.abs(ms)).astype(np.float32)
-        beyond = stored.astype(np.float64) * 1000 > LARGEST_RTT_US
-    verdict.reject(beyond, "rtt beyond the largest code")
+    verdict.reject(stored > np.float64(MAX_RTT_MS), "rtt beyond the largest code")
     n = len(verdict.codes)
     absent = np.zeros(n), np.full(n, MISSING)
     values = {
-        name: _optional(verdict, name, *optional.get(name, absent))
-        for name in {*READ, *optional} - {*NEEDED}
+        name: _optional(verdict, name, *fields.get(name, absent))
+        for name in {*READ, *fields} - {*NEEDED}
     }
     good = np.flatnonzero(verdict.codes == 0)
     return MeasurementTable(
@@ -141,7 +125,7 @@ def check(
 def _optional(verdict: Verdict, name: str, values: np.ndarray, problems: np.ndarray) -> np.ndarray:
     """Returns the values of a column that records need not have; rejects those that cannot be."""
     column = COLUMNS[name]
-    accepted = True if column.accepts is None else column.accepts(values)
+    accepted = column.accepts(values)
     given = problems == OK
     verdict.reject((problems == INVALID) | (given & ~accepted), f"invalid {column.arrow}")
     return np.where(given & accepted, values, column.missing).astype(column.dtype)
@@ -181,10 +165,10 @@ def rejected_batch(
     file: object, lines: np.ndarray, codes: np.ndarray, records: list[str]
 ) -> pa.RecordBatch:
     """Returns rejected records as a batch of `REJECTED_SCHEMA`."""
-    columns = [
-        pa.array([str(file)] * len(records), pa.string()),
-        pa.array(lines, pa.int64()),
-        pa.array([REASONS[code] for code in codes], pa.string()),
-        pa.array(records, pa.string()),
-    ]
-    return pa.RecordBatch.from_arrays(columns, schema=REJECTED_SCHEMA)
+    columns = {
+        "file": [str(file)] * len(records),
+        "line": lines,
+        "reason": [REASONS[code] for code in codes],
+        "record": records,
+    }
+    return pa.RecordBatch.from_pydict(columns, schema=REJECTED_SCHEMA)

@@ -17,13 +17,14 @@ from ping_llm.measurements import COLUMNS, MeasurementTable
 
 SAMPLE_EVERY = 1024
 MIRRORED = 1 << 30  # a bit of an input index: the measurement is seen from its destination
-_INPUT = np.dtype(np.uint32)
+_DTYPES = {name: COLUMNS[name].dtype for name in ("src", *MEASURED)}
+_DTYPES |= {"offsets": np.dtype(np.int64), "index": np.dtype(np.uint32)}
 
 
 def rank_addresses(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Returns (the distinct addresses in order [S], which of them each of `values` is [n])."""
-    encoded = columns.to_fixed_binary(values).dictionary_encode()
-    distinct = columns.from_fixed_binary(encoded.dictionary)
+    encoded = columns.from_numpy(values).dictionary_encode()
+    distinct = columns.to_numpy(encoded.dictionary)
     order = np.lexsort(addresses.words(distinct)[::-1])
     ranks = np.empty(len(order), np.uint32)
     ranks[order] = np.arange(len(order), dtype=np.uint32)
@@ -71,21 +72,16 @@ class Run:
     def __init__(self, directory: Path, tables: Sequence[tuple[MeasurementTable, int]]):
         """Sorts and writes `tables`, each with its input index, to a new directory."""
         table = MeasurementTable.concat([table for table, _ in tables])
-        index = np.concatenate([np.full(len(table), index, _INPUT) for table, index in tables])
+        index = np.repeat([i for _, i in tables], [len(t) for t, _ in tables]).astype(np.uint32)
         measured = {name: getattr(table, name) for name in MEASURED}
         rows, index = _sort(*rank_addresses(table.src), measured, index)
         self._directory, self._n = directory, len(index)
         sampled = np.arange(0, len(index), SAMPLE_EVERY)
         sources = rows.src[np.searchsorted(rows.offsets, sampled, "right") - 1]
-        self.samples = np.stack(
-            [
-                *addresses.words(sources),
-                rows.time[sampled].astype(np.uint64),
-                *addresses.words(rows.dst[sampled]),
-                _rtt_word(rows.rtt[sampled]),
-            ],
-            axis=1,
-        )
+        time, dst, rtt = (values[sampled] for values in (rows.time, rows.dst, rows.rtt))
+        before = (*addresses.words(sources), time.astype(np.uint64))
+        key = (*before, *addresses.words(dst), _rtt_word(rtt))
+        self.samples = np.stack(key, axis=1)
         directory.mkdir()
         written = {"src": rows.src, "offsets": rows.offsets, "index": index, **rows.measured}
         for name, values in written.items():
@@ -94,44 +90,38 @@ class Run:
     def __len__(self) -> int:
         return self._n
 
-    def _read(self, name: str, dtype: np.dtype, start: int = 0, stop: int | None = None):
-        count = -1 if stop is None else stop - start
+    def _read(self, name: str, start: int = 0, stop: int | None = None) -> np.ndarray:
+        dtype, count = _DTYPES[name], -1 if stop is None else stop - start
         return np.fromfile(self._directory / name, dtype, count, offset=start * dtype.itemsize)
-
-    def _column(self, name: str, start: int, stop: int) -> np.ndarray:
-        return self._read(name, COLUMNS[name].dtype, start, stop)
-
-    def _sources(self) -> tuple[np.ndarray, np.ndarray]:
-        return self._read("src", addresses.ADDRESS), self._read("offsets", np.dtype(np.int64))
 
     def find(self, keys: np.ndarray) -> np.ndarray:
         """Returns for each key [K, 6] how many measurements of the run stand before it."""
-        src, offsets = self._sources()
+        src, offsets = self._read("src"), self._read("offsets")
         high, low = addresses.words(src)
         before = []
         for key in keys:
             sources = _narrow(low, key[1], *_narrow(high, key[0], 0, len(high)))
             start, stop = (int(offsets[i]) for i in sources)
-            time = self._column("time", start, stop).astype(np.uint64)
+            time = self._read("time", start, stop).astype(np.uint64)
             start, stop = (start + i for i in _narrow(time, key[2], 0, len(time)))
-            dst_high, dst_low = addresses.words(self._column("dst", start, stop))
-            rtt = _rtt_word(self._column("rtt", start, stop))
+            dst_high, dst_low = addresses.words(self._read("dst", start, stop))
+            rtt = _rtt_word(self._read("rtt", start, stop))
             inner = _narrow(dst_low, key[4], *_narrow(dst_high, key[3], 0, len(rtt)))
             before.append(start + _narrow(rtt, key[5], *inner)[0])
         return np.array(before, np.int64)
 
     def read(self, start: int, stop: int) -> tuple[RowBatch, np.ndarray]:
         """Returns measurements [start, stop) of the run, and their input indices."""
-        src, offsets = self._sources()
+        src, offsets = self._read("src"), self._read("offsets")
         first = int(np.searchsorted(offsets, start, "right")) - 1
         last = int(np.searchsorted(offsets, stop, "left"))
         rows = RowBatch(
             src=src[first:last],
             family=addresses.family(src[first:last]),
             offsets=np.clip(offsets[first : last + 1], start, stop) - start,
-            **{name: self._column(name, start, stop) for name in MEASURED},
+            **{name: self._read(name, start, stop) for name in MEASURED},
         )
-        return rows, self._read("index", _INPUT, start, stop)
+        return rows, self._read("index", start, stop)
 
 
 def _rtt_word(rtt: np.ndarray) -> np.ndarray:
@@ -150,26 +140,24 @@ def _narrow(ordered: np.ndarray, value: np.generic, start: int, stop: int) -> tu
 def cut_into_ranges(runs: Sequence[Run], rows: int) -> list[np.ndarray]:
     """Returns the bounds of each range [R + 1 arrays over runs]: about `rows` measurements each.
 
-    Range r is measurements `bounds[r][i]:bounds[r + 1][i]` of each run i.
+    Range r is measurements `bounds[r][i]:bounds[r + 1][i]` of each run i; none is empty.
     """
     total = sum(len(run) for run in runs)
     samples = np.concatenate([run.samples for run in runs])
     samples = samples[np.lexsort(samples.T[::-1])]
     count = -(-total // rows)
     step = -(-len(samples) // count)
-    cuts = [run.find(samples[step::step]) for run in runs]
+    cuts = np.array([run.find(samples[step::step]) for run in runs]).T
     sizes = np.array([len(run) for run in runs])
-    return [np.zeros(len(runs), np.int64), *np.array(cuts).T, sizes]
+    return list(np.unique(np.vstack([np.zeros_like(sizes), cuts, sizes]), axis=0))
 
 
 def read_range(
     runs: Sequence[Run], starts: np.ndarray, stops: np.ndarray
-) -> tuple[RowBatch, np.ndarray] | None:
-    """Returns one range of `runs` in order, with input indices, or None where it is empty."""
+) -> tuple[RowBatch, np.ndarray]:
+    """Returns one range of `runs`, which is not empty, in order, with input indices."""
     bounds = zip(runs, starts.tolist(), stops.tolist(), strict=True)
     slices = [run.read(start, stop) for run, start, stop in bounds if start < stop]
-    if not slices:
-        return None
     rows = RowBatch.concat([rows for rows, _ in slices])
     index = np.concatenate([index for _, index in slices])
     sources, rank = rank_addresses(rows.src)

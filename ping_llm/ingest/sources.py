@@ -7,7 +7,7 @@ and nothing is repaired: a record is taken as it stands, or rejected.
 
 # pyarrow.compute makes its functions when it is imported:
 # pyright: reportAttributeAccessIssue=false
-import dataclasses
+import contextlib
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 
@@ -39,16 +39,14 @@ def read_measurements(
         DataError: A file is missing, empty, corrupt or of no known format.
     """
     for file in find_files(inputs):
-        lines_before = 0
+        lines = 0
         for unit in cut_into_units(file):
-            lines = 0
             for part in read_unit(unit):
-                lines += part.lines
                 if on_rejected is not None and len(part.rejected):
-                    on_rejected(renumber(part.rejected, lines_before))
+                    on_rejected(renumber(part.rejected, lines))
+                lines += part.lines
                 if len(part.table):
                     yield part.table
-            lines_before += lines
 
 
 def read_table(inputs: Sequence[str]) -> MeasurementTable:
@@ -91,31 +89,23 @@ def cut_into_units(file: InputFile) -> list[Unit]:
 
 
 def read_unit(unit: Unit) -> Iterator[Part]:
-    """Yields what a unit holds; the numbers of lines in `rejected` count from its start.
+    """Yields what a unit holds.
 
     Raises:
         DataError: The file cannot be read to the end of the unit.
     """
     with _named_errors(unit.file):
-        lines = 0
-        for part in _READERS[unit.file.format](unit):
-            yield dataclasses.replace(part, rejected=renumber(part.rejected, lines))
-            lines += part.lines
+        yield from _READERS[unit.file.format](unit)
 
 
-class _named_errors:  # noqa: N801
+@contextlib.contextmanager
+def _named_errors(file: InputFile) -> Iterator[None]:
     """Turns what a reader raises about a broken file into a `DataError` that names it."""
-
-    def __init__(self, file: InputFile):
-        self._file = file
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, kind: type | None, error: BaseException | None, trace: object) -> None:
-        if isinstance(error, READ_ERRORS):
-            what = f"{self._file.compression or ''} {self._file.format}".strip()
-            why = str(error).strip().split("\n")[0] or type(error).__name__
-            raise DataError(
-                f"{self._file.location} cannot be read as {what}: {why}; get an intact copy"
-            ) from error
+    try:
+        yield
+    except READ_ERRORS as error:
+        what = f"{file.compression or ''} {file.format}".strip()
+        why = str(error).strip().split("\n")[0] or type(error).__name__
+        raise DataError(
+            f"{file.location} cannot be read as {what}: {why}; get an intact copy"
+        ) from error

@@ -1,10 +1,11 @@
 """The Spark engine of `prepare_data`, for more than one machine can sort.
 
 Spark reads, deals out by ranges of sources and sorts; the records are parsed, split and cut into
-rows by the code of the local engine, so the files are the same byte for byte. Workers hand their
-rows over in the directory of the output, which all of them must see.
+rows by the code of the local engine, so the files are the same byte for byte. Workers leave their
+rows in the directory of the output, which all of them must see.
 """
 
+import itertools
 import json
 import os
 import re
@@ -17,15 +18,15 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from ping_llm.columns import from_fixed_binary
-from ping_llm.data.rows import MEASURED, SPLITS, RowBatch, RowBuilder, RowWriter, read_rows
+from ping_llm.columns import to_numpy
+from ping_llm.data.rows import MEASURED, SPLITS, RowBatch, read_rows
 from ping_llm.errors import ConfigError, DataError, StorageError
+from ping_llm.ingest import local
 from ping_llm.ingest.files import InputFile, Unit
-from ping_llm.ingest.local import Engine, RejectedSpool, no_measurement, split_rows, write_rejected
 from ping_llm.ingest.records import READ
 from ping_llm.ingest.settings import PrepareSettings
 from ping_llm.ingest.sorting import MIRRORED
-from ping_llm.ingest.sources import cut_into_units, read_unit
+from ping_llm.ingest.sources import cut_into_units
 from ping_llm.ingest.splits import time_cuts
 from ping_llm.measurements import COLUMNS, MeasurementTable
 from ping_llm.progress import progress
@@ -37,24 +38,25 @@ _READ = (
 _ORDER = [COLUMNS[name].arrow for name in ("family", "src", *MEASURED)]
 
 
-class SparkEngine(Engine):
+class SparkEngine(local.Engine):
     """The engine of a Spark session, which may be of many machines."""
 
-    def run(self, files: Sequence[InputFile], *, workers: int) -> None:
+    def run(self, files: Sequence[InputFile]) -> dict[str, Any]:
         """See `Engine.run`."""
         spill = self._spill
         spill.mkdir()
         units = [unit for file in files for unit in cut_into_units(file)]
-        session, ours = _session(workers, self._chosen.memory_bytes)
+        session, started = _session(self._workers, self._chosen.memory_bytes)
         from pyspark import StorageLevel
         from pyspark.errors import PySparkException
+        from pyspark.sql import functions
 
         try:
             read = session.range(0, len(units), 1, len(units))
             read = read.mapInArrow(_reader(units, spill, self._chosen.both_ends), _READ)
             read = read.persist(StorageLevel.DISK_ONLY)
-            spans = read.groupBy("input").agg({"event_time": "min"}).collect()
-            last = dict(read.groupBy("input").agg({"event_time": "max"}).collect())
+            ends = functions.min("event_time"), functions.max("event_time")
+            spans = read.groupBy("input").agg(*ends).collect()
             lines = np.zeros(len(units), np.int64)
             for i in range(len(units)):
                 path = spill / f"unit-{i}.json"
@@ -66,48 +68,45 @@ class SparkEngine(Engine):
                 note = json.loads(path.read_text())
                 lines[i] = note["lines"]
                 self.rejected.update(note["reasons"])
-            write_rejected(self._directory, spill, units, lines)
+            local.write_rejected(self._directory, spill, units, lines)
             if not spans:
-                raise no_measurement(files, self.rejected)
-            cuts = np.zeros((max(file.input_index for file in files) + 1, 2), np.int64)
-            for index, first in spans:
+                raise local.no_measurement(files, self.rejected)
+            times = np.zeros((files[-1].input_index + 1, 2), np.int64)
+            for index, first, last in spans:
                 if index < MIRRORED:
-                    cuts[index] = time_cuts(self._chosen, first, last[index])
+                    times[index] = first, last
+            cuts = time_cuts(self._chosen, *times.T)
             parts = max(len(units), session.sparkContext.defaultParallelism)
             # A source goes to one partition, so that rows need not be joined across them.
             made = read.repartitionByRange(parts, "ip_version", "src_addr")
             made = made.sortWithinPartitions(*_ORDER)
             made = made.mapInArrow(_writer(spill, self._chosen, cuts), "part long, probes long")
             probes = sorted(tuple(row) for row in made.collect())
-            self.probes = sum(n for _, n in probes)
-            self._join(spill, [part for part, _ in probes])
+            counts = self._join(spill, [part for part, _ in probes])
+            counts["probes"] = sum(n for _, n in probes)
         except PySparkException as error:
-            # What a worker says of a broken file comes as text in a long trace.
+            # What a worker says of a broken file stands in the text of a long trace.
             said = re.search(r"ping_llm\.errors\.DataError: (.+)", str(error))
-            raise DataError(said[1] if said else f"Spark failed: {_first_line(error)}") from error
+            first_line = str(error).strip().partition("\n")[0]
+            raise DataError(said[1] if said else f"Spark failed: {first_line}") from error
         finally:
-            if ours:
+            if started:
                 session.stop()
         shutil.rmtree(spill)
+        return counts
 
-    def _join(self, spill: Path, parts: list[int]) -> None:
-        """Writes the rows of all partitions, in their order, as the local engine does."""
+    def _join(self, spill: Path, parts: list[int]) -> dict[str, Any]:
+        """Writes the rows of all partitions, in their order, and returns their counts."""
+        writer = local.SplitWriter(self._directory, self._chosen)
         for split in SPLITS:
-            writer = RowWriter(self._directory, split)
             with progress(f"writing {split}", total=len(parts), unit="partitions") as shown:
                 for part in parts:
                     for path in sorted(spill.glob(f"{split}.{part}-*.arrow")):
                         for rows in read_rows(path):
-                            writer.append(rows)
-                            self.failed += int((rows.rtt < 0).sum())
+                            writer.append(rows.src[:0], {split: rows})
                         path.unlink()
                     shown.update(1)
-            writer.close()
-            self.rows[split], self.measurements[split] = writer.rows, writer.measurements
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().split("\n")[0]
+        return writer.close()
 
 
 def _session(workers: int, memory_limit: int) -> tuple[Any, bool]:
@@ -144,15 +143,10 @@ def _reader(units: list[Unit], spill: Path, both_ends: bool) -> Callable:
 
     def read(batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
         for i in (number for batch in batches for number in batch.column(0).to_pylist()):
-            unit, lines = units[i], 0
-            with RejectedSpool(spill / f"rejected-{i}.arrows") as spool:
-                for part in read_unit(unit):
-                    spool.add(part.rejected)
-                    lines += part.lines
-                    yield to_batch(part.table, unit.file.input_index)
-                    if both_ends:
-                        yield to_batch(part.table.mirrored(), unit.file.input_index | MIRRORED)
-            note = {"lines": lines, "reasons": spool.reasons}
+            reader = local.UnitReader(units[i], spill, i, both_ends=both_ends)
+            for _, tables in reader.read():
+                yield from itertools.starmap(to_batch, tables)
+            note = {"lines": reader.lines, "reasons": reader.reasons}
             (spill / f"unit-{i}.json").write_text(json.dumps(note))
 
     return read
@@ -166,25 +160,12 @@ def _writer(spill: Path, chosen: PrepareSettings, cuts: np.ndarray) -> Callable:
 
         context = TaskContext.get()
         part = context.partitionId() if context else 0
-        writers = {split: RowWriter(spill, f"{split}.{part}") for split in SPLITS}
-        cap = chosen.row_cap_bytes
-        builders = {split: RowBuilder(writers[split], row_cap_bytes=cap) for split in SPLITS}
-        probes, last = 0, None
+        writer = local.SplitWriter(spill, chosen, suffix=f".{part}")
         for batch in batches:
-            if len(batch) == 0:
-                continue
-            sources, rows_by_split = split_rows(*_to_rows(batch), chosen, cuts)
-            for split, rows in rows_by_split.items():
-                builders[split].append(rows)
-            if len(sources):
-                probes += len(sources) - int(sources[0] == last)
-                last = sources[-1]
-        for split, writer in writers.items():
-            builders[split].close()
-            writer.close()
-        yield pa.RecordBatch.from_arrays(
-            [pa.array([part]), pa.array([probes])], names=["part", "probes"]
-        )
+            if len(batch):
+                writer.append(*local.split_rows(*_to_rows(batch), chosen, cuts))
+        counts = writer.close()
+        yield pa.RecordBatch.from_pydict({"part": [part], "probes": [counts["probes"]]})
 
     return write
 
@@ -192,12 +173,7 @@ def _writer(spill: Path, chosen: PrepareSettings, cuts: np.ndarray) -> Callable:
 def _to_rows(batch: pa.RecordBatch) -> tuple[RowBatch, np.ndarray]:
     """Returns a batch of `_READ`, which is in order, as one row a source, and input indices."""
     index = batch["input"].to_numpy().astype(np.uint32)
-    columns = {}
-    for name in READ:
-        array = batch[COLUMNS[name].arrow]
-        is_address = array.type == pa.binary()
-        fixed = array.cast(pa.binary(16)) if is_address else array
-        columns[name] = from_fixed_binary(fixed) if is_address else fixed.to_numpy()
+    columns = {name: to_numpy(batch[COLUMNS[name].arrow]) for name in READ}
     src = columns["src"]
     first = np.append(True, src[1:] != src[:-1])
     measured = {name: columns[name] for name in MEASURED}

@@ -6,7 +6,7 @@ a keyed hash; the *time* split alone also needs the first and last time of each 
 
 import numpy as np
 
-from ping_llm.hashing import scramble
+from ping_llm.hashing import scramble, uniform
 from ping_llm.ingest.settings import PrepareSettings
 
 TRAIN, VALID, TEST = 0, 1, 2  # indices into `rows.SPLITS`
@@ -30,16 +30,18 @@ def by_addresses(chosen: PrepareSettings, src: np.ndarray, dst: np.ndarray) -> n
 
 
 def _held_out(chosen: PrepareSettings, hashes: np.ndarray) -> np.ndarray:
-    uniform = (hashes >> np.uint64(11)) * 2.0**-53
-    held_out = uniform < chosen.test_fraction + chosen.valid_fraction
-    return held_out.astype(np.int8) + (uniform < chosen.test_fraction)
+    number = uniform(hashes)
+    held_out = number < chosen.test_fraction + chosen.valid_fraction
+    return held_out.astype(np.int8) + (number < chosen.test_fraction)
 
 
-def time_cuts(chosen: PrepareSettings, first: int, last: int) -> tuple[int, int]:
-    """Returns the last second of train, and of valid, of an input that spans [first, last]."""
-    span = last - first
-    test_after = last - int(chosen.test_fraction * span)
-    return test_after - int(chosen.valid_fraction * span), test_after
+def time_cuts(
+    chosen: PrepareSettings, first: int | np.ndarray, last: int | np.ndarray
+) -> np.ndarray:
+    """Returns the last second of train, and of valid, of inputs that span [first, last] [I, 2]."""
+    shares = chosen.valid_fraction, chosen.test_fraction
+    valid, test = ((share * (last - np.asarray(first))).astype(np.int64) for share in shares)
+    return np.stack([last - test - valid, last - test], axis=-1)
 
 
 def by_time(time: np.ndarray, cuts: np.ndarray) -> np.ndarray:

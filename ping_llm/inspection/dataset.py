@@ -4,7 +4,7 @@ One streaming pass over measurements in any input format, or over a directory of
 """
 
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -59,7 +59,7 @@ def inspect_data(chosen: InspectDataSettings) -> InspectDataResult:
 
 
 def _inspect_measurements(path: str, samples: int) -> InspectDataResult:
-    stats, rejected, contexts = Statistics(), Counter(), []
+    stats, rejected, contexts = Statistics(), Counter[str](), []
     tables = read_measurements(
         [path], on_rejected=lambda batch: rejected.update(batch["reason"].to_pylist())
     )
@@ -71,7 +71,7 @@ def _inspect_measurements(path: str, samples: int) -> InspectDataResult:
             shown.update(len(table))
     stats.finish()
     checks = measurement_checks(stats, rejected, ordered=False)
-    return _result(path, "measurements", stats, rejected, checks, {}, None, contexts)
+    return _result(stats, path, dict(rejected), checks, contexts)
 
 
 def _first_contexts(table: MeasurementTable, count: int) -> list[SampleContext]:
@@ -80,12 +80,12 @@ def _first_contexts(table: MeasurementTable, count: int) -> list[SampleContext]:
     hashes = hash_addresses(table.src)
     _, first = np.unique(hashes, return_index=True)
     for i in np.sort(first)[:count]:
-        mine = table.take(np.flatnonzero(hashes == hashes[i])[:_MEASUREMENTS_THAT_FIT])
-        mine = mine.take(np.argsort(mine.time, kind="stable"))
-        order = np.tile(np.arange(4, dtype=np.uint8), (len(mine), 1))
-        offsets = np.array([0, len(mine)])
-        tokens, _ = tokenizer.encode(mine, segment_offsets=offsets, field_order=order)
-        (source,) = addresses.to_text(mine.src[:1])
+        chosen = table.take(np.flatnonzero(hashes == hashes[i])[:_MEASUREMENTS_THAT_FIT])
+        chosen = chosen.take(np.argsort(chosen.time, kind="stable"))
+        order = np.tile(np.arange(4, dtype=np.uint8), (len(chosen), 1))
+        offsets = np.array([0, len(chosen)])
+        tokens, _ = tokenizer.encode(chosen, segment_offsets=offsets, field_order=order)
+        (source,) = addresses.to_text(chosen.src[:1])
         contexts.append(SampleContext(source, None, tokens.tolist()))
     return contexts
 
@@ -116,7 +116,9 @@ def _inspect_rows(path: str, samples: int) -> InspectDataResult:
         except DataError as error:
             checks.append(Check("rows encode", False, 0, str(error)))
     counts = {split: len(rows[split]) for split in SPLITS}
-    return _result(path, "rows", stats, rejected, checks, counts, window_statistics, contexts)
+    by_split = dict(zip(SPLITS, stats.measurements.tolist(), strict=True))
+    of_rows = {"rows": counts, "measurements_by_split": by_split, "windows": window_statistics}
+    return _result(stats, path, rejected, checks, contexts, **of_rows)
 
 
 def _tables(rows: ProbeRows) -> Iterator[MeasurementTable]:
@@ -165,35 +167,22 @@ def _windows(
 
 
 def _result(
-    path: str,
-    kind: str,
-    stats: Statistics,
-    rejected: Mapping[str, int],
-    checks: list[Check],
-    rows: dict[str, int],
-    windows: dict[str, Any] | None,
-    samples: list[SampleContext],
+    stats: Statistics, path: str, rejected: dict, checks: list[Check], samples: list, **of_rows: Any
 ) -> InspectDataResult:
     by_outcome = stats.time.counts.sum(axis=0).reshape(2, 2)  # [family, answered or failed]
     by_family, failed, total = by_outcome.sum(axis=1), by_outcome[:, 1], int(by_outcome.sum())
-    tables = {
-        "probes": stats.sources,
-        "destinations": stats.destinations,
-        "pairs": stats.pairs,
-        "duplicates": stats.records,
-    }
-    by_split = {split: int(n) for split, n in zip(rows, stats.measurements, strict=False)}
+    tables = {"probes": stats.sources, "destinations": stats.destinations, "pairs": stats.pairs}
+    sampled = [name for name, table in tables.items() if table.fraction < 1]
+    sampled += ["duplicates"] if stats.records.fraction < 1 else []
     return InspectDataResult(
         path=path,
-        kind=kind,
+        kind="rows" if of_rows else "measurements",
         measurements=total,
         failed_fraction=_ratio(failed.sum(), total),
         ipv6_fraction=_ratio(by_family[1], total),
-        probes=stats.sources.distinct(),
-        destinations=stats.destinations.distinct(),
-        pairs=stats.pairs.distinct(),
+        **{name: table.distinct() for name, table in tables.items()},
         duplicates=stats.records.repeats(),
-        estimated=[name for name, table in tables.items() if table.fraction < 1],
+        estimated=sampled,
         time_first=time_text(stats.first_time.min()) if total else None,
         time_last=time_text(stats.last_time.max()) if total else None,
         rtt_ms=_rtt_quantiles(stats.rtt.sum(axis=0)),
@@ -205,10 +194,6 @@ def _result(
             }
             for i, name in enumerate(("ipv4", "ipv6"))
         },
-        rows=rows,
-        measurements_by_split=by_split,
-        rejected=dict(rejected),
-        checks=checks,
         distributions={
             "rtt_ms": _rtt_distribution(stats.rtt),
             "time": _time_distribution(stats),
@@ -216,8 +201,10 @@ def _result(
         },
         top_sources=_top(stats.sources),
         top_destinations=_top(stats.destinations),
-        windows=windows,
+        rejected=rejected,
+        checks=checks,
         samples=samples,
+        **of_rows,
     )
 
 

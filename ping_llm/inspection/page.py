@@ -11,30 +11,22 @@ from ping_llm.report import COLOURS, Html, figure, log_axis, markup, page, pictu
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-_TOKEN_COLOURS = {
-    "structure": "#777",
-    "source": "#0072B2",
-    "destination": "#00734f",
-    "time": "#a05a00",
-    "rtt": "#a0307a",
-}
+_TOKEN_COLOURS = dict(
+    structure="#777", source="#0072B2", destination="#00734f", time="#a05a00", rtt="#a0307a"
+)
 
 
 def html_page(result: InspectDataResult) -> str:
     """Returns the result as one HTML page that needs nothing outside itself."""
     rtt, over_time = result.distributions["rtt_ms"], result.distributions["time"]
     what = "probe rows" if result.kind == "rows" else "measurements"
+    marks = span("\u2717", "bad"), span("\u2713", "good")
+    checks = [(marks[check.ok], check.name, check.detail) for check in result.checks]
     blocks = [
         Html(f'<p class="quiet">{what}, as <code>ping-llm inspect-data</code> sees them</p>'),
         table(("", ""), cells.summary(result)),
         _heading("Checks"),
-        table(
-            ("", "", ""),
-            [
-                (span("\u2713", "good") if c.ok else span("\u2717", "bad"), c.name, c.detail)
-                for c in result.checks
-            ],
-        ),
+        table(("", "", ""), checks),
     ]
     if result.rejected:
         blocks.append(_numbers(("rejected records", "count"), sorted(result.rejected.items())))
@@ -42,15 +34,11 @@ def html_page(result: InspectDataResult) -> str:
     if rtt["edges"]:
         blocks.append(picture(_rtt_figure(rtt), "histogram of round-trip times in log scale"))
     if over_time["ipv4"]:
-        blocks += [
-            _heading("Over time"),
-            picture(_time_figure(over_time), "measurements and failures over time"),
-        ]
-    blocks += [
-        _heading("Sources and destinations"),
-        _numbers(*cells.top("top sources", result.top_sources)),
-        _numbers(*cells.top("top destinations", result.top_destinations)),
-    ]
+        blocks.append(_heading("Over time"))
+        blocks.append(picture(_time_figure(over_time), "measurements and failures over time"))
+    blocks.append(_heading("Sources and destinations"))
+    blocks.append(_numbers(*cells.top("top sources", result.top_sources)))
+    blocks.append(_numbers(*cells.top("top destinations", result.top_destinations)))
     per_probe = result.distributions["measurements_per_probe"]
     if per_probe["edges"]:
         blocks.append(picture(_probe_figure(per_probe), "distribution of measurements per probe"))

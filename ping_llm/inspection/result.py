@@ -84,14 +84,14 @@ class InspectDataResult:
     time_last: str | None
     rtt_ms: dict[str, float | None]
     families: dict[str, dict[str, Any]]
-    rows: dict[str, int]
-    measurements_by_split: dict[str, int]
+    rows: dict[str, int] = dataclasses.field(default_factory=dict)
+    measurements_by_split: dict[str, int] = dataclasses.field(default_factory=dict)
     rejected: dict[str, int]
     checks: list[Check]
     distributions: dict[str, Any]
     top_sources: list[dict[str, Any]]
     top_destinations: list[dict[str, Any]]
-    windows: dict[str, Any] | None
+    windows: dict[str, Any] | None = None
     samples: list[SampleContext]
 
 

@@ -199,7 +199,7 @@ class Statistics:
         self.pairs = HashTable(N_SPLITS, capacity=table_capacity, dtype=np.int64)
         self.records = HashTable(1, capacity=record_capacity, dtype=np.uint32)
         names = "time backwards jumps rtt_zero rtt_huge rtt_not_finite family self"
-        self.problems = dict.fromkeys(names.split(), 0)
+        self.problems: dict[str, int] = dict.fromkeys(names.split(), 0)
         self._now = int(time.time())
         self.both_in_train = 0
         self._train: np.ndarray | None = None
@@ -239,22 +239,18 @@ class Statistics:
             in_train = np.isin(source, train) & np.isin(destination, train)
             self.both_in_train += int(np.count_nonzero(in_train))
 
-        pair, repeats = np.unique(
-            mix(np.minimum(source, destination), np.maximum(source, destination)),
-            return_counts=True,
-        )
+        ends = np.minimum(source, destination), np.maximum(source, destination)
+        pair, repeats = np.unique(mix(*ends), return_counts=True)
         in_split = np.zeros((len(pair), N_SPLITS), np.int64)
         in_split[:, split] = repeats
         self.pairs.add(pair, in_split)
         bits = np.ascontiguousarray(rtt).view(np.uint32)
         self.records.add(mix(source, destination, times, bits), np.ones((n, 1), np.uint32))
 
-        implausible = (times < EARLIEST_PLAUSIBLE) | (times > self._now)
-        self.problems["time"] += int(np.count_nonzero(implausible))
-        families = [addresses.family(of_table) for of_table in (table.src, table.dst)]
-        mixed = (families[0] != table.family) | (families[1] != table.family)
-        self.problems["family"] += int(np.count_nonzero(mixed))
-        self.problems["self"] += int(np.count_nonzero(source == destination))
+        self._count("time", (times < EARLIEST_PLAUSIBLE) | (times > self._now))
+        src_family, dst_family = addresses.family(table.src), addresses.family(table.dst)
+        self._count("family", (src_family != table.family) | (dst_family != table.family))
+        self._count("self", source == destination)
 
     def finish(self) -> None:
         """Brings every table up to date, after the last measurements."""
@@ -270,11 +266,14 @@ class Statistics:
             self._train = np.unique(np.concatenate(keys))
         return self._train
 
+    def _count(self, problem: str, mask: np.ndarray) -> None:
+        self.problems[problem] += int(np.count_nonzero(mask))
+
     def _add_rtts(self, rtt: np.ndarray, failed: np.ndarray, is_v6: np.ndarray) -> None:
         finite = np.isfinite(rtt)
-        self.problems["rtt_not_finite"] += int(np.count_nonzero(~finite))
-        self.problems["rtt_zero"] += int(np.count_nonzero(rtt == 0))
-        self.problems["rtt_huge"] += int(np.count_nonzero(finite & (rtt > IMPLAUSIBLE_RTT_MS)))
+        self._count("rtt_not_finite", ~finite)
+        self._count("rtt_zero", rtt == 0)
+        self._count("rtt_huge", finite & (rtt > IMPLAUSIBLE_RTT_MS))
         answered = finite & ~failed
         bins = np.abs(rtt[answered]).view(np.uint32) >> RTT_SHIFT
         bins += is_v6[answered] * np.uint32(RTT_BINS)
@@ -289,5 +288,5 @@ class Statistics:
             first = np.searchsorted(source, np.uint64(self._last[1]))
             if first < len(source) and int(source[first]) == self._last[1]:
                 step = np.append(step, float(time[first]) - float(self._last[2]))
-        self.problems["backwards"] += int(np.count_nonzero(step < 0))
-        self.problems["jumps"] += int(np.count_nonzero(np.abs(step) > CLOCK_JUMP_S))
+        self._count("backwards", step < 0)
+        self._count("jumps", np.abs(step) > CLOCK_JUMP_S)

@@ -45,12 +45,9 @@ def _decades(edges: Sequence[float], length: int) -> str:
 def terminal_text(result: InspectDataResult, *, width: int, colour: bool) -> str:
     """Returns the result as lines of at most `width` characters, with ANSI colours or without."""
     written = io.StringIO()
+    system = "standard" if colour else None
     console = Console(
-        file=written,
-        width=width,
-        force_terminal=colour,
-        color_system="standard" if colour else None,
-        highlight=False,
+        file=written, width=width, force_terminal=colour, color_system=system, highlight=False
     )
 
     def show(text: str, style: str = "") -> None:
@@ -109,10 +106,8 @@ def terminal_text(result: InspectDataResult, *, width: int, colour: bool) -> str
         show_table(spread)
     if result.windows:
         console.print(Text(cells.windows_text(result.windows)))
-    for title, entries in (
-        ("top sources", result.top_sources),
-        ("top destinations", result.top_destinations),
-    ):
+    tops = ("top sources", result.top_sources), ("top destinations", result.top_destinations)
+    for title, entries in tops:
         if entries:
             show_table(cells.top(title, entries[:5]))
 

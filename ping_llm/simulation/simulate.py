@@ -1,4 +1,4 @@
-"""A synthetic internet, measured the way RIPE Atlas measures the real one.
+"""A synthetic internet, measured as RIPE Atlas measures the real one.
 
 Hosts stand in true cities, belong to autonomous systems (ASes), and have addresses in their AS's
 prefixes, so that addresses say where a host is: 10.0.0.0/8 and fd00::/16, private space that
@@ -12,7 +12,6 @@ and symmetric in its lasting part. All of it is a pure function of the settings.
 """
 
 import dataclasses
-import ipaddress
 import json
 import math
 from pathlib import Path
@@ -22,9 +21,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from ping_llm import settings
+from ping_llm import addresses, settings
 from ping_llm.errors import DataError
-from ping_llm.hashing import mix
+from ping_llm.hashing import mix, uniform
 from ping_llm.outputs import claim, publish_file
 from ping_llm.progress import progress
 from ping_llm.simulation.cities import Cities, load_cities
@@ -34,15 +33,9 @@ from ping_llm.storage import Location
 START_TIME = 1_704_067_200  # 2024-01-01T00:00:00Z
 BLOCK = 1 << 17  # measurements of one row group, and of one noise generator: part of the format
 SETTINGS_KEY = b"ping_llm.simulate"
-SCHEMA = pa.schema(
-    [
-        ("event_time", pa.timestamp("us", tz="UTC")),
-        ("src_addr", pa.string()),
-        ("dst_addr", pa.string()),
-        ("ip_version", pa.int8()),
-        ("rtt", pa.float32()),
-    ]
-)
+_NAMES = ("event_time", "src_addr", "dst_addr", "ip_version", "rtt")
+_TYPES = pa.timestamp("us", tz="UTC"), pa.string(), pa.string(), pa.int8(), pa.float32()
+SCHEMA = pa.schema(zip(_NAMES, _TYPES, strict=True))
 
 FIBRE_KM_PER_MS = 100.0  # there and back: light in glass covers 200 km in 1 ms
 MAX_ANCHORS, MAX_TARGETS = 1000, 40
@@ -191,8 +184,7 @@ class World:
 
     def _hash(self, what: int, *keys: np.ndarray) -> np.ndarray:
         """Returns numbers uniform on [0, 1), functions of the seed, `what` and `keys` alone."""
-        bits = mix(np.array([self._seed]), np.array([what]), *keys)
-        return np.multiply(bits >> np.uint64(11), 2.0**-53)
+        return uniform(mix(np.array([self._seed]), np.array([what]), *keys))
 
 
 def _make_hosts(rng: np.random.Generator, probes: int, n_as: int, cities: Cities) -> _Hosts:
@@ -220,23 +212,18 @@ def _make_hosts(rng: np.random.Generator, probes: int, n_as: int, cities: Cities
     rank[order] = np.arange(probes) - np.searchsorted(place[order], place[order])
     number = (rank * 389 + place * 57) % HOSTS_PER_SLOT  # 389 and 1016 are coprime: all different
     interface = rng.integers(0, 2**63, probes)
-    ipv4, ipv6 = [], []
-    for p, s, n, i in zip(
-        prefix[asn].tolist(), slot.tolist(), number.tolist(), interface.tolist(), strict=True
-    ):
-        low_bits = (s << 10) | (n // 254 << 8) | (n % 254 + 1)
-        ipv4.append(str(ipaddress.IPv4Address((10 << 24) | (p << 12) | low_bits)))
-        ipv6.append(str(ipaddress.IPv6Address((0xFD00 << 112) | (p << 96) | (low_bits << 80) | i)))
-    return _Hosts(
-        n_anchors=n_anchors,
-        asn=asn,
-        city=as_cities[asn, slot],
-        access=access,
-        last_mile_ms=low + (high - low) * rng.random(probes),
-        ipv4=ipv4,
-        ipv6=ipv6,
-        has_ipv6=has_ipv6,
-    )
+    site, host = prefix[asn], (slot << 10) | (number // 254 << 8) | (number % 254 + 1)
+    as_ipv6 = (site << 32 | host << 16).astype(np.uint64) | np.uint64(0xFD00 << 48)
+    ipv4 = _texts(np.zeros_like(site), 0xFFFF << 32 | 10 << 24 | site << 12 | host)
+    ipv6, city = _texts(as_ipv6, interface), as_cities[asn, slot]
+    last_mile_ms = low + (high - low) * rng.random(probes)
+    return _Hosts(n_anchors, asn, city, access, last_mile_ms, ipv4, ipv6, has_ipv6)
+
+
+def _texts(high: np.ndarray, low: np.ndarray) -> list[str]:
+    """Returns the addresses whose two halves of 64 bits these are [P]."""
+    halves = np.stack([high.astype(np.uint64), low.astype(np.uint64)], axis=1)
+    return addresses.to_text(halves.astype(">u8").view(addresses.ADDRESS)[:, 0])
 
 
 def _make_streams(

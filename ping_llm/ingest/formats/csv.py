@@ -38,10 +38,9 @@ def _header(file: InputFile) -> list[str]:
     with text:
         line = text.readline(1 << 16)
     try:
-        names = next(csv.reader([line.decode("utf-8-sig").strip()], strict=True), [])
+        return next(csv.reader([line.decode("utf-8-sig").strip()], strict=True), [])
     except (UnicodeDecodeError, csv.Error) as error:
         raise DataError(f"{file.location}: its first line is no CSV header: {error}") from None
-    return names
 
 
 def _columns(
@@ -63,15 +62,11 @@ def _columns(
         malformed.append(row.number - 1)
         return "skip"
 
-    table = pc_csv.read_csv(
-        pa.py_buffer(data),
-        read_options=pc_csv.ReadOptions(
-            column_names=names, use_threads=False, block_size=len(data) + 1
-        ),
-        parse_options=pc_csv.ParseOptions(invalid_row_handler=note),
-        convert_options=pc_csv.ConvertOptions(
-            include_columns=list(read), column_types=dict.fromkeys(read, pa.string())
-        ),
-    )
+    size = len(data) + 1  # one block
+    read_options = pc_csv.ReadOptions(column_names=names, use_threads=False, block_size=size)
+    as_text = dict.fromkeys(read, pa.string())
+    convert_options = pc_csv.ConvertOptions(include_columns=list(read), column_types=as_text)
+    parse_options = pc_csv.ParseOptions(invalid_row_handler=note)
+    table = pc_csv.read_csv(pa.py_buffer(data), read_options, parse_options, convert_options)
     rows = np.delete(rows, malformed)
     return {name: table[name].combine_chunks() for name in read}, rows

@@ -1,4 +1,4 @@
-"""The lines of text files, also of compressed ones, some at a time."""
+"""The lines of text files, plain or compressed, a block at a time."""
 
 import io
 import lzma
@@ -99,13 +99,13 @@ class Lines:
         self.verdict = Verdict(len(ends))
         blank = np.diff(offsets) <= 2
         blank[blank] = [not self.raw[int(i)].as_py().strip() for i in np.flatnonzero(blank)]
-        self.blank = blank
         texts = self.raw.view(pa.string())
         try:
             texts.validate(full=True)
         except pa.ArrowInvalid:
-            bad = np.array([not _is_utf8(line) for line in self.raw.to_pylist()])
-            self.verdict.reject(bad, "not UTF-8 text")
+            # Decoding drops what is not UTF-8.
+            kept = [line.decode(errors="ignore").encode() == line for line in self.raw.to_pylist()]
+            self.verdict.reject(~np.array(kept), "not UTF-8 text")
         self.usable = np.flatnonzero((self.verdict.codes == 0) & ~blank)
         self.texts = texts if len(self.usable) == len(ends) else texts.take(pa.array(self.usable))
 
@@ -123,14 +123,6 @@ class Lines:
 def decode(data: bytes) -> str:
     """Returns `data` as text, what is not UTF-8 escaped."""
     return data.decode("utf-8", "backslashreplace")
-
-
-def _is_utf8(line: bytes) -> bool:
-    try:
-        line.decode()
-    except UnicodeDecodeError:
-        return False
-    return True
 
 
 def read_lines(unit: Unit, *, header: bool = False) -> Iterator[Lines]:

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -62,19 +63,14 @@ def read_parquet(unit: Unit) -> Iterator[Part]:
     """Yields the records in one unit of a Parquet file."""
     import pyarrow.parquet as pq
 
-    with (
-        unit.file.location.open_input() as source,
-        pq.ParquetFile(
-            source, read_dictionary=["src_addr", "dst_addr"], page_checksum_verification=True
-        ) as parquet,
-    ):
+    options: dict[str, Any] = {"page_checksum_verification": True}
+    options["read_dictionary"] = ["src_addr", "dst_addr"]
+    with unit.file.location.open_input() as source, pq.ParquetFile(source, **options) as parquet:
         names = _columns_to_read(unit.file, parquet.schema_arrow)
         groups = list(range(unit.start, unit.stop or 0))
         rows = sum(parquet.metadata.row_group(i).num_rows for i in groups)
         done = 0
-        for batch in parquet.iter_batches(
-            BATCH_ROWS, row_groups=groups, columns=names, use_threads=False
-        ):
+        for batch in parquet.iter_batches(BATCH_ROWS, groups, names, use_threads=False):
             done += len(batch)
             yield _part(unit, batch, done / rows)
         if done != rows:
@@ -104,7 +100,7 @@ def _part(unit: Unit, batch: pa.RecordBatch, done: float) -> Part:
 
 
 def _row_texts(rows: pa.RecordBatch) -> list[str]:
-    """Returns each row as JSON; text that is not UTF-8 with its odd bytes escaped."""
+    """Returns each row as JSON; of text that is not UTF-8, the bytes that are wrong are escaped."""
     values: dict[str, list] = {}
     for name in names_to_read("", rows.schema.names):
         column = rows[name]

@@ -16,23 +16,13 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from ping_llm.columns import (
-    INVALID,
-    MISSING,
-    OK,
-    Addresses,
-    parse_addresses,
-    parse_floats,
-    to_seconds,
-)
+from ping_llm import columns
 from ping_llm.ingest.files import Unit
 from ping_llm.ingest.formats.lines import read_lines
 from ping_llm.ingest.records import Field, Part, Verdict, check
 from ping_llm.measurements import MeasurementTable
 
-_FIELDS = (
-    "type timestamp af from src_addr dst_addr addr name min rcvd result".split()  # noqa: SIM905
-)
+_FIELDS = "type timestamp af from src_addr dst_addr addr name min rcvd result".split()  # noqa: SIM905
 _threads = threading.local()
 
 
@@ -51,17 +41,17 @@ def parse_ripe_lines(lines: pa.Array) -> tuple[MeasurementTable, Verdict]:
     fields = _extract(lines)
     verdict = Verdict(len(lines))
     is_object = pc.and_(fields["parsed"], pc.starts_with(pc.utf8_ltrim_whitespace(lines), "{"))
-    verdict.reject(~is_object.to_numpy(zero_copy_only=False), "not a JSON object")
+    verdict.reject(~np.asarray(is_object), "not a JSON object")
     is_ping = pc.fill_null(pc.equal(fields["type"], "ping"), False)
-    verdict.reject(~is_ping.to_numpy(zero_copy_only=False), "not a ping result")
-    time = to_seconds(*parse_floats(fields["timestamp"]))
+    verdict.reject(~np.asarray(is_ping), "not a ping result")
+    time = columns.to_seconds(*columns.parse_floats(fields["timestamp"]))
     names = ("dst_addr", "addr", "name", "from", "src_addr")
-    dst_addr, addr, name, public, private = (parse_addresses(fields[n]) for n in names)
+    dst_addr, addr, name, public, private = (columns.parse_addresses(fields[n]) for n in names)
     dst = _first_usable(dst_addr, addr, name)
-    versions, problems = parse_floats(fields["af"])
-    absent = problems == MISSING  # firmware before 4460
+    versions, problems = columns.parse_floats(fields["af"])
+    absent = problems == columns.MISSING  # firmware before 4460
     versions = np.where(absent, dst.family_of_records(), versions)
-    family = versions, np.where(absent, OK, problems)
+    family = versions, np.where(absent, columns.OK, problems)
     src = _merge(public, private, _use_private(public, private, versions))
     rtt = _rtt(fields)
     return check(verdict, src=src, dst=dst, time=time, family=family, rtt=rtt), verdict
@@ -74,10 +64,10 @@ def _extract(lines: pa.Array) -> dict[str, pa.Array]:
 
         _threads.duckdb = duckdb.connect(config={"threads": 1})
     paths = ", ".join(f"'$.{field}'" for field in _FIELDS)
-    columns = ", ".join(f'x[{i + 1}] AS "{field}"' for i, field in enumerate(_FIELDS))
+    selected = ", ".join(f'x[{i + 1}] AS "{field}"' for i, field in enumerate(_FIELDS))
     _threads.duckdb.register("lines", pa.table({"line": lines}))
     result = _threads.duckdb.sql(
-        f"SELECT {columns}, x IS NOT NULL AS parsed "
+        f"SELECT {selected}, x IS NOT NULL AS parsed "
         f"FROM (SELECT TRY(json_extract_string(line, [{paths}])) AS x FROM lines)"
     )
     table = result.to_arrow_table()
@@ -85,45 +75,55 @@ def _extract(lines: pa.Array) -> dict[str, pa.Array]:
     return {name: table[name].combine_chunks() for name in table.column_names}
 
 
-def _merge(first: Addresses, second: Addresses, use_second: np.ndarray) -> Addresses:
+def _merge(
+    first: columns.Addresses, second: columns.Addresses, use_second: np.ndarray
+) -> columns.Addresses:
     """Returns for each record the address of `second` where `use_second`, else of `first`."""
     shifted = np.where(second.codes >= 0, second.codes + len(first.values), -1)
-    return Addresses(
+    return columns.Addresses(
         values=np.concatenate([first.values, second.values]),
         family=np.concatenate([first.family, second.family]),
         codes=np.where(use_second, shifted, first.codes).astype(np.int32),
     )
 
 
-def _first_usable(dst_addr: Addresses, addr: Addresses, name: Addresses) -> Addresses:
+def _first_usable(
+    dst_addr: columns.Addresses, addr: columns.Addresses, name: columns.Addresses
+) -> columns.Addresses:
     """Returns `dst_addr`, or where it is absent the one of the others that is an address."""
     other = _merge(addr, name, addr.family_of_records() == 0)
-    absent = dst_addr.problems() == MISSING
+    absent = dst_addr.problems() == columns.MISSING
     return _merge(dst_addr, other, absent & (other.family_of_records() != 0))
 
 
-def _use_private(public: Addresses, private: Addresses, family: np.ndarray) -> np.ndarray:
+def _use_private(
+    public: columns.Addresses, private: columns.Addresses, family: np.ndarray
+) -> np.ndarray:
     """Returns where the source is `src_addr`: `from` is absent, or of the other family."""
-    problem, ours = public.problems(), public.family_of_records()
-    absent = (problem == MISSING) & (private.problems() != MISSING)
-    return absent | ((problem == OK) & (ours != family) & (private.family_of_records() == family))
+    problem, family_seen = public.problems(), public.family_of_records()
+    absent = (problem == columns.MISSING) & (private.problems() != columns.MISSING)
+    return absent | (
+        (problem == columns.OK) & (family_seen != family) & (private.family_of_records() == family)
+    )
 
 
 def _rtt(fields: dict[str, pa.Array]) -> Field:
-    values, problems = parse_floats(fields["min"])
-    received, received_problem = parse_floats(fields["rcvd"])
+    values, problems = columns.parse_floats(fields["min"])
+    received, received_problem = columns.parse_floats(fields["rcvd"])
     result = pc.fill_null(fields["result"], "")
-    none_came = (received_problem == OK) & (received == 0)
-    none_came |= (problems == OK) & (values < 0)  # RIPE's own mark
-    none_came |= pc.starts_with(result, "[{").to_numpy(zero_copy_only=False)
-    undecided = (problems != INVALID) & (values <= 0)
-    with_replies = pc.match_substring_regex(result, r'"rtt"|\\').to_numpy(zero_copy_only=False)
+    none_came = (received_problem == columns.OK) & (received == 0)
+    none_came |= (problems == columns.OK) & (values < 0)  # RIPE's own mark
+    none_came |= np.asarray(pc.starts_with(result, "[{"))
+    undecided = (problems != columns.INVALID) & (values <= 0)
+    with_replies = np.asarray(pc.match_substring_regex(result, r'"rtt"|\\'))
     values = np.where(undecided, -1.0, values)
-    problems = np.where(undecided, np.where(none_came, OK, MISSING), problems).astype(np.uint8)
+    problems = np.where(
+        undecided, np.where(none_came, columns.OK, columns.MISSING), problems
+    ).astype(np.uint8)
     for i in np.flatnonzero(undecided & with_replies):
         least = _least_reply(result[int(i)].as_py())
         if least is not None:
-            values[i], problems[i] = least, INVALID if least < 0 else OK
+            values[i], problems[i] = least, columns.INVALID if least < 0 else columns.OK
     return values, problems
 
 
@@ -142,8 +142,8 @@ def _least_reply(result: str) -> float | None:
         rtt = reply["rtt"]
         if isinstance(rtt, bool) or not isinstance(rtt, int | float | str):
             return -1.0
-        value, problem = parse_floats(pa.array([str(rtt)]))
-        if problem[0] != OK or value[0] < 0:
+        value, problem = columns.parse_floats(pa.array([str(rtt)]))
+        if problem[0] != columns.OK or value[0] < 0:
             return -1.0
         counted.append(float(value[0]))
     return min(counted, default=None)
