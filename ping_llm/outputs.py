@@ -121,15 +121,17 @@ def publish_directory(
                 _fill(location, content, last)
 
 
-def number_files(parts: Sequence[Path], name: str) -> list[Path]:
+def number_files(files: Sequence[Path], name: str) -> list[Path]:
     """Returns the files of a private directory under their final names, now that all are written.
 
     Args:
-        parts: The files, in order.
-        name: What the names begin with: `name-00000-of-00004.arrow`, with the ending of the parts.
+        files: The files, in order.
+        name: What the names begin with: `name-00000-of-00004.arrow`, with the files' own endings.
     """
-    names = [f"{name}-{i:05d}-of-{len(parts):05d}{p.suffix}" for i, p in enumerate(parts)]
-    return [part.rename(part.with_name(new)) for part, new in zip(parts, names, strict=True)]
+    return [
+        file.rename(file.with_name(f"{name}-{number:05d}-of-{len(files):05d}{file.suffix}"))
+        for number, file in enumerate(files)
+    ]
 
 
 def _interrupted(location: Location, last: str) -> list[str]:
@@ -324,10 +326,11 @@ class _Lease(Claim):
     @contextlib.contextmanager
     def held(self) -> Iterator[None]:
         self._kv, self._key = self.location.parent.kv(), f".{self.location.name}.lock"
-        self._lost, self._expires, self._generation = False, 0.0, b""
+        self._lost, self._expires = True, 0.0
         self._renewing, self._stop = threading.Lock(), threading.Event()
-        while not self._generation:
-            value, generation = self._kv.read(self._key)
+        while self._lost:
+            value, self._generation = self._kv.read(self._key)
+            self._lost = False
             holder, left = _read_lease(value)
             if left > 0:
                 more = f"; if that was killed, its claim runs out in {math.ceil(left)} s"
@@ -335,7 +338,7 @@ class _Lease(Claim):
             if self._shared:
                 yield
                 return
-            self._write(generation)
+            self._renew()
         thread = threading.Thread(target=self._keep_renewing, daemon=True)
         thread.start()
         try:
@@ -350,18 +353,17 @@ class _Lease(Claim):
                 except StorageError as error:  # then it runs out
                     print(f"claim not released: {error}", file=sys.stderr, flush=True)
 
-    def _write(self, generation: bytes) -> None:
-        expires = time.time() + LEASE_S
-        lease = {"holder": self._me, "expires": expires, "nonce": secrets.token_hex(8)}
-        written = self._kv.swap(self._key, json.dumps(lease).encode(), generation)
-        if written is not None:
-            self._generation, self._expires = written, expires
-        self._lost = written is None
-
     def _renew(self) -> None:
         with self._renewing:
-            if not self._lost:
-                self._write(self._generation)
+            if self._lost:
+                return
+            expires = time.time() + LEASE_S
+            lease = {"holder": self._me, "expires": expires, "nonce": secrets.token_hex(8)}
+            written = self._kv.swap(self._key, json.dumps(lease).encode(), self._generation)
+            if written is None:
+                self._lost = True
+            else:
+                self._generation, self._expires = written, expires
 
     def _keep_renewing(self) -> None:
         while not self._stop.wait(LEASE_S / 4) and not self._lost:

@@ -459,10 +459,10 @@ class KeyValueStore:
             written = self._wait("written", key, pending, LOCK_S).generation
             if written:
                 return written
-            present, found = self.read(key)
+            present, current = self.read(key)
             if present == value:
-                return found
-            if found != generation:
+                return current
+            if current != generation:
                 return None
         where = self._location / key
         raise StorageError(f"{where} cannot be written: its condition is refused, though it holds")
@@ -498,15 +498,12 @@ class KeyValueStore:
             lock = os.open(path, os.O_RDWR)
         except OSError:  # there is none
             return
-        try:
+        is_in_use = contextlib.suppress(BlockingIOError, PermissionError, FileNotFoundError)
+        with os.fdopen(lock), is_in_use:
             _lock_at_once(lock)
             # Renamed meanwhile it would be the value itself; locked, it cannot be renamed any more.
             if os.path.samestat(os.fstat(lock), os.stat(path)):
                 os.ftruncate(lock, 0)
-        except (BlockingIOError, PermissionError, FileNotFoundError):  # its writer lives
-            pass
-        finally:
-            os.close(lock)
 
     def _wait(self, what: str, key: str, pending: Any, lock_s: float | None = None) -> Any:
         try:

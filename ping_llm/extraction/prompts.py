@@ -83,8 +83,8 @@ class TextPrompts:
         )
         self.units = self._records.units
         self._tokenizer = None
-        if cfg.format != "tokens" or (model is not None and (model / "tokenizer.json").is_file()):
-            assert model is not None  # open_source saw to it
+        # `open_source` saw to it that text and chats have a model.
+        if model and (cfg.format != "tokens" or (model / "tokenizer.json").is_file()):
             chat = cfg.format == "chat"
             self._tokenizer = CheckpointTokenizer(model, chat=chat, vocab_size=vocab_size)
         self.identity = {
@@ -272,11 +272,5 @@ class MeasurementPrompts:
             rows, drawn, seed=0, length=self._length, config=self._sampling
         )
         ids = [f"{split}/{r}/{k}" for r, k in zip(drawn.row, drawn.k, strict=True)]
-        return UnitPrompts(
-            tokens=tokens.astype(np.int32),
-            offsets=offsets,
-            roles=np.full(len(tokens), REAL, np.uint8),
-            ids=ids,
-            overlong=0,
-            empty=0,
-        )
+        roles = np.full(len(tokens), REAL, np.uint8)
+        return UnitPrompts(tokens.astype(np.int32), offsets, roles, ids, overlong=0, empty=0)

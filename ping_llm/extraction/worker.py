@@ -22,7 +22,7 @@ from ping_llm.activations.arrays import ColumnSlice
 from ping_llm.activations.begin import check_store
 from ping_llm.activations.claims import Claims, UnitClaim
 from ping_llm.activations.store import UnitPrompts, site_arrays
-from ping_llm.activations.writer import ArraySpec, UnitWriter
+from ping_llm.activations.writer import UnitWriter
 from ping_llm.errors import StorageError
 from ping_llm.extraction.batches import PackedBatch, make_batches
 from ping_llm.extraction.group import Follower
@@ -71,7 +71,7 @@ class _UnitStep:
 
 
 class Worker:
-    """One worker of a store; others may be at work on the same."""
+    """One worker of a store; others may work on it at the same time."""
 
     def __init__(
         self,
@@ -99,17 +99,21 @@ class Worker:
         self._kv, self._cfg, self._source = kv, cfg, source
         self._forward, self._claims = forward, claims
         self._identity, self._d_model = store_identity, d_model
-        assert cfg.dtype is not None
-        element = np.dtype(ts.dtype(cfg.dtype).numpy_dtype)
+        self._stored = {
+            "d_model": d_model,
+            "dtype": np.dtype(ts.dtype(cfg.dtype or "").numpy_dtype),
+            "zstd": cfg.compression == "zstd",
+            "store_identity": store_identity,
+            "columns": forward.columns,
+        }
         self._sites = site_arrays(cfg.sites, cfg.kept_layers)
-        self._arrays = [ArraySpec(name, d_model, element) for name in self._sites]
         self._writer: UnitWriter | None = None  # of the unit that is being written
         self._failed = False
-        self._computed = self._tokens = 0
+        self._computed = 0
         self._clock, self._compiling = time.monotonic(), 0.0
 
     def run(self) -> dict[int, dict[str, Any]]:
-        """Returns {unit: its commit marker} once all units are published, by whomever.
+        """Returns {unit: its commit marker} once all units are published, by any worker.
 
         Raises:
             DataError: A prompt cannot be read, or a value does not fit the store's dtype.
@@ -129,11 +133,8 @@ class Worker:
         """Computes what can be claimed now; when it returns, that is published or given up."""
         behind: deque[Future[None]] = deque()
         self._clock = started = time.monotonic()
-        self._tokens = 0
-        with (
-            Prefetch(self._steps(), BATCHES_AHEAD) as steps,
-            ThreadPoolExecutor(1) as writing,
-        ):
+        tokens = 0
+        with Prefetch(self._steps(), BATCHES_AHEAD) as steps, ThreadPoolExecutor(1) as writing:
 
             def write(work: Callable[..., None], *arguments: Any) -> None:
                 behind.append(writing.submit(self._unless_failed, work, *arguments))
@@ -146,8 +147,8 @@ class Worker:
                     # A group runs all batches of a unit, as its processes cannot tell each other.
                     elif self._forward.columns.count > 1 or self._claims.holds(step.claim):
                         write(self._store, step, self._forward(step.batch))
-                        self._tokens += int(step.batch.pieces[:, 2].sum())
-                        rate = self._tokens / (time.monotonic() - started)
+                        tokens += int(step.batch.pieces[:, 2].sum())
+                        rate = tokens / (time.monotonic() - started)
                         bar.update(done=len(self._claims.done), note=f"{rate:,.0f} tokens/s")
                     while len(behind) > RESULTS_BEHIND:
                         behind.popleft().result()
@@ -182,15 +183,9 @@ class Worker:
 
     def _begun(self, step: _UnitStep) -> UnitWriter:
         if self._writer is None:
+            unit, attempt = step.claim.unit, step.claim.attempt
             self._writer = UnitWriter(
-                self._kv,
-                step.claim.unit,
-                step.claim.attempt,
-                self._arrays,
-                step.prompts,
-                zstd=self._cfg.compression == "zstd",
-                store_identity=self._identity,
-                columns=self._forward.columns,
+                self._kv, unit, attempt, list(self._sites), step.prompts, **self._stored
             )
         return self._writer
 
