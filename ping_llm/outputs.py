@@ -128,10 +128,8 @@ def number_files(files: Sequence[Path], name: str) -> list[Path]:
         files: The files, in order.
         name: What the names begin with: `name-00000-of-00004.arrow`, with the files' own endings.
     """
-    return [
-        file.rename(file.with_name(f"{name}-{number:05d}-of-{len(files):05d}{file.suffix}"))
-        for number, file in enumerate(files)
-    ]
+    names = [f"{name}-{i:05d}-of-{len(files):05d}{file.suffix}" for i, file in enumerate(files)]
+    return [file.rename(file.with_name(new)) for file, new in zip(files, names, strict=True)]
 
 
 def _interrupted(location: Location, last: str) -> list[str]:
@@ -360,9 +358,8 @@ class _Lease(Claim):
             expires = time.time() + LEASE_S
             lease = {"holder": self._me, "expires": expires, "nonce": secrets.token_hex(8)}
             written = self._kv.swap(self._key, json.dumps(lease).encode(), self._generation)
-            if written is None:
-                self._lost = True
-            else:
+            self._lost = written is None
+            if written is not None:
                 self._generation, self._expires = written, expires
 
     def _keep_renewing(self) -> None:

@@ -86,13 +86,8 @@ class Location:
         Raises:
             StorageError: `name` is anything but one path component of printable characters.
         """
-        if (
-            not isinstance(name, str)
-            or name in ("", ".", "..")
-            or not name.isprintable()
-            or "/" in name
-            or "\\" in name
-        ):
+        misleads = re.compile(r"\.{0,2}|.*[/\\].*")  # nowhere, upwards, or through directories
+        if not isinstance(name, str) or not name.isprintable() or misleads.fullmatch(name):
             shown = safe(name)[:80]
             raise StorageError(f"{self}: `{shown}` is not the name of a file there; refusing it")
         return self / name
@@ -192,7 +187,7 @@ class Location:
             if info.type == fs.FileType.Directory:
                 base, wanted = path, None
             else:
-                fixed = path[: min((path.find(c) for c in "*?[" if c in path), default=len(path))]
+                fixed = re.split(r"[*?[]", path)[0]
                 base, wanted = fixed.rpartition("/")[0] or "/", path
                 if fixed == path:
                     raise StorageError(f"{self} does not exist")

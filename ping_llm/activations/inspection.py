@@ -95,16 +95,15 @@ def inspect_activations(chosen: InspectActivationsSettings) -> InspectActivation
     holders: dict[int, Holder] = {}
     for unit in range(len(manifest["units"])):
         try:
-            published = store.read_done(kv, unit)
-            if published is not None:
+            if (published := store.read_done(kv, unit)) is not None:
                 done[unit] = published
+                if published["identity"] != store.identity(manifest):
+                    marker = f"{kv.url}/{store.done_key(unit)}"
+                    errors.append(f"{marker} is of a store with other settings")
             elif (holder := read_holder(kv, unit)) is not None:
                 holders[unit] = holder
         except StorageError as error:
             errors.append(str(error))
-            continue
-        if published is not None and published["identity"] != store.identity(manifest):
-            errors.append(f"{kv.url}/{store.done_key(unit)} is of a store with other settings")
     stale = find_stale(kv, holders, manifest["lease_seconds"]) if chosen.watch else None
     entries, units = list(done.values()), len(manifest["units"])
     counts = store.totals(entries, "samples", "tokens", "bytes")

@@ -142,10 +142,8 @@ def array_name(site: str, layer: int | None) -> str:
 
 def site_arrays(sites: Iterable[str], layers: Sequence[int]) -> dict[str, tuple[str, int]]:
     """Returns {name of an array: (site, index among `layers`; 0 where it has no layer)}."""
-    arrays = {}
-    for site in sites:
-        if site in END_SITES:
-            arrays[site] = site, 0
-        else:
-            arrays |= {array_name(site, layer): (site, n) for n, layer in enumerate(layers)}
-    return arrays
+    return {
+        array_name(site, layer): (site, index)
+        for site in sites
+        for index, layer in enumerate([None] if site in END_SITES else layers)
+    }

@@ -123,7 +123,6 @@ class UnitWriter:
             return None
         prompts, lengths = self._prompts, np.diff(self._prompts.offsets)
         encoded = [sample.encode() for sample in prompts.ids]
-        id_offsets = np.concatenate([[0], np.cumsum([len(text) for text in encoded])])
         first = np.repeat(prompts.offsets[:-1], lengths)
         positions = (np.arange(len(prompts.tokens)) - first).astype(np.int32)
         means = np.stack(list(self._sums.values())) / max(len(prompts.tokens), 1)
@@ -133,7 +132,7 @@ class UnitWriter:
             "roles": prompts.roles,
             "sample_offsets": prompts.offsets,
             "sample_ids": np.frombuffer(b"".join(encoded), np.uint8),
-            "sample_id_offsets": id_offsets.astype(np.int64),
+            "sample_id_offsets": np.cumsum([0, *map(len, encoded)]),
             "means": means.astype(np.float32),
         }
         activations = list(self._arrays)

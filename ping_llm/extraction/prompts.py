@@ -151,11 +151,10 @@ def _gather(
             pieces = [tokens]
         prompts += pieces
         ids += [sample] if len(pieces) == 1 else [f"{sample}/{n}" for n in range(len(pieces))]
-    lengths = np.array([len(prompt) for prompt in prompts], np.int64)
     tokens = np.concatenate([np.zeros(0, np.int32), *prompts])
     roles = np.full(len(tokens), REAL, np.uint8) if tokenizer is None else tokenizer.roles(tokens)
-    offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
-    return UnitPrompts(tokens, offsets, roles, ids, overlong, int((lengths == 0).sum()))
+    offsets = np.cumsum([0, *map(len, prompts)])
+    return UnitPrompts(tokens, offsets, roles, ids, overlong, int((np.diff(offsets) == 0).sum()))
 
 
 def _cut(tokens: np.ndarray, overlong: str, max_length: int, sample: str) -> list[np.ndarray]:
