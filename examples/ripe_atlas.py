@@ -10,11 +10,9 @@ on where it was; all it makes is below OUTPUT.
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
-from ping_llm.ingest.prepare import prepare_data
-from ping_llm.inspection.dataset import inspect_data
-from ping_llm.prediction.evaluate import EvaluationResult, evaluate
-from ping_llm.training.loop import train
+from ping_llm import evaluate, inspect_data, prepare_data, train
 
 # All of training goes to the question that is asked: times are known, the RTT is not.
 SETTINGS = (
@@ -28,9 +26,7 @@ SETTINGS = (
 )
 
 
-def main(
-    output: str, *results: str, steps: int = 1500, settings: Sequence[str] = SETTINGS
-) -> EvaluationResult:
+def main(output: str, *results: str, steps: int = 1500, settings: Sequence[str] = SETTINGS) -> Any:
     place = Path(output)
     place.mkdir(parents=True, exist_ok=True)
     prepare_data(results, output=place / "rows", split="time")

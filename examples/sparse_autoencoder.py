@@ -17,7 +17,7 @@ import optax
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from ping_llm.activations.reader import ActivationReader
+from ping_llm import ActivationReader
 
 EVALUATION_ROWS = 8192
 

@@ -7,6 +7,7 @@ if TYPE_CHECKING:
     from ping_llm.activations.reader import ActivationReader
     from ping_llm.extraction.run import extract_activations
     from ping_llm.ingest.prepare import prepare_data
+    from ping_llm.inspection.dataset import inspect_data
     from ping_llm.measurements import MeasurementTable
     from ping_llm.prediction.evaluate import evaluate
     from ping_llm.prediction.predictor import Predictor
@@ -19,6 +20,7 @@ __all__ = [
     "Predictor",
     "evaluate",
     "extract_activations",
+    "inspect_data",
     "prepare_data",
     "train",
 ]
@@ -30,6 +32,7 @@ _HOMES = {
     "Predictor": "prediction.predictor",
     "evaluate": "prediction.evaluate",
     "extract_activations": "extraction.run",
+    "inspect_data": "inspection.dataset",
     "prepare_data": "ingest.prepare",
     "train": "training.loop",
 }

@@ -1,9 +1,10 @@
 """The settings of a command, stated once.
 
-A command's settings are one frozen class, `class PrepareSettings(Settings)`. Its fields hold the
-types, defaults, bounds and help texts. Command-line options, `--config`, `--set`, the signature of
-the library function, the reference page, the stored JSON and the refusal of changed settings are
-all derived from it.
+A command's settings are one frozen class, `class PrepareSettings(Settings)`. Its docstring says
+what the command does and, under `Attributes:`, what each setting means; its fields hold the types,
+defaults and bounds. Command-line options, `--config`, `--set`, the signature of the library
+function, the reference page, the stored JSON and the refusal of changed settings are all derived
+from it.
 """
 
 import dataclasses
@@ -60,7 +61,7 @@ class Setting:
     optional: bool
     default: Any
     required: bool
-    help: str = ""
+    help: str
     bounds: Mapping[str, float] = dataclasses.field(default_factory=dict)
     default_text: str | None = None
     changeable: bool = False
@@ -114,17 +115,15 @@ class Setting:
         return str(value).lower() if value is None or isinstance(value, bool) else str(value)
 
 
-def field(*, help: str, default: Any = dataclasses.MISSING, **properties: Any) -> Any:  # noqa: A002
+def field(*, default: Any = dataclasses.MISSING, **properties: Any) -> Any:
     """Returns a field of a settings class.
 
     Args:
-        help: One or two sentences for whoever sets it.
         default: Its default; a field without one must be given.
         properties: Bounds (`gt`, `ge`, `lt`, `le`) and further attributes of `Setting`.
     """
     bounds = {key: properties.pop(key) for key in _BOUNDS if key in properties}
-    metadata = {"help": help, "bounds": bounds, **properties}
-    return dataclasses.field(default=default, metadata=metadata)
+    return dataclasses.field(default=default, metadata={"bounds": bounds, **properties})
 
 
 @typing.dataclass_transform(
@@ -135,7 +134,8 @@ class Settings:
 
     Values are converted to the types of their fields and checked when an object is made, so a
     `ConfigError` names a bad one wherever it came from. The docstring of a subclass is the help
-    text of its command. `presets` holds other defaults by the value of the field `preset`.
+    text of its command and, under `Attributes:`, that of each setting. `presets` holds other
+    defaults by the value of the field `preset`.
     """
 
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
@@ -160,11 +160,28 @@ R = TypeVar("R")
 @functools.cache
 def describe(cls: type) -> tuple[Setting, ...]:
     """Returns the fields of a settings class, in their order."""
-    hints = typing.get_type_hints(cls)
-    return tuple(_describe(each, hints[each.name]) for each in dataclasses.fields(cls))
+    hints, helps = typing.get_type_hints(cls), _helps(cls)
+    return tuple(
+        _describe(each, hints[each.name], helps[each.name]) for each in dataclasses.fields(cls)
+    )
 
 
-def _describe(each: dataclasses.Field, kind: Any) -> Setting:
+def help_text(cls: type) -> str:
+    """Returns what the docstring of a settings class says of its command."""
+    return inspect.cleandoc(cls.__doc__ or "").partition("\n\nAttributes:\n")[0]
+
+
+def _helps(cls: type) -> dict[str, str]:
+    """Returns what the docstrings of a class and its bases say of each attribute."""
+    helps = {}
+    for base in reversed(cls.__mro__):
+        text = inspect.cleandoc(base.__doc__ or "").partition("Attributes:\n")[2]
+        entries = re.split(r"^    (\w+): ", text, flags=re.MULTILINE)[1:]
+        helps |= {k: " ".join(v.split()) for k, v in zip(entries[::2], entries[1::2], strict=True)}
+    return helps
+
+
+def _describe(each: dataclasses.Field, kind: Any, text: str) -> Setting:
     # `Literal["a"] | None` is a typing.Union, `int | None` is not.
     is_union = typing.get_origin(kind) in (types.UnionType, typing.Union)
     kinds = typing.get_args(kind) if is_union else (kind,)
@@ -178,6 +195,7 @@ def _describe(each: dataclasses.Field, kind: Any) -> Setting:
         optional=optional,
         default=None if required else each.default,
         required=required,
+        help=text,
         **{"flag": not dataclasses.is_dataclass(kind), **each.metadata},
     )
 

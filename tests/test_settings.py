@@ -21,21 +21,54 @@ from ping_llm.settings import Settings, field
 
 
 class ScalingSettings(Settings):
-    factor: float = field(gt=0, help="How many times longer.")
-    steps: int = field(default=1, help="Ramp.")
+    """How positions are stretched.
+
+    Attributes:
+        factor: How many times longer.
+        steps: Ramp.
+    """
+
+    factor: float = field(gt=0)
+    steps: int = 1
 
 
 class ModelSettings(Settings):
-    n_layers: int = field(default=4, gt=0, help="Blocks.")
-    d_model: int = field(default=8, gt=0, help="Width.")
-    dtype: Literal["float32", "bfloat16"] = field(default="float32", help="Of activations.")
-    scaling: ScalingSettings | None = field(default=None, help="Of positions.")
+    """Shape of a model.
+
+    Attributes:
+        n_layers: Blocks.
+        d_model: Width.
+        dtype: Of activations.
+        scaling: Of positions.
+    """
+
+    n_layers: int = field(default=4, gt=0)
+    d_model: int = field(default=8, gt=0)
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    scaling: ScalingSettings | None = None
 
 
 class SampleSettings(Settings):
     """Turn rock into sand.
 
     Run it again to continue.
+
+    Attributes:
+        inputs: Rocks.
+        output: Where the sand goes.
+        preset: Model and rate.
+        steps: How many.
+        batch_size: Rows at once.
+        learning_rate: Peak rate.
+        valid_fraction: Held out.
+        spike_factor: Skips a step.
+        workers: Threads.
+        weights: Of the fields.
+        half: Which half.
+        groups: What decays.
+        both_ends: Count twice.
+        shuffle: Mix.
+        model: Shape.
     """
 
     presets: ClassVar = {
@@ -43,23 +76,21 @@ class SampleSettings(Settings):
         "big": {"learning_rate": 0.5, "model": {"n_layers": 20}},
     }
 
-    inputs: tuple[str, ...] = field(argument=True, metavar="INPUT...", help="Rocks.", location=True)
-    output: str = field(help="Where the sand goes.", location=True, stored=False, metavar="DIR")
-    preset: Literal["small", "big"] = field(default="small", help="Model and rate.")
-    steps: int = field(default=10, gt=0, help="How many.", changeable=True)
-    batch_size: int = field(default=8, gt=0, help="Rows at once.")
-    learning_rate: float = field(default=0.1, gt=0, help="Peak rate.")
-    valid_fraction: float = field(default=0.05, ge=0, lt=1, help="Held out.")
-    spike_factor: float | None = field(default=20.0, gt=1, help="Skips a step.")
-    workers: int | None = field(
-        default=None, gt=0, help="Threads.", stored=False, default_text="one per CPU"
-    )
-    weights: tuple[float, ...] = field(default=(1.0, 1.0), ge=0, help="Of the fields.", flag=False)
-    half: Literal["low", "high"] | None = field(default=None, help="Which half.")
-    groups: tuple[Literal["kernel", "norm"], ...] = field(default=("kernel",), help="What decays.")
-    both_ends: bool = field(default=False, help="Count twice.")
-    shuffle: bool = field(default=True, help="Mix.")
-    model: ModelSettings = field(default=ModelSettings(), help="Shape.")
+    inputs: tuple[str, ...] = field(argument=True, metavar="INPUT...", location=True)
+    output: str = field(location=True, stored=False, metavar="DIR")
+    preset: Literal["small", "big"] = "small"
+    steps: int = field(default=10, gt=0, changeable=True)
+    batch_size: int = field(default=8, gt=0)
+    learning_rate: float = field(default=0.1, gt=0)
+    valid_fraction: float = field(default=0.05, ge=0, lt=1)
+    spike_factor: float | None = field(default=20.0, gt=1)
+    workers: int | None = field(default=None, gt=0, stored=False, default_text="one per CPU")
+    weights: tuple[float, ...] = field(default=(1.0, 1.0), ge=0, flag=False)
+    half: Literal["low", "high"] | None = None
+    groups: tuple[Literal["kernel", "norm"], ...] = ("kernel",)
+    both_ends: bool = False
+    shuffle: bool = True
+    model: ModelSettings = ModelSettings()
 
     def check(self) -> None:
         if self.batch_size > 100 * self.steps:

@@ -16,7 +16,6 @@ from ping_llm.settings import Setting
 
 HERE = Path(__file__).parent
 MADE = "<!-- Made by generate.py from the code: `nox -s docs`. -->"
-SHARED_OPTIONS = {"as_json", "debug"}  # described once, at the top
 
 
 def commands() -> Iterator[tuple[str, click.Command]]:
@@ -85,9 +84,6 @@ def cli_page() -> str:
             shown = [each for each in described_settings if each.flag or each.argument]
             rows = [(_option(each), _kind(each), _default(each), each.help) for each in shown]
             lines += table(("option", "type", "default", ""), rows)
-        elif not isinstance(command, click.Group):
-            params = [param for param in command.params if param.name not in SHARED_OPTIONS]
-            lines += table(("option", "type", "default", ""), map(_click_row, params))
     return "\n".join(lines)
 
 
@@ -118,18 +114,6 @@ def _default(setting: Setting) -> str:
     return setting.default_text or (
         f"`{setting.shown_default}`" if setting.shown_default else "empty"
     )
-
-
-def _click_row(param: click.Parameter) -> list[str]:
-    if isinstance(param, click.Argument):
-        return [f"`{param.human_readable_name}`", "text", "required", ""]
-    assert isinstance(param, click.Option)
-    kind = "boolean" if param.is_flag else param.type.name
-    if isinstance(param.type, click.Choice):
-        kind = "one of " + ", ".join(f"`{choice}`" for choice in param.type.choices)
-    has_default = isinstance(param.default, str | int | float) and not param.is_flag
-    default = "required" if param.required else f"`{param.default}`" * has_default
-    return [" / ".join(f"`{name}`" for name in param.opts), kind, default, param.help or ""]
 
 
 # --- configuration.md ----------------------------------------------------------------------------

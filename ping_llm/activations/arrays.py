@@ -195,7 +195,8 @@ def verify_array(kv: KeyValueStore, done: Mapping[str, Any], name: str) -> list[
     for index, expected in zip(grid, entry["crc32"], strict=True):
         file = "/".join(["c", *map(str, index)])
         region = tuple(
-            slice(i * step, (i + 1) * step) for i, step in zip(index, shard, strict=True)
+            slice(i * step, min((i + 1) * step, size))
+            for i, step, size in zip(index, shard, shape, strict=True)
         )
         try:
             content = np.ascontiguousarray(store_result(array[region].read(), f"{kv.url}/{key}"))

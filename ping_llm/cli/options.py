@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import inspect
 import json
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -70,7 +69,9 @@ def settings_command(
 
         if settings.takes_file(cls):
             params.extend(_file_options())
-        command = click.command(name, SettingsCommand, params=params, help=inspect.getdoc(cls))(run)
+        command = click.command(name, SettingsCommand, params=params, help=settings.help_text(cls))(
+            run
+        )
         command.settings_class = cls
         return command
 

@@ -22,80 +22,62 @@ class ExtractSettings(Settings):
 
     Run it again with the same OUTPUT to go on where it stopped. Any number of workers may run the
     same command on one OUTPUT.
+
+    Attributes:
+        model: Checkpoint directory, hub id, or run directory.
+        input: File, directory or glob; local, gs:// or s3://.
+        output: The store; local, gs:// or s3://.
+        format: What a record of the input is.
+        layers: all, or numbers such as 0,5; -1 is the last layer.
+        sites: Where to read activations.
+        max_length: Tokens per prompt.
+        overlong: What to do with longer prompts.
+        batch_tokens: Tokens to compute at once, with padding.
+        dtype: Dtype of the stored activations.
+        compression: Compression of the stored activations.
+        unit_mb: MB of input per work unit.
+        lease_seconds: Seconds without a sign of life after which other workers may take over a
+            unit. Equal for all workers of a store.
+        worker_id: Name of this worker.
+        arc_encoder: How to write grids: minimal or separated, with + and any of row-numbers,
+            shape-header, code-block.
+        arc_augmentations: Prompts per test of an ARC task.
+        arc_colors: Colours that augmentations permute: none, all but 0, or all.
+        arc_seed: Seed of the augmentations.
+        mesh: Devices per axis, such as data=-1,fsdp=1,tensor=1.
+        coordinator: One model in several processes: HOST:PORT of process 0.
+        num_processes: One model in several processes: how many.
+        process_id: One model in several processes: which one this is, from 0.
+        limit: Take only so many records, the first ones.
+        dry_run: Only say what would be done.
     """
 
-    model: str = field(
-        location=True, stored=False, help="Checkpoint directory, hub id, or run directory."
-    )
-    input: str = field(
-        location=True, stored=False, help="File, directory or glob; local, gs:// or s3://."
-    )
-    output: str = field(location=True, stored=False, help="The store; local, gs:// or s3://.")
-    format: Literal["text", "chat", "tokens", "arc", "measurements"] = field(
-        default="text", help="What a record of the input is."
-    )
-    layers: str = field(default="all", help="all, or numbers such as 0,5; -1 is the last layer.")
-    sites: tuple[Site, ...] = field(default=("residual",), help="Where to read activations.")
-    max_length: int | None = field(
-        default=None, gt=0, default_text="2048, or that of the run", help="Tokens per prompt."
-    )
-    overlong: Literal["error", "truncate-left", "truncate-right", "split"] = field(
-        default="error", help="What to do with longer prompts."
-    )
-    batch_tokens: int | None = field(
-        default=None, gt=0, default_text="8192", help="Tokens to compute at once, with padding."
-    )
-    dtype: Dtype | None = field(
-        default=None, default_text="the model's", help="Dtype of the stored activations."
-    )
-    compression: Literal["none", "zstd"] = field(
-        default="none", help="Compression of the stored activations."
-    )
-    unit_mb: float = field(default=1.0, gt=0, help="MB of input per work unit.")
-    lease_seconds: float = field(
-        default=60.0,
-        gt=0,
-        stored=False,
-        help="Seconds without a sign of life after which other workers may take over a unit. "
-        "Equal for all workers of a store.",
-    )
-    worker_id: str | None = field(
-        default=None, stored=False, default_text="made up", help="Name of this worker."
-    )
-    arc_encoder: str | None = field(
-        default=None,
-        default_text="minimal",
-        help="How to write grids: minimal or separated, with + and any of row-numbers, "
-        "shape-header, code-block.",
-    )
-    arc_augmentations: int | None = field(
-        default=None, gt=0, default_text="1", help="Prompts per test of an ARC task."
-    )
+    model: str = field(location=True, stored=False)
+    input: str = field(location=True, stored=False)
+    output: str = field(location=True, stored=False)
+    format: Literal["text", "chat", "tokens", "arc", "measurements"] = "text"
+    layers: str = "all"
+    sites: tuple[Site, ...] = ("residual",)
+    max_length: int | None = field(default=None, gt=0, default_text="2048, or that of the run")
+    overlong: Literal["error", "truncate-left", "truncate-right", "split"] = "error"
+    batch_tokens: int | None = field(default=None, gt=0, default_text="8192")
+    dtype: Dtype | None = field(default=None, default_text="the model's")
+    compression: Literal["none", "zstd"] = "none"
+    unit_mb: float = field(default=1.0, gt=0)
+    lease_seconds: float = field(default=60.0, gt=0, stored=False)
+    worker_id: str | None = field(default=None, stored=False, default_text="made up")
+    arc_encoder: str | None = field(default=None, default_text="minimal")
+    arc_augmentations: int | None = field(default=None, gt=0, default_text="1")
     arc_colors: Literal["keep", "foreground", "all"] | None = field(
-        default=None,
-        default_text="foreground",
-        help="Colours that augmentations permute: none, all but 0, or all.",
+        default=None, default_text="foreground"
     )
-    arc_seed: int | None = field(default=None, default_text="0", help="Seed of the augmentations.")
-    mesh: str = field(
-        default="",
-        default_text="data=-1",
-        stored=False,
-        help="Devices per axis, such as data=-1,fsdp=1,tensor=1.",
-    )
-    coordinator: str | None = field(
-        default=None, stored=False, help="One model in several processes: HOST:PORT of process 0."
-    )
-    num_processes: int | None = field(
-        default=None, stored=False, help="One model in several processes: how many."
-    )
-    process_id: int | None = field(
-        default=None,
-        stored=False,
-        help="One model in several processes: which one this is, from 0.",
-    )
-    limit: int | None = field(default=None, gt=0, help="Take only so many records, the first ones.")
-    dry_run: bool = field(default=False, stored=False, help="Only say what would be done.")
+    arc_seed: int | None = field(default=None, default_text="0")
+    mesh: str = field(default="", default_text="data=-1", stored=False)
+    coordinator: str | None = field(default=None, stored=False)
+    num_processes: int | None = field(default=None, stored=False)
+    process_id: int | None = field(default=None, stored=False)
+    limit: int | None = field(default=None, gt=0)
+    dry_run: bool = field(default=False, stored=False)
 
     def check(self) -> None:
         """Raises a `ConfigError` if a setting does not go with the format, or a batch is small."""
@@ -171,8 +153,13 @@ class VerifyParitySettings(Settings):
     """Compare a checkpoint's activations with those of transformers.
 
     In float32, on prompts of random token ids, packed and alone. Needs the extra [parity].
+
+    Attributes:
+        model: Checkpoint directory or hub id.
+        layers: all, or numbers such as 0,5; -1 is the last layer.
+        sites: Sites to compare.
     """
 
-    model: str = field(location=True, help="Checkpoint directory or hub id.")
-    layers: str = field(default="all", help="all, or numbers such as 0,5; -1 is the last layer.")
-    sites: tuple[Site, ...] = field(default=get_args(Site), help="Sites to compare.")
+    model: str = field(location=True)
+    layers: str = "all"
+    sites: tuple[Site, ...] = get_args(Site)

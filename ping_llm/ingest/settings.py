@@ -17,40 +17,32 @@ class PrepareSettings(Settings):
     INPUT is a file, a directory or a glob of Parquet, Arrow or CSV measurements, or of RIPE Atlas
     ping results (NDJSON; also .gz, .bz2, .xz, .zst). Each INPUT is one input to `--split time`.
     Records that cannot be used are counted by reason and kept in OUTPUT/rejected.parquet.
+
+    Attributes:
+        inputs: Files, directories or globs.
+        output: Directory for the rows; may be remote.
+        split: How valid and test are held out: by pair, by time or by probe.
+        valid_fraction: Fraction held out for choosing settings.
+        test_fraction: Fraction held out for the final evaluation.
+        seed: Seed that decides which pairs or probes are held out.
+        row_cap_mb: Size of the largest row in MB (1e6 bytes).
+        both_ends: Also count train measurements as made from their destinations.
+        memory_limit: Most memory to use, such as 4GB or 512MiB.
+        workers: Number of threads.
+        engine: Sort on this machine or with Spark, which needs the extra [spark].
     """
 
-    inputs: tuple[str, ...] = field(
-        argument=True,
-        location=True,
-        stored=False,
-        metavar="INPUT...",
-        help="Files, directories or globs.",
-    )
-    output: str = field(
-        location=True, stored=False, metavar="DIR", help="Where the rows go; may be remote."
-    )
-    split: Literal["pair", "time", "probe"] = field(
-        default="pair", help="What valid and test are held out by."
-    )
-    valid_fraction: float = field(default=0.05, ge=0, lt=1, help="Held out for choices.")
-    test_fraction: float = field(default=0.1, ge=0, lt=1, help="Held out for reporting.")
-    seed: int = field(default=0, ge=0, lt=2**63, help="Decides which pairs or probes.")
-    row_cap_mb: float = field(
-        default=8.0, ge=0.001, le=1000, help="Largest row, in units of 1e6 bytes."
-    )
-    both_ends: bool = field(
-        default=False,
-        help="Let train measurements also count as made from their destinations.",
-    )
-    memory_limit: str = field(
-        default="4GB", stored=False, help="Memory to use at most, such as 512MiB."
-    )
-    workers: int | None = field(
-        default=None, gt=0, stored=False, default_text="one per CPU", help="Threads."
-    )
-    engine: Literal["local", "spark"] = field(
-        default="local", stored=False, help="What sorts; spark needs the extra [spark]."
-    )
+    inputs: tuple[str, ...] = field(argument=True, location=True, stored=False, metavar="INPUT...")
+    output: str = field(location=True, stored=False, metavar="DIR")
+    split: Literal["pair", "time", "probe"] = "pair"
+    valid_fraction: float = field(default=0.05, ge=0, lt=1)
+    test_fraction: float = field(default=0.1, ge=0, lt=1)
+    seed: int = field(default=0, ge=0, lt=2**63)
+    row_cap_mb: float = field(default=8.0, ge=0.001, le=1000)
+    both_ends: bool = False
+    memory_limit: str = field(default="4GB", stored=False)
+    workers: int | None = field(default=None, gt=0, stored=False, default_text="one per CPU")
+    engine: Literal["local", "spark"] = field(default="local", stored=False)
 
     def check(self) -> None:
         """Raises a `ConfigError` if nothing is left to train on, or the memory is too little."""

@@ -9,8 +9,13 @@ class InspectDataSettings(Settings):
     PATH is a directory of probe rows, or measurements in any format that `prepare-data` reads: a
     file, a directory or a glob, local or in an object store. Everything is read once, in bounded
     memory.
+
+    Attributes:
+        path: What to inspect.
+        samples: Show this many contexts, decoded.
+        report: Write an HTML page as well.
     """
 
-    path: str = field(argument=True, location=True, metavar="PATH", help="What to inspect.")
-    samples: int = field(default=0, ge=0, help="Show this many contexts, decoded.")
-    report: str | None = field(default=None, location=True, help="Write an HTML page as well.")
+    path: str = field(argument=True, location=True, metavar="PATH")
+    samples: int = field(default=0, ge=0)
+    report: str | None = field(default=None, location=True)

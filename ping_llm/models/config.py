@@ -13,73 +13,73 @@ END_SITES = ("embed", "final_norm")  # once in the model
 
 
 class YarnScaling(Settings):
-    """YaRN: rotary frequencies stretched to contexts longer than those trained on."""
+    """YaRN: rotary frequencies stretched to contexts longer than those trained on.
 
-    factor: float = field(help="How many times longer the context becomes.", gt=0)
-    original_max_positions: int = field(
-        help="Context length that the frequencies were trained for.", gt=0
-    )
-    beta_fast: float = field(
-        help="Rotations over the original context above which a frequency stays as it is.",
-        default=32.0,
-        gt=0,
-    )
-    beta_slow: float = field(
-        help="Rotations below which a frequency is divided by `factor`.", default=1.0, gt=0
-    )
-    attention_factor: float | None = field(
-        help="Scale of queries and keys; none: computed from the fields below.", default=None
-    )
-    mscale: float | None = field(
-        help="Numerator of the computed scale; none: 1, and no denominator.", default=None
-    )
-    mscale_all_dim: float | None = field(
-        help="Denominator of the computed scale; used only together with `mscale`.", default=None
-    )
-    truncate: bool = field(help="Round the bounds of the ramp to whole dimensions.", default=True)
+    Attributes:
+        factor: How many times longer the context becomes.
+        original_max_positions: Context length that the frequencies were trained for.
+        beta_fast: Rotations over the original context above which a frequency stays as it is.
+        beta_slow: Rotations below which a frequency is divided by `factor`.
+        attention_factor: Scale of queries and keys; none: computed from the fields below.
+        mscale: Numerator of the computed scale; none: 1, and no denominator.
+        mscale_all_dim: Denominator of the computed scale; used only together with `mscale`.
+        truncate: Round the bounds of the ramp to whole dimensions.
+    """
+
+    factor: float = field(gt=0)
+    original_max_positions: int = field(gt=0)
+    beta_fast: float = field(default=32.0, gt=0)
+    beta_slow: float = field(default=1.0, gt=0)
+    attention_factor: float | None = None
+    mscale: float | None = None
+    mscale_all_dim: float | None = None
+    truncate: bool = True
 
 
 class DecoderConfig(Settings):
-    """Shape of a decoder-only Transformer."""
+    """Shape of a decoder-only Transformer.
 
-    vocab_size: int = field(help="Number of token ids, V.", gt=0)
-    d_model: int = field(help="Width of the residual stream, D.", gt=0)
-    n_layers: int = field(help="Number of blocks, L.", gt=0)
-    n_heads: int = field(help="Number of query heads, N; a multiple of `n_kv_heads`.", gt=0)
-    n_kv_heads: int = field(help="Number of key and value heads, K.", gt=0)
-    head_dim: int = field(
-        help="Width of a head, H; even; `n_heads * head_dim` may differ from `d_model`.", gt=0
-    )
-    d_ff: int = field(help="Width of the gated MLP, F.", gt=0)
-    rms_norm_eps: float = field(
-        help="Added to the mean square in every RMSNorm.", default=1e-6, gt=0
-    )
-    rope_theta: float = field(help="Base of the rotary frequencies.", default=10_000.0, gt=0)
-    rope_scaling: YarnScaling | None = field(
-        help="YaRN scaling of the rotary frequencies.", default=None
-    )
-    qkv_bias: bool = field(help="Give the query, key and value projections a bias.", default=False)
-    qk_norm: bool = field(
-        help="RMS-normalise queries and keys per head, before the rotation.", default=False
-    )
-    tie_embeddings: bool = field(
-        help="Use the token embedding as the output projection.", default=True
-    )
-    logit_softcap: float | None = field(
-        help="Turn logits into `cap * tanh(logits / cap)`; none: leave them.", default=None, gt=0
-    )
-    sliding_window: int | None = field(
-        help="Keys a query of a sliding layer sees, itself included; none: all.", default=None, gt=0
-    )
-    sliding_layers: tuple[bool, ...] = field(
-        help="Per layer, whether `sliding_window` applies; empty: to every layer.", default=()
-    )
-    dtype: Dtype = field(help="Dtype of activations.", default="bfloat16")
-    param_dtype: Dtype = field(help="Dtype of parameters.", default="float32")
-    remat: bool = field(
-        help="Recompute each block in the backward pass instead of storing its inside.",
-        default=False,
-    )
+    Attributes:
+        vocab_size: Number of token ids, V.
+        d_model: Width of the residual stream, D.
+        n_layers: Number of blocks, L.
+        n_heads: Number of query heads, N; a multiple of `n_kv_heads`.
+        n_kv_heads: Number of key and value heads, K.
+        head_dim: Width of a head, H; even; `n_heads * head_dim` may differ from `d_model`.
+        d_ff: Width of the gated MLP, F.
+        rms_norm_eps: Added to the mean square in every RMSNorm.
+        rope_theta: Base of the rotary frequencies.
+        rope_scaling: YaRN scaling of the rotary frequencies.
+        qkv_bias: Give the query, key and value projections a bias.
+        qk_norm: RMS-normalise queries and keys per head, before the rotation.
+        tie_embeddings: Use the token embedding as the output projection.
+        logit_softcap: Turn logits into `cap * tanh(logits / cap)`; none: leave them.
+        sliding_window: Keys a query of a sliding layer sees, itself included; none: all.
+        sliding_layers: Per layer, whether `sliding_window` applies; empty: to every layer.
+        dtype: Dtype of activations.
+        param_dtype: Dtype of parameters.
+        remat: Recompute each block in the backward pass instead of storing its inside.
+    """
+
+    vocab_size: int = field(gt=0)
+    d_model: int = field(gt=0)
+    n_layers: int = field(gt=0)
+    n_heads: int = field(gt=0)
+    n_kv_heads: int = field(gt=0)
+    head_dim: int = field(gt=0)
+    d_ff: int = field(gt=0)
+    rms_norm_eps: float = field(default=1e-6, gt=0)
+    rope_theta: float = field(default=10_000.0, gt=0)
+    rope_scaling: YarnScaling | None = None
+    qkv_bias: bool = False
+    qk_norm: bool = False
+    tie_embeddings: bool = True
+    logit_softcap: float | None = field(default=None, gt=0)
+    sliding_window: int | None = field(default=None, gt=0)
+    sliding_layers: tuple[bool, ...] = ()
+    dtype: Dtype = "bfloat16"
+    param_dtype: Dtype = "float32"
+    remat: bool = False
 
     def check(self) -> None:
         """Raises a `ConfigError` if fields do not fit together."""

@@ -11,33 +11,32 @@ if TYPE_CHECKING:
 else:
     Baseline = Literal["all", "none", *STATIC, *ONLINE]
 
-RUN = "Run directory of the model."
-HISTORY = "Measurements of the source, to be read first."
-
 
 class PredictSettings(Settings):
     """Predict RTT distributions and failures.
 
     Give --src and --dst for one pair; --pairs and --output for a file of pairs, which goes on where
     it was stopped; --src and --rank to order many destinations by expected RTT.
+
+    Attributes:
+        run: Run directory of the model.
+        src: Source address.
+        dst: Destination address.
+        time: When: ISO 8601 or seconds since 1970, UTC.
+        pairs: Parquet, Arrow or CSV with src_addr, dst_addr[, event_time].
+        output: Parquet for --pairs.
+        rank: Destinations, one address a line, to put in order.
+        history: Measurements of the source, to be read first.
     """
 
-    run: str = field(location=True, help=RUN)
-    src: str | None = field(default=None, metavar="A", help="Source address.")
-    dst: str | None = field(default=None, metavar="B", help="Destination address.")
-    time: str | None = field(
-        default=None, metavar="T", help="When: ISO 8601 or seconds since 1970, UTC."
-    )
-    pairs: str | None = field(
-        default=None,
-        location=True,
-        help="Parquet, Arrow or CSV with src_addr, dst_addr[, event_time].",
-    )
-    output: str | None = field(default=None, location=True, help="Parquet for --pairs.")
-    rank: str | None = field(
-        default=None, location=True, help="Destinations, one address a line, to put in order."
-    )
-    history: str | None = field(default=None, location=True, help=HISTORY)
+    run: str = field(location=True)
+    src: str | None = field(default=None, metavar="A")
+    dst: str | None = field(default=None, metavar="B")
+    time: str | None = field(default=None, metavar="T")
+    pairs: str | None = field(default=None, location=True)
+    output: str | None = field(default=None, location=True)
+    rank: str | None = field(default=None, location=True)
+    history: str | None = field(default=None, location=True)
 
     def check(self) -> None:
         """Raises a `ConfigError` unless the settings are those of one of the three forms."""
@@ -60,22 +59,23 @@ class EvaluateSettings(Settings):
 
     All methods are scored on the same measurements. On probe rows these are the test rows, by the
     protocol of the split; on a file of measurements all of them.
+
+    Attributes:
+        run: Run directory of the model.
+        data: Directory of probe rows, or a file of measurements.
+        baselines: Classical methods to compare the model with.
+        max_rows: Measurements to score at most, drawn at random.
+        contexts: Contexts drawn for each question, whose answers are averaged (split pair, or
+            files).
+        report: Write one HTML page.
     """
 
-    run: str = field(location=True, help=RUN)
-    data: str = field(location=True, help="Directory of probe rows, or a file of measurements.")
-    baselines: tuple[Baseline, ...] = field(
-        default=("all",), help="Classical methods to compare the model with."
-    )
-    max_rows: int | None = field(
-        default=10_000, ge=1, help="Measurements to score at most, drawn at random."
-    )
-    contexts: int = field(
-        default=1,
-        ge=1,
-        help="Contexts drawn for each question, whose answers are averaged (split pair, or files).",
-    )
-    report: str | None = field(default=None, location=True, help="Write one HTML page.")
+    run: str = field(location=True)
+    data: str = field(location=True)
+    baselines: tuple[Baseline, ...] = ("all",)
+    max_rows: int | None = field(default=10_000, ge=1)
+    contexts: int = field(default=1, ge=1)
+    report: str | None = field(default=None, location=True)
 
     def check(self) -> None:
         """Raises a `ConfigError` if `all` or `none` does not stand alone."""
@@ -88,9 +88,15 @@ class GenerateSettings(Settings):
     """Sample measurements from a model.
 
     Prints CSV as prepare-data reads it; a measurement that the model gives no time has none.
+
+    Attributes:
+        run: Run directory of the model.
+        count: How many measurements.
+        history: Measurements to go on from.
+        seed: Seed of the samples.
     """
 
-    run: str = field(location=True, help=RUN)
-    count: int = field(ge=1, help="How many measurements.")
-    history: str | None = field(default=None, location=True, help="Measurements to go on from.")
-    seed: int = field(default=0, ge=0, help="Seed of the samples.")
+    run: str = field(location=True)
+    count: int = field(ge=1)
+    history: str | None = field(default=None, location=True)
+    seed: int = field(default=0, ge=0)

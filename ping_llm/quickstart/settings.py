@@ -9,9 +9,11 @@ class QuickstartSettings(Settings):
     Simulates an internet, turns its measurements into probe rows, inspects them, trains a small
     decoder, compares it with classical methods and extracts its activations. Run it again to
     continue where it stopped.
+
+    Attributes:
+        output: Directory for everything that is made.
+        seed: Seed of the simulation, the splits and the model.
     """
 
-    output: str = field(
-        default="quickstart", location=True, help="Directory for everything that is made."
-    )
-    seed: int = field(default=0, ge=0, help="Seed of the simulation, the splits and the model.")
+    output: str = field(default="quickstart", location=True)
+    seed: int = field(default=0, ge=0)

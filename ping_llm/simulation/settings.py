@@ -12,18 +12,20 @@ class SimulateSettings(Settings):
     It has true geography, autonomous systems with prefixes, access technologies, load by the time
     of day, route changes, outages, IPv4 and IPv6. Addresses are private ones (10.0.0.0/8 and
     fd00::/16). The same settings give the same file; a finished one is left as it is.
+
+    Attributes:
+        output: A .parquet file; may be remote.
+        probes: Hosts that measure; a quarter of them, at most 1,000, are targets too.
+        days: Time span, from 2024-01-01 UTC.
+        measurements: How many to write.
+        seed: Another seed, another internet.
     """
 
-    output: str = field(location=True, stored=False, help="A .parquet file; may be remote.")
-    probes: int = field(
-        default=400,
-        ge=2,
-        le=100_000,
-        help="Hosts that measure; a quarter of them, at most 1,000, are targets too.",
-    )
-    days: float = field(default=14.0, ge=1 / DAY, le=20_000, help="Time span, from 2024-01-01 UTC.")
-    measurements: int = field(default=1_000_000, ge=1, le=10**12, help="How many to write.")
-    seed: int = field(default=0, ge=0, lt=2**63, help="Another seed, another internet.")
+    output: str = field(location=True, stored=False)
+    probes: int = field(default=400, ge=2, le=100_000)
+    days: float = field(default=14.0, ge=1 / DAY, le=20_000)
+    measurements: int = field(default=1_000_000, ge=1, le=10**12)
+    seed: int = field(default=0, ge=0, lt=2**63)
 
     def check(self) -> None:
         """Raises a `ConfigError` if the output is not named as Parquet."""

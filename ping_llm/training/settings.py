@@ -18,148 +18,96 @@ class TrainSettings(Settings):
 
     Run it again with the same OUTPUT to continue from the newest checkpoint; give more --steps to
     train longer. Settings come from the preset, then --config, then --set, then the other flags.
+
+    Attributes:
+        data: Directory of probe rows, as prepare-data writes it; may be remote.
+        output: Run directory: settings, metrics, checkpoints; may be remote.
+        preset: Model and the training settings that go with it.
+        steps: Optimizer steps of the whole run; the schedule ends there.
+        batch_size: Sequences in a batch, over all devices.
+        seq_len: Tokens in a sequence.
+        mesh: Devices by axis; -1 stands for those that are left.
+        seed: Seed of the initial parameters and of the order of the data.
+        wandb: Log the run to Weights & Biases.
+        profile: Directory for XLA's trace of five steps, for TensorBoard or Perfetto.
+        coordinator: Several processes: address of process 0, HOST:PORT.
+        num_processes: Several processes: how many.
+        process_id: Several processes: which one this is, from 0.
+        model: Shape of the decoder; the preset sets its fields.
+        result_last_fraction: Fraction of windows that end a measurement with its result; others
+            shuffle it.
+        untimed_fraction: Fraction of the windows that show no time.
+        hidden_source_fraction: Fraction of windows that hide their source, to teach locating it.
+        loss_weights: Weights of targets by field: structure, source, destination, time, RTT.
+        z_loss: Weight of the mean squared log of the softmax's denominator.
+        optimizer: AdamW, or Muon for the kernels and AdamW for the rest.
+        learning_rate: Peak learning rate.
+        embedding_learning_rate_factor: Factor on the learning rate of embeddings.
+        norm_learning_rate_factor: Factor on the learning rate of norms and biases.
+        schedule: Cosine, or `wsd`: at the peak until the last `decay_fraction` of the steps.
+        decay_fraction: Fraction of the steps over which `wsd` decays.
+        final_learning_rate_fraction: Fraction of the peak that is left at the last step.
+        warmup_steps: Steps over which the learning rate rises to its peak.
+        weight_decay: Decoupled weight decay.
+        weight_decay_groups: Which parameters decay; norm includes biases.
+        beta1: Decay of Adam's first moment.
+        beta2: Decay of Adam's second moment.
+        muon_beta: Decay of Muon's momentum.
+        clip_norm: Largest global norm of a gradient; a longer one is scaled down.
+        spike_factor: Skip gradients of this many times the mean norm; none: only if it is not
+            finite.
+        max_skipped_steps: Skipped steps in a row that end the run.
+        accumulate_steps: Parts of a batch that are computed one after another, to save memory.
+        log_every: Steps between lines of `metrics.jsonl`.
+        eval_every: Steps between evaluations on the valid split; the last step has one too.
+        eval_batches: Batches of the valid split in an evaluation.
+        checkpoint_every: Steps between checkpoints; the last step and a new best one have one too.
+        keep_checkpoints: Newest checkpoints to keep, besides the best on the valid split.
     """
 
-    data: str = field(
-        help="Directory of probe rows, as prepare-data writes it; may be remote.",
-        location=True,
-        stored=False,
-    )
-    output: str = field(
-        help="Run directory: settings, metrics, checkpoints; may be remote.",
-        location=True,
-        stored=False,
-    )
-    preset: Literal["tiny", "small", "base", "large"] = field(
-        help="Model and the training settings that go with it.", default="tiny"
-    )
-    steps: int = field(
-        help="Optimizer steps of the whole run; the schedule ends there.",
-        default=1000,
-        gt=0,
-        changeable=True,
-    )
-    batch_size: int = field(help="Sequences in a batch, over all devices.", default=8, gt=0)
-    seq_len: int = field(help="Tokens in a sequence.", default=1024, gt=0)
-    mesh: str = field(
-        help="Devices by axis; -1 stands for those that are left.",
-        default="data=-1,fsdp=1,tensor=1",
-        changeable=True,
-    )
-    seed: int = field(
-        help="Seed of the initial parameters and of the order of the data.", default=0, ge=0
-    )
-    wandb: Literal["disabled", "offline", "online"] = field(
-        help="Log the run to Weights & Biases.", default="disabled", changeable=True
-    )
-    profile: str | None = field(
-        help="Directory for XLA's trace of five steps, for TensorBoard or Perfetto.",
-        default=None,
-        location=True,
-        stored=False,
-    )
-    coordinator: str | None = field(
-        help="Several processes: address of process 0, HOST:PORT.", default=None, stored=False
-    )
-    num_processes: int | None = field(
-        help="Several processes: how many.", default=None, stored=False
-    )
-    process_id: int | None = field(
-        help="Several processes: which one this is, from 0.", default=None, stored=False
-    )
-    model: DecoderConfig = field(
-        help="Shape of the decoder; the preset sets its fields.",
-        default=PRESETS["tiny"],
-        default_text="that of the preset",
-    )
-    result_last_fraction: float = field(
-        help="Fraction of windows that end a measurement with its result; others shuffle it.",
-        default=0.0,
-        **_FRACTION,
-    )
-    untimed_fraction: float = field(
-        help="Fraction of the windows that show no time.", default=0.3, **_FRACTION
-    )
-    hidden_source_fraction: float = field(
-        help="Fraction of windows that hide their source, to teach locating it.",
-        default=0.0,
-        **_FRACTION,
-    )
-    loss_weights: tuple[float, ...] = field(
-        help="Weights of targets by field: structure, source, destination, time, RTT.",
-        default=(1.0, 1.0, 1.0, 1.0, 1.0),
-        **_WEIGHT,
-    )
-    z_loss: float = field(
-        help="Weight of the mean squared log of the softmax's denominator.", default=0.0, **_WEIGHT
-    )
-    optimizer: Literal["adamw", "muon"] = field(
-        help="AdamW, or Muon for the kernels and AdamW for the rest.", default="adamw", flag=False
-    )
-    learning_rate: float = field(help="Peak learning rate.", default=1e-3, **_POSITIVE)
-    embedding_learning_rate_factor: float = field(
-        help="Factor on the learning rate of embeddings.", default=1.0, **_POSITIVE
-    )
-    norm_learning_rate_factor: float = field(
-        help="Factor on the learning rate of norms and biases.", default=1.0, **_POSITIVE
-    )
-    schedule: Literal["cosine", "wsd"] = field(
-        help="Cosine, or `wsd`: at the peak until the last `decay_fraction` of the steps.",
-        default="cosine",
-        flag=False,
-    )
-    decay_fraction: float = field(
-        help="Fraction of the steps over which `wsd` decays.", default=0.2, gt=0, le=1, flag=False
-    )
-    final_learning_rate_fraction: float = field(
-        help="Fraction of the peak that is left at the last step.", default=0.1, **_FRACTION
-    )
-    warmup_steps: int = field(
-        help="Steps over which the learning rate rises to its peak.", default=100, **_WEIGHT
-    )
-    weight_decay: float = field(help="Decoupled weight decay.", default=0.1, **_WEIGHT)
+    data: str = field(location=True, stored=False)
+    output: str = field(location=True, stored=False)
+    preset: Literal["tiny", "small", "base", "large"] = "tiny"
+    steps: int = field(default=1000, gt=0, changeable=True)
+    batch_size: int = field(default=8, gt=0)
+    seq_len: int = field(default=1024, gt=0)
+    mesh: str = field(default="data=-1,fsdp=1,tensor=1", changeable=True)
+    seed: int = field(default=0, ge=0)
+    wandb: Literal["disabled", "offline", "online"] = field(default="disabled", changeable=True)
+    profile: str | None = field(default=None, location=True, stored=False)
+    coordinator: str | None = field(default=None, stored=False)
+    num_processes: int | None = field(default=None, stored=False)
+    process_id: int | None = field(default=None, stored=False)
+    model: DecoderConfig = field(default=PRESETS["tiny"], default_text="that of the preset")
+    result_last_fraction: float = field(default=0.0, **_FRACTION)
+    untimed_fraction: float = field(default=0.3, **_FRACTION)
+    hidden_source_fraction: float = field(default=0.0, **_FRACTION)
+    loss_weights: tuple[float, ...] = field(default=(1.0, 1.0, 1.0, 1.0, 1.0), **_WEIGHT)
+    z_loss: float = field(default=0.0, **_WEIGHT)
+    optimizer: Literal["adamw", "muon"] = field(default="adamw", flag=False)
+    learning_rate: float = field(default=1e-3, **_POSITIVE)
+    embedding_learning_rate_factor: float = field(default=1.0, **_POSITIVE)
+    norm_learning_rate_factor: float = field(default=1.0, **_POSITIVE)
+    schedule: Literal["cosine", "wsd"] = field(default="cosine", flag=False)
+    decay_fraction: float = field(default=0.2, gt=0, le=1, flag=False)
+    final_learning_rate_fraction: float = field(default=0.1, **_FRACTION)
+    warmup_steps: int = field(default=100, **_WEIGHT)
+    weight_decay: float = field(default=0.1, **_WEIGHT)
     weight_decay_groups: tuple[Literal["kernel", "embedding", "norm"], ...] = field(
-        help="Which parameters decay; norm includes biases.", default=("kernel",), flag=False
+        default=("kernel",), flag=False
     )
-    beta1: float = field(help="Decay of Adam's first moment.", default=0.9, **_FRACTION)
-    beta2: float = field(help="Decay of Adam's second moment.", default=0.95, **_FRACTION)
-    muon_beta: float = field(help="Decay of Muon's momentum.", default=0.95, **_FRACTION)
-    clip_norm: float = field(
-        help="Largest global norm of a gradient; a longer one is scaled down.",
-        default=1.0,
-        **_POSITIVE,
-    )
-    spike_factor: float | None = field(
-        help="Skip gradients of this many times the mean norm; none: only if it is not finite.",
-        default=20.0,
-        gt=1,
-        flag=False,
-    )
-    max_skipped_steps: int = field(
-        help="Skipped steps in a row that end the run.", default=10, **_COUNT
-    )
-    accumulate_steps: int = field(
-        help="Parts of a batch that are computed one after another, to save memory.",
-        default=1,
-        **_POSITIVE,
-    )
-    log_every: int = field(help="Steps between lines of `metrics.jsonl`.", default=10, **_COUNT)
-    eval_every: int = field(
-        help="Steps between evaluations on the valid split; the last step has one too.",
-        default=200,
-        **_COUNT,
-    )
-    eval_batches: int = field(
-        help="Batches of the valid split in an evaluation.", default=8, **_COUNT
-    )
-    checkpoint_every: int = field(
-        help="Steps between checkpoints; the last step and a new best one have one too.",
-        default=200,
-        **_COUNT,
-    )
-    keep_checkpoints: int = field(
-        help="Newest checkpoints to keep, besides the best on the valid split.", default=3, **_COUNT
-    )
+    beta1: float = field(default=0.9, **_FRACTION)
+    beta2: float = field(default=0.95, **_FRACTION)
+    muon_beta: float = field(default=0.95, **_FRACTION)
+    clip_norm: float = field(default=1.0, **_POSITIVE)
+    spike_factor: float | None = field(default=20.0, gt=1, flag=False)
+    max_skipped_steps: int = field(default=10, **_COUNT)
+    accumulate_steps: int = field(default=1, **_POSITIVE)
+    log_every: int = field(default=10, **_COUNT)
+    eval_every: int = field(default=200, **_COUNT)
+    eval_batches: int = field(default=8, **_COUNT)
+    checkpoint_every: int = field(default=200, **_COUNT)
+    keep_checkpoints: int = field(default=3, **_COUNT)
 
     # The settings of `small` were measured on real data (docs/results.md); those of `base` and
     # `large` are usual for models of their size.
@@ -193,7 +141,11 @@ class ExportSettings(Settings):
     """Write a run's model as safetensors and a config.
 
     The directory can stand for the run in predict, evaluate, generate and extract-activations.
+
+    Attributes:
+        run: Run directory of the model; may be remote.
+        output: Directory to write; may be remote.
     """
 
-    run: str = field(help="Run directory of the model; may be remote.", location=True)
-    output: str = field(help="Directory to write; may be remote.", location=True)
+    run: str = field(location=True)
+    output: str = field(location=True)

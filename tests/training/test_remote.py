@@ -168,11 +168,11 @@ def train_here(data, output, *overrides):
 
 
 def check_readers(run, data):
+    from ping_llm import Predictor
     from ping_llm.prediction.evaluate import evaluate
-    from ping_llm.prediction.rtt import Predictor
 
     exported = f"{run}-exported"
     export_run(run, exported)
     assert Predictor.load(run).max_tokens == Predictor.load(exported).max_tokens == 64
     scores = [evaluate(each, data, max_rows=20, baselines="none") for each in (run, exported)]
-    assert scores[0]["methods"] == scores[1]["methods"]
+    assert scores[0].methods == scores[1].methods
