@@ -114,10 +114,8 @@ def extract_activations(chosen: ExtractSettings) -> ExtractResult | DryRunResult
         claims = _open_claims(kv, len(prompts.units), cfg)
         if claims.left:
             forward = Extractor(model, cfg, mesh)
-            worker = Worker(
-                kv, cfg, prompts, forward, claims, store_identity=identity, d_model=d_model
-            )
-            worker.run()
+            store_facts = {"store_identity": identity, "d_model": d_model}
+            Worker(kv, cfg, prompts, forward, claims, **store_facts).run()
         if jax.process_index() == 0:
             done = claims.done
             store.remove_stale(kv, done, older_than_s=store.STALE_ATTEMPT_S)
