@@ -55,21 +55,20 @@ def publish_file(location: Location, *, claim: "Claim | None" = None) -> Iterato
         ConfigError: `location` is something else than a file.
         StorageError: It cannot be written, or the claim is lost.
     """
-    target = location.path if location.is_local else None
     with _named(location):
-        if target is not None and target.exists() and not target.is_file():
+        if location.is_local and location.path.exists() and not location.path.is_file():
             raise ConfigError(f"{location} exists and is not a file; choose another output")
-        with _workplace(location, None if target is None else target.parent) as workplace:
-            path = workplace / location.name
+        with _private_directory(location, location.parent) as private:
+            path = private / location.name
             yield path
             _flush(path)
             if claim is not None:
                 claim.check()
-            if target is None:
-                location.upload(path)
+            if location.is_local:
+                os.replace(path, location.path)
+                _flush(location.path.parent)
             else:
-                os.replace(path, target)
-                _flush(target.parent)
+                location.upload(path)
 
 
 def publish_text(location: Location, text: str, *, claim: "Claim | None" = None) -> None:
@@ -102,35 +101,35 @@ def publish_directory(
         ConfigError: `location` is not empty (hidden files do not count), or not a directory.
         StorageError: It cannot be written, or the claim is lost.
     """
-    target = location.path if location.is_local else None
     with _named(location):
-        new = target if target is not None and not target.is_dir() else None
-        if new is not None and os.path.lexists(new):
+        is_new = location.is_local and not location.path.is_dir()
+        if is_new and os.path.lexists(location.path):
             raise ConfigError(f"{location} exists and is not a directory; choose another output")
         _interrupted(location, last)  # refuses before the work
-        with _workplace(location, target if new is None else new.parent) as workplace:
-            content = workplace / "content"
+        with _private_directory(location, location.parent if is_new else location) as private:
+            content = private / "content"
             content.mkdir()
             yield content
-            _flush_all(content)
+            for path in (*content.rglob("*"), content):
+                _flush(path)
             if claim is not None:
                 claim.check()
-            if new is None:
-                _fill(location, content, last)
+            if is_new:
+                os.rename(content, location.path)
+                _flush(location.path.parent)
             else:
-                os.rename(content, new)
-                _flush(new.parent)
+                _fill(location, content, last)
 
 
-def number_files(parts: Sequence[Path], name: str) -> list[Path]:
+def number_files(files: Sequence[Path], name: str) -> list[Path]:
     """Returns the files of a private directory under their final names, now that all are written.
 
     Args:
-        parts: The files, in order.
-        name: What the names begin with: `name-00000-of-00004.arrow`, with the ending of the parts.
+        files: The files, in order.
+        name: What the names begin with: `name-00000-of-00004.arrow`, with the files' own endings.
     """
-    names = [f"{name}-{i:05d}-of-{len(parts):05d}{p.suffix}" for i, p in enumerate(parts)]
-    return [part.rename(part.with_name(new)) for part, new in zip(parts, names, strict=True)]
+    names = [f"{name}-{i:05d}-of-{len(files):05d}{file.suffix}" for i, file in enumerate(files)]
+    return [file.rename(file.with_name(new)) for file, new in zip(files, names, strict=True)]
 
 
 def _interrupted(location: Location, last: str) -> list[str]:
@@ -150,15 +149,15 @@ def _fill(location: Location, content: Path, last: str) -> None:
     for name in _interrupted(location, last):
         (location / name).remove()
     publish_text(location / UNFINISHED, "".join(f"{name}\n" for name in names))
-    for name in names:
-        if location.is_local:
-            os.rename(content / name, location.path / name)
-            continue
-        for path in sorted([content / name, *(content / name).rglob("*")]):
-            if path.is_file():
-                (location / path.relative_to(content).as_posix()).upload(path)
     if location.is_local:
+        for name in names:
+            os.rename(content / name, location.path / name)
         _flush(location.path)
+    else:
+        for name in names:
+            for path in sorted([content / name, *(content / name).rglob("*")]):
+                if path.is_file():
+                    (location / path.relative_to(content).as_posix()).upload(path)
     (location / UNFINISHED).remove()
 
 
@@ -175,9 +174,9 @@ def _named(location: Location) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _workplace(location: Location, around: Path | None) -> Iterator[Path]:
-    """Yields an empty directory of this user alone, in `around` or the temporary directory."""
-    around = Path(tempfile.gettempdir()) if around is None else around
+def _private_directory(location: Location, parent: Location) -> Iterator[Path]:
+    """Yields an empty directory of this user alone, in `parent` or the temporary directory."""
+    around = parent.path if parent.is_local else Path(tempfile.gettempdir())
     around.mkdir(parents=True, exist_ok=True)
     name = location.path.absolute().name if location.is_local else str(location)
     prefix = f".ping-llm-{hashlib.sha256(name.encode(errors='surrogateescape')).hexdigest()[:12]}-"
@@ -185,26 +184,25 @@ def _workplace(location: Location, around: Path | None) -> Iterator[Path]:
         if left.startswith(prefix):
             _remove_if_dead(around / left)
     while True:
-        workplace = Path(tempfile.mkdtemp(prefix=prefix, dir=around))
+        private = Path(tempfile.mkdtemp(prefix=prefix, dir=around))
         with contextlib.suppress(FileNotFoundError):  # another took it for one that was left
-            if (lock := _lock(workplace / "lock")) is not None:
+            if (lock := _lock(private / "lock")) is not None:
                 break
     try:
-        (workplace / "work").mkdir()
-        yield workplace / "work"
+        (private / "work").mkdir()
+        yield private / "work"
     finally:
         _unlock(lock)
-        shutil.rmtree(workplace, ignore_errors=True)
+        shutil.rmtree(private, ignore_errors=True)
 
 
-def _remove_if_dead(workplace: Path) -> None:
+def _remove_if_dead(private: Path) -> None:
     with contextlib.suppress(OSError):  # of another user, or gone by now
-        status = os.lstat(workplace)
-        if stat.S_ISDIR(status.st_mode) and status.st_uid == os.geteuid():
-            lock = _lock(workplace / "lock")
-            if lock is not None:
-                shutil.rmtree(workplace, ignore_errors=True)
-                _unlock(lock)
+        status = os.lstat(private)
+        is_ours = stat.S_ISDIR(status.st_mode) and status.st_uid == os.geteuid()
+        if is_ours and (lock := _lock(private / "lock")) is not None:
+            shutil.rmtree(private, ignore_errors=True)
+            _unlock(lock)
 
 
 def _flush(path: Path) -> None:
@@ -216,13 +214,6 @@ def _flush(path: Path) -> None:
             raise
     finally:
         os.close(file)
-
-
-def _flush_all(directory: Path) -> None:
-    for folder, _, names in os.walk(directory, topdown=False):
-        for name in names:
-            _flush(Path(folder) / name)
-        _flush(Path(folder))
 
 
 # --- locks of files ------------------------------------------------------------------------------
@@ -277,8 +268,8 @@ class Claim:
         location: The output.
     """
 
-    def __init__(self, location: Location, what: str):
-        self.location = location
+    def __init__(self, location: Location, what: str, shared: bool):
+        self.location, self._shared = location, shared
         since = time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime())
         self._me = f"{what}, pid {os.getpid()} on {socket.gethostname()}, since {since}"
 
@@ -300,66 +291,76 @@ class Claim:
 class _LocalClaim(Claim):
     """A lock on a file beside the output, or in it where only that can be shared or written."""
 
-    def __init__(self, location: Location, what: str, shared: bool):
-        super().__init__(location, what)
-        path = location.path
-        with _named(location):
+    @contextlib.contextmanager
+    def held(self) -> Iterator[None]:
+        path = self.location.path
+        with _named(self.location):
             target = path.resolve() if path.is_dir() else path.parent.resolve() / path.name
             alone = os.path.ismount(target) or not os.access(target.parent, os.W_OK)
             inside = target.is_dir() and alone
-            self._path = target / _INSIDE if inside else target.parent / f".{target.name}.lock"
-            self._path.parent.mkdir(parents=True, exist_ok=True)
-            lock = _lock(self._path, shared=shared)
+            path = target / _INSIDE if inside else target.parent / f".{target.name}.lock"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            lock = _lock(path, shared=self._shared)
         if lock is None:
             holder = ""
             with contextlib.suppress(OSError):  # it has ended meanwhile
-                holder = self._path.read_text(encoding="utf-8", errors="replace")
+                holder = path.read_text(encoding="utf-8", errors="replace")
             raise self._refused(holder)
-        self._file = lock
-        with contextlib.suppress(OSError):  # on a full disk the refusal of others names nobody
-            os.ftruncate(lock, 0)
-            os.pwrite(lock, self._me.encode(), 0)
-
-    def release(self) -> None:
-        with contextlib.suppress(OSError):  # still shared with others, or out of reach by now
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            self._path.unlink()
-        _unlock(self._file)
+        try:
+            with contextlib.suppress(OSError):  # on a full disk the refusal of others names nobody
+                os.ftruncate(lock, 0)
+                os.pwrite(lock, self._me.encode(), 0)
+            yield
+        finally:
+            with contextlib.suppress(OSError):  # still shared with others, or out of reach by now
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                path.unlink()
+            _unlock(lock)
 
 
 class _Lease(Claim):
     """An object beside the output that says until when it is claimed, and is renewed."""
 
-    def __init__(self, location: Location, what: str, shared: bool):
-        super().__init__(location, what)
-        self._kv, self._key = location.parent.kv(), f".{location.name}.lock"
-        self._lost, self._expires, self._generation = False, 0.0, b""
+    @contextlib.contextmanager
+    def held(self) -> Iterator[None]:
+        self._kv, self._key = self.location.parent.kv(), f".{self.location.name}.lock"
+        self._lost, self._expires = True, 0.0
         self._renewing, self._stop = threading.Lock(), threading.Event()
-        self._thread = threading.Thread(target=self._keep_renewing, daemon=True)
-        self._shared = shared
-        while not self._generation:
-            value, generation = self._kv.read(self._key)
+        while self._lost:
+            value, self._generation = self._kv.read(self._key)
+            self._lost = False
             holder, left = _read_lease(value)
             if left > 0:
                 more = f"; if that was killed, its claim runs out in {math.ceil(left)} s"
                 raise self._refused(holder, more)
-            if shared:
+            if self._shared:
+                yield
                 return
-            self._write(generation)
-        self._thread.start()
-
-    def _write(self, generation: bytes) -> None:
-        expires = time.time() + LEASE_S
-        lease = {"holder": self._me, "expires": expires, "nonce": secrets.token_hex(8)}
-        written = self._kv.swap(self._key, json.dumps(lease).encode(), generation)
-        if written is not None:
-            self._generation, self._expires = written, expires
-        self._lost = written is None
+            self._renew()
+        thread = threading.Thread(target=self._keep_renewing, daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            self._stop.set()
+            thread.join(LEASE_S / 6)
+            # Deleted only while nobody can take it: on S3 that is not one step.
+            if not thread.is_alive() and self._is_sure():
+                try:
+                    self._kv.remove(self._key, self._generation)
+                except StorageError as error:  # then it runs out
+                    print(f"claim not released: {error}", file=sys.stderr, flush=True)
 
     def _renew(self) -> None:
         with self._renewing:
-            if not self._lost:
-                self._write(self._generation)
+            if self._lost:
+                return
+            expires = time.time() + LEASE_S
+            lease = {"holder": self._me, "expires": expires, "nonce": secrets.token_hex(8)}
+            written = self._kv.swap(self._key, json.dumps(lease).encode(), self._generation)
+            self._lost = written is None
+            if written is not None:
+                self._generation, self._expires = written, expires
 
     def _keep_renewing(self) -> None:
         while not self._stop.wait(LEASE_S / 4) and not self._lost:
@@ -380,18 +381,6 @@ class _Lease(Claim):
                 f"{self.location} was taken over by another process while this one had not renewed "
                 f"its claim for {LEASE_S:.0f} s; nothing more was written; let the other one finish"
             )
-
-    def release(self) -> None:
-        self._stop.set()
-        if self._shared:
-            return
-        self._thread.join(LEASE_S / 6)
-        # Deleted only while nobody can take it: on S3 that is not one step.
-        if not self._thread.is_alive() and self._is_sure():
-            try:
-                self._kv.remove(self._key, self._generation)
-            except StorageError as error:  # then it runs out
-                print(f"claim not released: {error}", file=sys.stderr, flush=True)
 
 
 def _read_lease(value: bytes | None) -> tuple[str, float]:
@@ -434,15 +423,13 @@ def claim(
         ConfigError: Another process holds it, or the stored settings are others.
         StorageError: It cannot be claimed.
     """
-    held = (_LocalClaim if location.is_local else _Lease)(location, what, shared)
-    try:
+    own = (_LocalClaim if location.is_local else _Lease)(location, what, shared)
+    with own.held():
         if stored is not None and (before := stored()) is not None:
             from ping_llm.settings import refuse_changes
 
             refuse_changes(before, settings, location)
-        yield held
-    finally:
-        held.release()
+        yield own
 
 
 # --- content -------------------------------------------------------------------------------------
@@ -469,20 +456,19 @@ def digest_files(files: Sequence[StoredFile], *, workers: int = 8) -> list[FileD
         DataError: A file breaks off or cannot be read.
         StorageError: A file is absent.
     """
-    total = sum(file.size for file in files)
+    total, digests = sum(file.size for file in files), []
     with ThreadPoolExecutor(workers) as pool, progress("hash", total=total, unit="bytes") as bar:
-        digests = []
-        for file, sha256 in zip(files, pool.map(_sha256, files), strict=True):
-            digests.append(FileDigest(file.location.name, file.size, sha256))
-            bar.update(file.size)
+        for each in pool.map(_digest_file, files):
+            digests.append(each)
+            bar.update(each.size)
     return digests
 
 
-def _sha256(file: StoredFile) -> str:
+def _digest_file(file: StoredFile) -> FileDigest:
     try:
         raw = file.location.open_input()
         with io.BufferedReader(raw, 4 << 20) as content:  # pyright: ignore[reportArgumentType]
-            return file_digest(content)
+            return FileDigest(file.location.name, file.size, file_digest(content))
     except OSError as error:
         raise DataError(f"{file.location} cannot be read: {error}") from None
 

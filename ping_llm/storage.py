@@ -5,14 +5,17 @@ credentials as the clouds' own tools do. What several writers share goes through
 which can create a value only where there is none, and swap one for another.
 """
 
+import contextlib
 import dataclasses
 import fcntl
 import fnmatch
 import hashlib
 import os
+import re
 import shutil
 import struct
 import tempfile
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -27,6 +30,15 @@ REMOTE = ("gs://", "s3://")
 RETRIES = {"max_retries": 12, "initial_delay": "500ms", "max_delay": "30s"}  # 3.5 to 7 minutes
 LOCK_S = 10.0  # for which a local file may be locked by another process
 REFUSALS = 8  # of a write whose condition holds
+
+
+@contextlib.contextmanager
+def _operation(location: "Location", what: str) -> Iterator[None]:
+    """Makes the errors of the file system name the location, and what cannot be done with it."""
+    try:
+        yield
+    except OSError as error:
+        raise StorageError(f"{location} cannot be {what}: {error}") from None
 
 
 @dataclasses.dataclass(frozen=True, order=True)
@@ -74,13 +86,8 @@ class Location:
         Raises:
             StorageError: `name` is anything but one path component of printable characters.
         """
-        if (
-            not isinstance(name, str)
-            or name in ("", ".", "..")
-            or not name.isprintable()
-            or "/" in name
-            or "\\" in name
-        ):
+        misleads = re.compile(r"\.{0,2}|.*[/\\].*")  # nowhere, upwards, or through directories
+        if not isinstance(name, str) or not name.isprintable() or misleads.fullmatch(name):
             shown = safe(name)[:80]
             raise StorageError(f"{self}: `{shown}` is not the name of a file there; refusing it")
         return self / name
@@ -116,10 +123,8 @@ class Location:
 
     def _info(self) -> fs.FileInfo:
         filesystem, path, _ = _filesystem(self)
-        try:
+        with _operation(self, "reached"):
             return filesystem.get_file_info(path)
-        except OSError as error:
-            raise StorageError(f"{self} cannot be reached: {error}") from None
 
     def is_file(self) -> bool:
         """Returns whether there is a file of that name."""
@@ -154,19 +159,15 @@ class Location:
         # Arrow lists directories in GCS only where an object stands for them.
         deep = self.url.startswith("gs://")
         selector = fs.FileSelector(path, allow_not_found=True, recursive=deep)
-        try:
+        with _operation(self, "listed"):
             found = filesystem.get_file_info(selector)
-        except OSError as error:
-            raise StorageError(f"{self} cannot be listed: {error}") from None
         below = len(path.rstrip("/")) + 1
         return sorted({info.path[below:].partition("/")[0] for info in found})
 
     def _listing(self) -> list[tuple[str, int, int]]:
         filesystem, path, _ = _filesystem(self)
-        try:
+        with _operation(self, "listed"):
             found = filesystem.get_file_info(fs.FileSelector(path, recursive=True))
-        except OSError as error:
-            raise StorageError(f"{self} cannot be listed: {error}") from None
         return sorted((info.path, info.size, info.mtime_ns) for info in found if info.is_file)
 
     def find(self) -> "list[StoredFile]":
@@ -179,36 +180,29 @@ class Location:
             StorageError: Nothing is there, or it cannot be listed.
         """
         filesystem, path, prefix = _filesystem(self)
-        try:
+        with _operation(self, "listed"):
             info = filesystem.get_file_info(path)
             if info.type == fs.FileType.File:
                 return [StoredFile(Location(prefix + info.path), info.size)]
             if info.type == fs.FileType.Directory:
                 base, wanted = path, None
             else:
-                fixed = path[: min((path.find(c) for c in "*?[" if c in path), default=len(path))]
+                fixed = re.split(r"[*?[]", path)[0]
                 base, wanted = fixed.rpartition("/")[0] or "/", path
                 if fixed == path:
                     raise StorageError(f"{self} does not exist")
             selector = fs.FileSelector(base, recursive=True, allow_not_found=True)
-            files = [f for f in filesystem.get_file_info(selector) if f.type == fs.FileType.File]
-        except OSError as error:
-            raise StorageError(f"{self} cannot be listed: {error}") from None
+            files = [f for f in filesystem.get_file_info(selector) if f.is_file]
         if wanted is None:
             below = len(base.rstrip("/")) + 1
-            hidden = (".", "_")
-            files = [
-                f for f in files if not any(p.startswith(hidden) for p in f.path[below:].split("/"))
-            ]
+            files = [f for f in files if not re.search(r"(^|/)[._]", f.path[below:])]
         else:
             # One `*` stays within one directory, as in a shell.
             parts = wanted.split("/")
             files = [f for f in files if _matches(f.path.split("/"), parts)]
         if not files:
             raise StorageError(f"{self}: no file there")
-        return sorted(
-            (StoredFile(Location(prefix + f.path), f.size) for f in files), key=lambda f: f.location
-        )
+        return sorted(StoredFile(Location(prefix + f.path), f.size) for f in files)
 
     def open_input(self) -> BinaryIO:
         """Returns a seekable binary file to read.
@@ -217,10 +211,8 @@ class Location:
             StorageError: It is absent or cannot be read.
         """
         filesystem, path, _ = _filesystem(self)
-        try:
+        with _operation(self, "read"):
             return filesystem.open_input_file(path)
-        except OSError as error:
-            raise StorageError(f"{self} cannot be read: {error}") from None
 
     def read_bytes(self) -> bytes:
         """Returns the content of a file.
@@ -228,11 +220,8 @@ class Location:
         Raises:
             StorageError: It is absent or cannot be read.
         """
-        with self.open_input() as file:
-            try:
-                return file.read()
-            except OSError as error:
-                raise StorageError(f"{self} cannot be read: {error}") from None
+        with self.open_input() as file, _operation(self, "read"):
+            return file.read()
 
     def read_text(self) -> str:
         """Returns the content of a UTF-8 file.
@@ -258,13 +247,10 @@ class Location:
             with open(local, "rb") as source, filesystem.open_output_stream(path) as sink:
                 shutil.copyfileobj(source, sink, 8 << 20)
 
-        try:
-            # Arrow takes a stream that an exception closes for a whole object. So the copy goes on
-            # in a thread, where no signal interrupts it.
-            with ThreadPoolExecutor(1) as pool:
-                pool.submit(copy).result()
-        except OSError as error:
-            raise StorageError(f"{self} cannot be written: {error}") from None
+        # Arrow takes a stream that an exception closes for a whole object. So the copy goes on in a
+        # thread, where no signal interrupts it.
+        with _operation(self, "written"), ThreadPoolExecutor(1) as pool:
+            pool.submit(copy).result()
 
     def download(self, local: Path) -> None:
         """Copies the content of this file to a local path, whose directory is made if need be.
@@ -273,12 +259,9 @@ class Location:
             StorageError: It is absent, or cannot be read or written.
         """
         local.parent.mkdir(parents=True, exist_ok=True)
-        with self.open_input() as source:
-            try:
-                with open(local, "wb") as sink:
-                    shutil.copyfileobj(source, sink, 8 << 20)
-            except OSError as error:
-                raise StorageError(f"{self} cannot be copied to {local}: {error}") from None
+        copied = _operation(self, f"copied to {local}")
+        with self.open_input() as source, copied, open(local, "wb") as sink:
+            shutil.copyfileobj(source, sink, 8 << 20)
 
     def remove(self) -> None:
         """Deletes a file, or a directory with all below it; nothing need be there.
@@ -288,15 +271,13 @@ class Location:
         """
         filesystem, path, _ = _filesystem(self)
         kind = self._info().type
-        try:
+        with _operation(self, "deleted"):
             if kind == fs.FileType.File:
                 filesystem.delete_file(path)
             elif kind == fs.FileType.Directory and self.is_local:
                 filesystem.delete_dir(path)
             elif kind == fs.FileType.Directory:  # by prefix: Arrow expects an object `path/`
                 self.parent.kv().delete(f"{self.name}/")
-        except OSError as error:
-            raise StorageError(f"{self} cannot be deleted: {error}") from None
 
     def local_copy(self, *, identity: str | None = None) -> Path:
         """Returns a local directory with the files below this one, which one can memory-map.
@@ -311,11 +292,8 @@ class Location:
         """
         if self.is_local:
             return self.path
-        content = (
-            repr(self._listing()).encode() if identity is None else (self / identity).read_bytes()
-        )
-        key = hashlib.sha256(self.url.encode() + b"\0" + content)
-        root = cache_root()
+        content = repr(self._listing()).encode() if not identity else (self / identity).read_bytes()
+        root, key = cache_root(), hashlib.sha256(self.url.encode() + b"\0" + content)
         target = root / key.hexdigest()[:24]
         if target.is_dir():
             return target
@@ -345,9 +323,9 @@ def cache_root() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ping-llm"
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, order=True)
 class StoredFile:
-    """One file found.
+    """A file that is there.
 
     Attributes:
         location: Where it is.
@@ -356,11 +334,6 @@ class StoredFile:
 
     location: Location
     size: int
-
-    @property
-    def url(self) -> str:
-        """Its path or URL."""
-        return str(self.location)
 
 
 def _filesystem(location: Location) -> tuple[fs.FileSystem, str, str]:
@@ -384,21 +357,21 @@ def _filesystem(location: Location) -> tuple[fs.FileSystem, str, str]:
 def _s3(authority: str) -> tuple[fs.FileSystem, str]:
     """Returns (Arrow's S3, bucket); unlike `from_uri` it goes on for as long as our own writes."""
     user, _, bucket = authority.rpartition("@")
-    endpoint, region = _s3_place()
+    endpoint, region = _s3_endpoint()
     if region is None and endpoint is None:
         region = fs.resolve_s3_region(bucket)
-    where = urlsplit(endpoint or "https://")
+    parts = urlsplit(endpoint or "https://")
     s3 = fs.S3FileSystem(
         anonymous=user == "anonymous",
         region=region,
-        endpoint_override=where.netloc or None,
-        scheme=where.scheme,
+        endpoint_override=parts.netloc or None,
+        scheme=parts.scheme,
         retry_strategy=fs.AwsStandardS3RetryStrategy(max_attempts=RETRIES["max_retries"] + 1),
     )
     return s3, bucket
 
 
-def _s3_place() -> tuple[str | None, str | None]:
+def _s3_endpoint() -> tuple[str | None, str | None]:
     """Returns (URL of the endpoint, region), as the environment has them."""
     env = os.environ.get
     endpoint = env("AWS_ENDPOINT_URL_S3") or env("AWS_ENDPOINT_URL")
@@ -423,7 +396,7 @@ class KeyValueStore:
     minutes, less and less often; then it is an error that names the object.
 
     Attributes:
-        url: The place.
+        url: The path or URL.
         context: TensorStore's, for arrays in it.
     """
 
@@ -481,35 +454,24 @@ class KeyValueStore:
             written = self._wait("written", key, pending, LOCK_S).generation
             if written:
                 return written
-            present, found = self.read(key)
+            present, current = self.read(key)
             if present == value:
-                return found
-            if found != generation:
+                return current
+            if current != generation:
                 return None
         where = self._location / key
         raise StorageError(f"{where} cannot be written: its condition is refused, though it holds")
 
     def keys(self, prefix: str) -> list[str]:
         """Returns the keys that begin with `prefix`, sorted."""
-        import tensorstore
-
-        end = prefix[:-1] + chr(ord(prefix[-1]) + 1) if prefix else ""
-        found = self._wait(
-            "listed", prefix, self._kv.list(tensorstore.KvStore.KeyRange(prefix, end))
-        )
-        return sorted(key for key in map(bytes.decode, found) if not key.endswith(_LOCK))
+        listed = self._wait("listed", prefix, self._kv.list(_keys_of(prefix)))
+        return sorted(key for key in map(bytes.decode, listed) if not key.endswith(_LOCK))
 
     def delete(self, prefix: str) -> None:
         """Deletes every key that begins with `prefix`."""
-        import tensorstore
-
-        end = prefix[:-1] + chr(ord(prefix[-1]) + 1)
-        key_range = tensorstore.KvStore.KeyRange(prefix, end)
-        self._wait("deleted", prefix, self._kv.delete_range(key_range))
-        if prefix.endswith("/") and self._location.is_local:
-            shutil.rmtree(
-                (self._location / prefix).path, ignore_errors=True
-            )  # directories, empty now
+        self._wait("deleted", prefix, self._kv.delete_range(_keys_of(prefix)))
+        if prefix.endswith("/") and self._location.is_local:  # directories, empty now
+            shutil.rmtree((self._location / prefix).path, ignore_errors=True)
 
     def remove(self, key: str, generation: bytes) -> None:
         """Deletes the value of `generation`; another one stays.
@@ -531,15 +493,12 @@ class KeyValueStore:
             lock = os.open(path, os.O_RDWR)
         except OSError:  # there is none
             return
-        try:
+        is_in_use = contextlib.suppress(BlockingIOError, PermissionError, FileNotFoundError)
+        with os.fdopen(lock), is_in_use:
             _lock_at_once(lock)
             # Renamed meanwhile it would be the value itself; locked, it cannot be renamed any more.
             if os.path.samestat(os.fstat(lock), os.stat(path)):
                 os.ftruncate(lock, 0)
-        except (BlockingIOError, PermissionError, FileNotFoundError):  # its writer lives
-            pass
-        finally:
-            os.close(lock)
 
     def _wait(self, what: str, key: str, pending: Any, lock_s: float | None = None) -> Any:
         try:
@@ -554,6 +513,14 @@ class KeyValueStore:
             raise StorageError(f"{self._location / key} cannot be {what}: {reason}") from None
 
 
+def _keys_of(prefix: str) -> Any:
+    """Returns the range of the keys that begin with `prefix`."""
+    import tensorstore
+
+    end = prefix[:-1] + chr(ord(prefix[-1]) + 1) if prefix else ""
+    return tensorstore.KvStore.KeyRange(prefix, end)
+
+
 def _lock_at_once(file: int) -> None:
     """Locks an open file, on Linux as TensorStore does, against its other openings here too.
 
@@ -562,9 +529,8 @@ def _lock_at_once(file: int) -> None:
     Raises:
         BlockingIOError: It is locked.
     """
-    if hasattr(
-        fcntl, "F_OFD_SETLK"
-    ):  # Linux: a lock of the open file, fcntl(2); 64-bit `struct flock`
+    if hasattr(fcntl, "F_OFD_SETLK"):  # Linux: a lock of the open file, see fcntl(2)
+        # A `struct flock` of 64 bits: the whole file, from its start.
         all_of_it = struct.pack("hhqqi4x", fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0)
         fcntl.fcntl(file, fcntl.F_OFD_SETLK, all_of_it)
     else:
@@ -586,51 +552,7 @@ def _kvstore_spec(location: Location) -> dict[str, Any]:
         credentials = {"type": "anonymous"}
     elif env("AWS_ACCESS_KEY_ID") and env("AWS_SECRET_ACCESS_KEY"):
         credentials = {"type": "environment"}  # the first place, without asking the others
-    endpoint, region = _s3_place()
+    endpoint, region = _s3_endpoint()
     optional = {"endpoint": endpoint, "aws_region": region, "aws_credentials": credentials}
     spec["s3_request_retries"] = RETRIES
     return {"driver": "s3", **spec, **{key: value for key, value in optional.items() if value}}
-
-
-# --- until every room names a Location ----------------------------------------------------------
-
-
-def is_remote(url: str | Path) -> bool:
-    """Returns whether `url` names an object store."""
-    return str(url).startswith(REMOTE)
-
-
-def join(url: str | Path, name: str) -> str:
-    """Returns the path or URL of `name` below `url`."""
-    return f"{str(url).rstrip('/')}/{name}"
-
-
-def find(pattern: str | Path) -> list[StoredFile]:
-    """Returns `Location.find` of `pattern`."""
-    return Location.of(pattern).find()
-
-
-def open_input(url: str | Path) -> BinaryIO:
-    """Returns `Location.open_input` of `url`."""
-    return Location.of(url).open_input()
-
-
-def exists(url: str | Path) -> bool:
-    """Returns `Location.is_file` of `url`."""
-    return Location.of(url).is_file()
-
-
-def upload_directory(local: Path, url: str, *, last: str) -> None:
-    """Copies the files of the directory `local` to `url`, the file named `last` after the others.
-
-    Raises:
-        StorageError: A copy failed; `last` is then not there.
-    """
-    names = sorted(p.name for p in local.iterdir() if p.is_file())
-    for name in [*(n for n in names if n != last), last]:
-        (Location.of(url) / name).upload(local / name)
-
-
-def local_directory(url: str | Path, *, identity: str) -> Path:
-    """Returns `Location.local_copy` of `url`."""
-    return Location.of(url).local_copy(identity=identity)

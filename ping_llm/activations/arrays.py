@@ -33,7 +33,7 @@ class ColumnSlice:
     Attributes:
         index: Which of the equal parts of the columns.
         count: How many there are, one a process.
-        leads: Whether this process also writes everything else, and commits.
+        leads: Whether this process writes all other arrays as well, and commits.
     """
 
     index: int = 0
@@ -88,11 +88,10 @@ class ShardedArray:
         self.shape, self.dtype, self.shard_shape = shape, dtype, [shard_rows, *width]
         self.missing, self.checksums = shape[0], [0] * -(-shape[0] // shard_rows)
         self._open: dict[int, tuple[np.ndarray, int]] = {}  # by shard: (rows, how many are there)
-        metadata = _metadata(shape, dtype, [chunk_rows, *width], self.shard_shape, zstd=zstd)
         spec = {
             "driver": "zarr3",
             "kvstore": kv.spec(key),
-            "metadata": metadata,
+            "metadata": self._metadata([chunk_rows, *width], zstd=zstd),
             # A chunk of zeros is stored like any other: a missing one is an error, never zeros.
             "store_data_equal_to_fill_value": True,
             # It may be there: made by another process of the group, or by a request whose answer
@@ -100,14 +99,9 @@ class ShardedArray:
             "create": True,
             "open": True,
         }
-        try:
-            array = ts.open(spec, context=kv.context).result()
-        except (ValueError, OSError, RuntimeError) as error:
-            raise StorageError(f"{kv.url}/{key} cannot be created: {first_line(error)}") from None
-        first = [columns.index * size for size in width]
-        self._array = array[
-            (slice(None), *(slice(c, c + n) for c, n in zip(first, width, strict=True)))
-        ]
+        array = store_result(ts.open(spec, context=kv.context), f"{kv.url}/{key}", "created")
+        own = (slice(columns.index * size, (columns.index + 1) * size) for size in width)
+        self._array = array[(slice(None), *own)]
 
     @property
     def nbytes(self) -> int:
@@ -125,12 +119,12 @@ class ShardedArray:
             size = min(shard_rows, self.shape[0] - first)
             if shard not in self._open:
                 self._open[shard] = np.empty((size, *self.shard_shape[1:]), self.dtype), 0
-            buffer, present = self._open[shard]
+            buffer, present = self._open.pop(shard)
             taken = rows[: size - within]
             buffer[within : within + len(taken)] = taken
-            self._open[shard] = buffer, present + len(taken)
-            if present + len(taken) == size:
-                del self._open[shard]
+            if present + len(taken) < size:
+                self._open[shard] = buffer, present + len(taken)
+            else:
                 self.checksums[shard] = zlib.crc32(buffer.view(np.uint8).data)
                 # The buffer is never touched again, so TensorStore need not copy it.
                 write = self._array[first : first + size].write(
@@ -140,29 +134,26 @@ class ShardedArray:
             rows, start = rows[len(taken) :], start + len(taken)
         return writes
 
-
-def _metadata(
-    shape: tuple[int, ...], dtype: np.dtype, chunk: list[int], shard: list[int], *, zstd: bool
-) -> dict[str, Any]:
-    """Returns what `zarr.json` says of an array in shards, each of chunks with a CRC-32C."""
-    little = {"name": "bytes", "configuration": {"endian": "little"}}
-    codecs = [little if dtype.itemsize > 1 else {"name": "bytes"}]
-    if zstd:
-        codecs.append({"name": "zstd", "configuration": {"level": 1, "checksum": False}})
-    sharding = {
-        "chunk_shape": chunk,
-        "codecs": [*codecs, {"name": "crc32c"}],
-        "index_codecs": [little, {"name": "crc32c"}],
-        "index_location": "end",
-    }
-    return {
-        "shape": list(shape),
-        "data_type": dtype.name,
-        "fill_value": 0,
-        "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": shard}},
-        "chunk_key_encoding": {"name": "default"},
-        "codecs": [{"name": "sharding_indexed", "configuration": sharding}],
-    }
+    def _metadata(self, chunk: list[int], *, zstd: bool) -> dict[str, Any]:
+        """Returns what `zarr.json` says of an array in shards, each of chunks with a CRC-32C."""
+        little = {"name": "bytes", "configuration": {"endian": "little"}}
+        codecs = [little if self.dtype.itemsize > 1 else {"name": "bytes"}]
+        if zstd:
+            codecs.append({"name": "zstd", "configuration": {"level": 1, "checksum": False}})
+        sharding = {
+            "chunk_shape": chunk,
+            "codecs": [*codecs, {"name": "crc32c"}],
+            "index_codecs": [little, {"name": "crc32c"}],
+            "index_location": "end",
+        }
+        return {
+            "shape": list(self.shape),
+            "data_type": self.dtype.name,
+            "fill_value": 0,
+            "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": self.shard_shape}},
+            "chunk_key_encoding": {"name": "default"},
+            "codecs": [{"name": "sharding_indexed", "configuration": sharding}],
+        }
 
 
 def _published_key(kv: KeyValueStore, done: Mapping[str, Any], name: str) -> str:
@@ -175,24 +166,20 @@ def open_array(kv: KeyValueStore, done: Mapping[str, Any], name: str) -> ts.Tens
     """Returns an array of a published unit."""
     key = _published_key(kv, done, name)
     spec = {"driver": "zarr3", "kvstore": kv.spec(key), "fill_missing_data_reads": False}
-    return read_result(ts.open(spec, read=True, context=kv.context), f"{kv.url}/{key}")
+    return store_result(ts.open(spec, read=True, context=kv.context), f"{kv.url}/{key}")
 
 
-def read_result(read: Any, where: str) -> Any:
-    """Returns what a read of TensorStore gives.
+def store_result(pending: Any, where: str, what: str = "read") -> Any:
+    """Returns what TensorStore makes of an operation, once it is done.
 
     Raises:
-        StorageError: It failed; the message names `where`.
+        StorageError: It failed; the message says that `where` cannot be `what`.
     """
     try:
-        return read.result()
+        return pending.result()
     except (ValueError, OSError, RuntimeError) as error:
-        raise StorageError(f"{where} cannot be read: {first_line(error)}") from None
-
-
-def first_line(error: Exception) -> str:
-    """Returns the first line of TensorStore's message, shortened."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
+        raise StorageError(f"{where} cannot be {what}: {reason}") from None
 
 
 def verify_array(kv: KeyValueStore, done: Mapping[str, Any], name: str) -> list[str]:
@@ -212,7 +199,7 @@ def verify_array(kv: KeyValueStore, done: Mapping[str, Any], name: str) -> list[
             for i, step, size in zip(index, shard, shape, strict=True)
         )
         try:
-            content = np.ascontiguousarray(read_result(array[region].read(), f"{kv.url}/{key}"))
+            content = np.ascontiguousarray(store_result(array[region].read(), f"{kv.url}/{key}"))
         except StorageError as error:
             errors.append(f"{kv.url}/{key}/{file} is damaged: {error}")
             continue

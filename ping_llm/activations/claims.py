@@ -10,6 +10,7 @@ Claims keep workers from doing work twice. That a unit is published once is not 
 """
 
 import dataclasses
+import itertools
 import json
 import os
 import random
@@ -151,7 +152,7 @@ class Claims:
         self._nonce = secrets.token_hex(8)
         self.worker = worker or f"{socket.gethostname()}-{os.getpid()}-{self._nonce[:4]}"
         self._kv, self._lease_s, self._clock = kv, lease_s, clock
-        self._written = 0
+        self._counter = itertools.count(1)
         self._held: dict[int, UnitClaim] = {}
         self._seen: dict[int, tuple[bytes, float]] = {}  # others' claims, and since when unchanged
         self._locked: dict[int, bytes] = {}  # claims whose files are locked
@@ -198,8 +199,7 @@ class Claims:
         before = self._clock()
         present, generation = read_claim(self._kv, unit)
         if present is not None:
-            done = store.read_done(self._kv, unit)
-            if done is not None:
+            if (done := store.read_done(self._kv, unit)) is not None:
                 self.done[unit] = done
                 return None
             if present["held"] and not self._is_stale(unit, generation, before):
@@ -238,12 +238,9 @@ class Claims:
             print(
                 f"waiting for other workers; units left: {len(left)}", file=sys.stderr, flush=True
             )
-        now = self._clock()
-        seen = [
-            self._seen[unit] for unit in left if unit in self._seen and unit not in self._locked
-        ]
-        stale_at = [since + self._lease_s for _, since in seen]
-        time.sleep(max(min([self._pause, *(at - now for at in stale_at)]), 0.001))
+        now, watched = self._clock(), (set(left) & self._seen.keys()) - self._locked.keys()
+        until_stale = [self._seen[unit][1] + self._lease_s - now for unit in watched]
+        time.sleep(max(min([self._pause, *until_stale]), 0.001))
         self._pause = min(self._pause * 1.5, self._lease_s / 12, LONGEST_POLL_S)
 
     def renew(self, claim: UnitClaim) -> bool:
@@ -286,7 +283,7 @@ class Claims:
             self.renew_all()
 
     def release(self, claim: UnitClaim, published: dict[str, Any] | None = None) -> None:
-        """Lets go of a unit: it is published, by whomever, or given up and free for others."""
+        """Lets go of a unit: it is published, or given up and free for others."""
         with self._lock:
             self._held.pop(claim.unit, None)
             if published is not None:
@@ -300,9 +297,7 @@ class Claims:
             print(f"claim not released: {error}", file=sys.stderr, flush=True)
 
     def _content(self, *, held: bool = True) -> bytes:
-        with self._lock:
-            self._written += 1  # so no two contents are equal, nor their generations
-            counter = self._written
-        return canonical_json(
-            {"worker": self.worker, "nonce": self._nonce, "counter": counter, "held": held}
-        )
+        # Counted, so that no two contents are equal, nor their generations.
+        counter = next(self._counter)
+        claim = {"worker": self.worker, "nonce": self._nonce, "counter": counter, "held": held}
+        return canonical_json(claim)

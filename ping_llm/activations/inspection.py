@@ -1,4 +1,4 @@
-"""A look at a store: what it holds, whether it is whole, and who is at work on it."""
+"""What a store holds, whether it is whole, and which workers are active."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -95,43 +95,38 @@ def inspect_activations(chosen: InspectActivationsSettings) -> InspectActivation
     holders: dict[int, Holder] = {}
     for unit in range(len(manifest["units"])):
         try:
-            published = store.read_done(kv, unit)
-            if published is not None:
+            if (published := store.read_done(kv, unit)) is not None:
                 done[unit] = published
+                if published["identity"] != store.identity(manifest):
+                    marker = f"{kv.url}/{store.done_key(unit)}"
+                    errors.append(f"{marker} is of a store with other settings")
             elif (holder := read_holder(kv, unit)) is not None:
                 holders[unit] = holder
         except StorageError as error:
             errors.append(str(error))
-            continue
-        if published is not None and published["identity"] != store.identity(manifest):
-            errors.append(f"{kv.url}/{store.done_key(unit)} is of a store with other settings")
     stale = find_stale(kv, holders, manifest["lease_seconds"]) if chosen.watch else None
-    entries = list(done.values())
+    entries, units = list(done.values()), len(manifest["units"])
+    counts = store.totals(entries, "samples", "tokens", "bytes")
     if chosen.verify:
-        total = sum(entry["bytes"] for entry in entries)
-        with progress("verify", total=total, unit="bytes") as bar:
+        with progress("verify", total=counts["bytes"], unit="bytes") as bar:
             for entry in entries:
                 for name in entry["arrays"]:
                     errors += verify_array(kv, entry, name)
                 bar.update(entry["bytes"])
-    sites = [entry["site"] for entry in manifest["arrays"]]
-    layers = {entry["layer"] for entry in manifest["arrays"]} - {None}
     workers = _by_worker(entries, holders, stale)
     return InspectActivationsResult(
-        samples=sum(entry["samples"] for entry in entries),
-        tokens=sum(entry["tokens"] for entry in entries),
-        layers=sorted(layers),
-        sites=list(dict.fromkeys(sites)),
+        **counts,
+        layers=sorted({entry["layer"] for entry in manifest["arrays"]} - {None}),
+        sites=list(dict.fromkeys(entry["site"] for entry in manifest["arrays"])),
         d_model=manifest["d_model"],
         dtype=manifest["settings"]["dtype"],
         units_done=len(done),
-        units=len(manifest["units"]),
-        bytes=sum(entry["bytes"] for entry in entries),
-        complete=len(done) == len(manifest["units"]),
+        units=units,
+        complete=len(done) == units,
         workers=workers,
         stale_leases=stale,
         lease_seconds=manifest["lease_seconds"],
-        eta_seconds=_eta(workers, left=len(manifest["units"]) - len(done)),
+        eta_seconds=_eta(workers, left=units - len(done)),
         statistics={
             entry["name"]: combine([unit["statistics"][entry["name"]] for unit in entries])
             for entry in manifest["arrays"]
@@ -151,9 +146,7 @@ def _by_worker(
         leased = [unit for unit, holder in holders.items() if holder.worker == name]
         workers[name] = WorkerProgress(
             units=len(own),
-            samples=sum(entry["samples"] for entry in own),
-            tokens=sum(entry["tokens"] for entry in own),
-            seconds=sum(entry["seconds"] for entry in own),
+            **store.totals(own, "samples", "tokens", "seconds"),
             leased=leased,
             stale=None if stale is None else [unit for unit in leased if unit in stale],
         )

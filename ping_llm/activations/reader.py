@@ -10,7 +10,7 @@ import numpy as np
 import tensorstore as ts
 
 from ping_llm.activations import store
-from ping_llm.activations.arrays import open_array, read_result
+from ping_llm.activations.arrays import open_array, store_result
 from ping_llm.activations.roles import REAL
 from ping_llm.errors import ConfigError, StorageError
 from ping_llm.models.config import END_SITES
@@ -114,7 +114,8 @@ class ActivationReader:
 
     def _samples(self, unit: int, rows: np.ndarray) -> list[str]:
         names = ("sample_offsets", "sample_ids", "sample_id_offsets")
-        offsets, text, bounds = (self._read(self._array(unit, name)) for name in names)
+        stored = [self._array(unit, name).read() for name in names]
+        offsets, text, bounds = (store_result(read, self._kv.url) for read in stored)
         sample = np.searchsorted(offsets, rows, side="right") - 1
         content = text.tobytes()
         return [content[bounds[s] : bounds[s + 1]].decode() for s in sample.tolist()]
@@ -123,9 +124,6 @@ class ActivationReader:
         if (unit, name) not in self._arrays:
             self._arrays[unit, name] = open_array(self._kv, self._done[unit], name)
         return self._arrays[unit, name]
-
-    def _read(self, array: ts.TensorStore) -> np.ndarray:
-        return read_result(array.read(), self._kv.url)
 
     def _gather(self, name: str, numbers: np.ndarray) -> np.ndarray:
         which = np.searchsorted(self._starts, numbers, side="right") - 1
@@ -136,7 +134,7 @@ class ActivationReader:
         first = self._array(0, name)
         rows = np.empty((len(numbers), *first.shape[1:]), first.dtype.numpy_dtype)
         for unit, read in pending:
-            rows[which == unit] = read_result(read, self._kv.url)
+            rows[which == unit] = store_result(read, self._kv.url)
         return rows
 
     def batches(
@@ -170,48 +168,37 @@ class ActivationReader:
             raise ConfigError(f"{kind=} is not one of {', '.join(KINDS)}")
         if not 0 < batch_size <= len(self):
             raise ConfigError(f"{batch_size=} must be in 1..{len(self)}, the rows of the store")
-        return self._stream(batch_size, seed, epochs, buffer_mb, real_only, kind)
 
-    def _stream(
-        self,
-        batch_size: int,
-        seed: int,
-        epochs: int | None,
-        buffer_mb: float,
-        real_only: bool,
-        kind: str,
-    ) -> Iterator[Any]:
-        pieces = self._pieces()
-        row_bytes = self.shape[1] * self.dtype.itemsize
-        per_buffer = max(int(buffer_mb * 1e6 / (row_bytes * max(n for _, _, n in pieces))), 1)
-        left = np.empty((0, self.shape[1]), self.dtype)
-        for epoch in itertools.count() if epochs is None else range(epochs):
-            rng = np.random.Generator(np.random.Philox(key=[seed, epoch]))
-            order = rng.permutation(len(pieces))
-            groups = [order[i : i + per_buffer] for i in range(0, len(order), per_buffer)]
-            ahead = self._start([pieces[i] for i in groups[0]], real_only)
-            for following in [*groups[1:], None]:
-                loaded = [left, *(_chosen(read, roles, self._kv.url) for read, roles in ahead)]
-                if following is not None:
-                    ahead = self._start([pieces[i] for i in following], real_only)
-                rows = np.concatenate(loaded)
-                del loaded
-                shuffled = rng.permutation(len(rows))
-                full = len(rows) // batch_size * batch_size
-                for start in range(0, full, batch_size):
-                    yield _as(kind, rows[shuffled[start : start + batch_size]])
-                left = rows[shuffled[full:]]
+        def stream() -> Iterator[Any]:
+            pieces = self._pieces()
+            row_bytes = self.shape[1] * self.dtype.itemsize
+            per_buffer = max(int(buffer_mb * 1e6 / (row_bytes * max(n for _, _, n in pieces))), 1)
+            left = np.empty((0, self.shape[1]), self.dtype)
+            for epoch in itertools.count() if epochs is None else range(epochs):
+                rng = np.random.Generator(np.random.Philox(key=[seed, epoch]))
+                order = [pieces[i] for i in rng.permutation(len(pieces))]
+                groups = [order[i : i + per_buffer] for i in range(0, len(order), per_buffer)]
+                ahead = self._start(groups[0], real_only)
+                for following in [*groups[1:], []]:
+                    loaded = [left, *(_chosen(read, roles, self._kv.url) for read, roles in ahead)]
+                    ahead = self._start(following, real_only)
+                    rows = np.concatenate(loaded)
+                    del loaded
+                    shuffled = rng.permutation(len(rows))
+                    full = len(rows) // batch_size * batch_size
+                    for start in range(0, full, batch_size):
+                        yield _as(kind, rows[shuffled[start : start + batch_size]])
+                    left = rows[shuffled[full:]]
+
+        return stream()
 
     def _pieces(self) -> list[tuple[int, int, int]]:
         """Returns (unit, first row, rows) of every chunk."""
         pieces = []
         for unit, entry in enumerate(self._done):
-            if not entry["tokens"]:
-                continue
             shape: Any = self._array(unit, self._name).chunk_layout.read_chunk.shape
-            step = shape[0]
-            starts = range(0, entry["tokens"], step)
-            pieces += [(unit, start, min(step, entry["tokens"] - start)) for start in starts]
+            starts = range(0, entry["tokens"], shape[0])
+            pieces += [(unit, start, min(shape[0], entry["tokens"] - start)) for start in starts]
         return pieces
 
     def _start(self, pieces: list[tuple[int, int, int]], real_only: bool) -> list[tuple[Any, Any]]:
@@ -225,8 +212,8 @@ class ActivationReader:
 
 
 def _chosen(read: Any, roles: Any, where: str) -> np.ndarray:
-    rows = read_result(read, where)
-    return rows if roles is None else rows[read_result(roles, where) == REAL]
+    rows = store_result(read, where)
+    return rows if roles is None else rows[store_result(roles, where) == REAL]
 
 
 def _as(kind: str, batch: np.ndarray) -> Any:

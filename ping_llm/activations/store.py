@@ -8,7 +8,7 @@ attempt, its counts and its checksums. Readers follow `done.json` and nothing el
 import dataclasses
 import secrets
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -44,6 +44,12 @@ class UnitPrompts:
     overlong: int
     empty: int
 
+    @property
+    def counts(self) -> dict[str, int]:
+        """How many samples and tokens there are, and how many samples are overlong or empty."""
+        counted = {"samples": len(self.ids), "tokens": len(self.tokens)}
+        return counted | {"overlong": self.overlong, "empty": self.empty}
+
 
 def done_key(unit: int) -> str:
     """Returns the key of a unit's commit marker."""
@@ -64,28 +70,12 @@ def open_manifest(kv: KeyValueStore) -> dict[str, Any]:
     """Returns the manifest of a store that must be there.
 
     Raises:
-        StorageError: There is no store, or its manifest is damaged.
+        StorageError: There is no store, or its manifest is damaged or of another version.
     """
-    manifest = read_manifest(kv)
+    manifest = read_sealed(kv, MANIFEST)
     if manifest is None:
         raise StorageError(f"{kv.url} is no activation store: it has no {MANIFEST}")
-    return manifest
-
-
-def read_manifest(kv: KeyValueStore) -> dict[str, Any] | None:
-    """Returns the manifest, or None where there is no store.
-
-    Raises:
-        StorageError: It is damaged, or of a version that this code does not read.
-    """
-    data, _ = kv.read(MANIFEST)
-    if data is None:
-        return None
-    manifest = unseal(data)
-    if manifest is None:
-        raise StorageError(f"{kv.url}/{MANIFEST} is damaged: its checksum does not fit")
-    if manifest["schema_version"] != SCHEMA_VERSION:
-        version = manifest["schema_version"]
+    if (version := manifest["schema_version"]) != SCHEMA_VERSION:
         raise StorageError(f"{kv.url} has schema_version {version}; expected {SCHEMA_VERSION}")
     return manifest
 
@@ -96,13 +86,22 @@ def read_done(kv: KeyValueStore, unit: int) -> dict[str, Any] | None:
     Raises:
         StorageError: It is damaged.
     """
-    data, _ = kv.read(done_key(unit))
+    return read_sealed(kv, done_key(unit))
+
+
+def read_sealed(kv: KeyValueStore, key: str) -> dict[str, Any] | None:
+    """Returns what was sealed below `key`, or None where nothing is.
+
+    Raises:
+        StorageError: It is damaged.
+    """
+    data, _ = kv.read(key)
     if data is None:
         return None
-    done = unseal(data)
-    if done is None:
-        raise StorageError(f"{kv.url}/{done_key(unit)} is damaged: its checksum does not fit")
-    return done
+    content = unseal(data)
+    if content is None:
+        raise StorageError(f"{kv.url}/{key} is damaged: its checksum does not fit")
+    return content
 
 
 def read_all_done(kv: KeyValueStore, units: int) -> dict[int, dict[str, Any]]:
@@ -110,6 +109,11 @@ def read_all_done(kv: KeyValueStore, units: int) -> dict[int, dict[str, Any]]:
     with ThreadPoolExecutor(16) as pool:  # many small reads
         markers = enumerate(pool.map(lambda unit: read_done(kv, unit), range(units)))
         return {unit: done for unit, done in markers if done is not None}
+
+
+def totals(done: Collection[Mapping[str, Any]], *names: str) -> dict[str, Any]:
+    """Returns {name: its sum over what commit markers say}."""
+    return {name: sum(entry[name] for entry in done) for name in names}
 
 
 def new_attempt() -> str:
@@ -138,10 +142,8 @@ def array_name(site: str, layer: int | None) -> str:
 
 def site_arrays(sites: Iterable[str], layers: Sequence[int]) -> dict[str, tuple[str, int]]:
     """Returns {name of an array: (site, index among `layers`; 0 where it has no layer)}."""
-    arrays = {}
-    for site in sites:
-        if site in END_SITES:
-            arrays[site] = site, 0
-        else:
-            arrays |= {array_name(site, layer): (site, n) for n, layer in enumerate(layers)}
-    return arrays
+    return {
+        array_name(site, layer): (site, index)
+        for site in sites
+        for index, layer in enumerate([None] if site in END_SITES else layers)
+    }

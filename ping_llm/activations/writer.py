@@ -1,11 +1,10 @@
 """Writing a unit: its arrays in shards as their rows arrive, then the commit marker."""
 
-import dataclasses
 import itertools
 import time
 import zlib
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -16,32 +15,17 @@ from ping_llm.activations.arrays import (
     SHARD_BYTES,
     ColumnSlice,
     ShardedArray,
-    first_line,
+    store_result,
 )
 from ping_llm.activations.statistics import unit_statistics
-from ping_llm.activations.store import UnitPrompts, attempt_prefix, done_key, read_done
+from ping_llm.activations.store import UnitPrompts, attempt_prefix, done_key, read_done, read_sealed
 from ping_llm.errors import DataError, StorageError
-from ping_llm.hashing import seal, unseal
+from ping_llm.hashing import seal
 from ping_llm.storage import KeyValueStore
 
 OPEN_BYTES = 512 << 20  # of all shards that a unit is writing side by side
 IN_FLIGHT_BYTES = 256 << 20  # handed to TensorStore and not yet on disk
 PART_POLL_S, PART_DEADLINE_S = 0.1, 600.0  # for the parts of other processes
-
-
-@dataclasses.dataclass(frozen=True)
-class ArraySpec:
-    """An activation array of a store.
-
-    Attributes:
-        name: Such as `residual.00007`.
-        width: Its second dimension.
-        dtype: Its element.
-    """
-
-    name: str
-    width: int
-    dtype: np.dtype
 
 
 class UnitWriter:
@@ -52,9 +36,11 @@ class UnitWriter:
         kv: KeyValueStore,
         unit: int,
         attempt: str,
-        arrays: list[ArraySpec],
+        names: Sequence[str],
         prompts: UnitPrompts,
         *,
+        d_model: int,
+        dtype: np.dtype,
         zstd: bool,
         store_identity: str,
         columns: ColumnSlice = ALL_COLUMNS,
@@ -65,8 +51,10 @@ class UnitWriter:
             kv: The store.
             unit: Which unit.
             attempt: Name of the attempt; the processes of a group share it.
-            arrays: The activation arrays.
+            names: The activation arrays, such as `residual.00007`.
             prompts: The unit's prompts.
+            d_model: Width of an activation.
+            dtype: Of the stored activations.
             zstd: Whether activations are compressed.
             store_identity: Hash of what decides the store's content.
             columns: Those of the arrays that this process writes.
@@ -80,21 +68,13 @@ class UnitWriter:
         self._writes: deque[tuple[ts.WriteFutures, int]] = deque()
         self._in_flight = 0
         n = len(prompts.tokens)
-        shard_bytes = min(SHARD_BYTES, OPEN_BYTES // len(arrays))
+        sharding = {"shard_bytes": min(SHARD_BYTES, OPEN_BYTES // len(names)), "columns": columns}
         self._arrays = {
-            spec.name: ShardedArray(
-                kv,
-                self._prefix + spec.name,
-                (n, spec.width),
-                spec.dtype,
-                zstd=zstd,
-                shard_bytes=shard_bytes,
-                columns=columns,
-            )
-            for spec in arrays
+            name: ShardedArray(kv, self._prefix + name, (n, d_model), dtype, zstd=zstd, **sharding)
+            for name in names
         }
-        self._norms = {spec.name: np.zeros(n, np.float32) for spec in arrays}
-        self._sums = {spec.name: np.zeros(spec.width, np.float64) for spec in arrays}
+        self._norms = {name: np.zeros(n, np.float32) for name in names}
+        self._sums = {name: np.zeros(d_model, np.float64) for name in names}
 
     def put(self, name: str, start: int, rows: np.ndarray, norms: np.ndarray) -> None:
         """Takes the activations of tokens `start`... of the unit, this part's, and whole norms.
@@ -125,11 +105,7 @@ class UnitWriter:
 
     def _wait_for_oldest(self) -> None:
         write, size = self._writes.popleft()
-        try:
-            write.result()
-        except (ValueError, OSError, RuntimeError) as error:
-            where = f"{self._kv.url}/{self._prefix}"
-            raise StorageError(f"{where} cannot be written: {first_line(error)}") from None
+        store_result(write, f"{self._kv.url}/{self._prefix}", "written")
         self._in_flight -= size
 
     def finish(self, notes: Mapping[str, Any]) -> dict[str, Any] | None:
@@ -147,7 +123,6 @@ class UnitWriter:
             return None
         prompts, lengths = self._prompts, np.diff(self._prompts.offsets)
         encoded = [sample.encode() for sample in prompts.ids]
-        id_offsets = np.concatenate([[0], np.cumsum([len(text) for text in encoded])])
         first = np.repeat(prompts.offsets[:-1], lengths)
         positions = (np.arange(len(prompts.tokens)) - first).astype(np.int32)
         means = np.stack(list(self._sums.values())) / max(len(prompts.tokens), 1)
@@ -157,7 +132,7 @@ class UnitWriter:
             "roles": prompts.roles,
             "sample_offsets": prompts.offsets,
             "sample_ids": np.frombuffer(b"".join(encoded), np.uint8),
-            "sample_id_offsets": id_offsets.astype(np.int64),
+            "sample_id_offsets": np.cumsum([0, *map(len, encoded)]),
             "means": means.astype(np.float32),
         }
         activations = list(self._arrays)
@@ -171,10 +146,7 @@ class UnitWriter:
             "unit": self._unit,
             "attempt": self.attempt,
             "identity": self._identity,
-            "samples": len(prompts.ids),
-            "tokens": len(prompts.tokens),
-            "overlong": prompts.overlong,
-            "empty": prompts.empty,
+            **prompts.counts,
             "bytes": sum(array.nbytes for array in self._arrays.values()),
             **notes,
             "arrays": {name: self._entry(name) for name in self._arrays},
@@ -192,8 +164,7 @@ class UnitWriter:
         """
         if self._kv.create(done_key(self._unit), seal(done)):
             return done
-        published = read_done(self._kv, self._unit)
-        if published is None:
+        if (published := read_done(self._kv, self._unit)) is None:
             where = f"{self._kv.url}/{done_key(self._unit)}"
             raise StorageError(f"{where} was there, and is gone")
         return published
@@ -215,21 +186,18 @@ class UnitWriter:
         ]
         for name in activations:
             by_row = zip(*(checksums[name] for checksums in by_process), strict=True)
-            self._arrays[name].checksums = list(itertools.chain.from_iterable(by_row))
+            self._arrays[name].checksums = list(itertools.chain(*by_row))
 
     def _wait_for_part(self, index: int) -> dict[str, list[int]]:
         until = time.monotonic() + PART_DEADLINE_S
         key = self._part_key(index)
-        while (data := self._kv.read(key)[0]) is None:
+        while (checksums := read_sealed(self._kv, key)) is None:
             if time.monotonic() >= until:
                 raise StorageError(
                     f"{self._kv.url}/{key} is not there after {PART_DEADLINE_S:.0f} s: "
                     "a process of the group failed"
                 )
             time.sleep(PART_POLL_S)
-        checksums = unseal(data)
-        if checksums is None:
-            raise StorageError(f"{self._kv.url}/{key} is damaged: its checksum does not fit")
         return checksums
 
     def _entry(self, name: str) -> dict[str, Any]:

@@ -12,7 +12,7 @@ import numpy as np
 
 from ping_llm import settings, sharding
 from ping_llm.activations.store import UnitPrompts
-from ping_llm.activations.writer import ArraySpec, UnitWriter
+from ping_llm.activations.writer import UnitWriter
 from ping_llm.bench.settings import BenchExtractSettings
 from ping_llm.errors import ConfigError
 from ping_llm.extraction import parity
@@ -26,7 +26,7 @@ from ping_llm.models import huggingface
 from ping_llm.storage import KeyValueStore
 
 WRITTEN_BYTES = 512 << 20
-WIDTH = 896
+WIDTH, ARRAY = 896, "residual.00000"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -159,13 +159,13 @@ def _write_speeds(directory: Path, *, seed: int) -> tuple[float, float]:
         overlong=0,
         empty=0,
     )
-    spec = ArraySpec("residual.00000", WIDTH, values.dtype)
     kv, norms = KeyValueStore(directory / "written"), np.ones(rows, np.float32)
     started = time.perf_counter()
-    writer = UnitWriter(kv, 0, "attempt", [spec], prompts, zstd=False, store_identity="")
+    stored = {"d_model": WIDTH, "dtype": values.dtype, "zstd": False, "store_identity": ""}
+    writer = UnitWriter(kv, 0, "attempt", [ARRAY], prompts, **stored)
     for first in range(0, rows, 2048):
         some = slice(first, first + 2048)
-        writer.put(spec.name, first, values[some], norms[some])
+        writer.put(ARRAY, first, values[some], norms[some])
     attempt = writer.finish({})
     assert attempt is not None
     writer.commit(attempt)

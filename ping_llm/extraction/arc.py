@@ -5,6 +5,7 @@ A task shows pairs of grids that follow one rule, and asks for the output of fur
 
 import dataclasses
 import hashlib
+import itertools
 import json
 import math
 import re
@@ -33,7 +34,7 @@ class ArcTask:
     """
 
     id: str
-    train: tuple[tuple[Grid, Grid], ...]
+    train: tuple[tuple[Grid, ...], ...]
     tests: tuple[Grid, ...]
 
 
@@ -73,9 +74,8 @@ def _contents(location: Location) -> Iterator[tuple[str, Any, str]]:
             raise DataError(f"{url}: expected a task, or tasks by their ids; got {_short(content)}")
         if "train" in content or "test" in content:
             yield str(content.get("id", stem)), content, url
-            return
-        for name, task in content.items():
-            yield name, task, f"{url}, task {name}"
+        else:
+            yield from ((name, task, f"{url}, task {name}") for name, task in content.items())
         return
     for number, line in enumerate(data.splitlines(), 1):
         if line.strip():
@@ -101,10 +101,11 @@ def parse_task(name: str, content: Any, where: str) -> ArcTask:
     """Returns the task that JSON describes.
 
     Raises:
-        DataError: It does not; the message names the part, and `where`.
+        DataError: It does not; the message says what is wrong, and `where`.
     """
     if not isinstance(content, dict):
         raise DataError(f"{where}: expected an object with `train` and `test`; a solutions file?")
+    grids: dict[str, list[tuple[Grid, ...]]] = {"train": [], "test": []}
     for part, keys in (("train", ("input", "output")), ("test", ("input",))):
         pairs = content.get(part)
         if not isinstance(pairs, list) or not pairs:
@@ -113,18 +114,9 @@ def parse_task(name: str, content: Any, where: str) -> ArcTask:
             if not isinstance(pair, dict) or any(key not in pair for key in keys):
                 wanted = " and ".join(f"`{key}`" for key in keys)
                 raise DataError(f"{where}: {part} {index} must be an object with {wanted}")
-    train = tuple(
-        (
-            parse_grid(pair["input"], f"{where}: input of train {index}"),
-            parse_grid(pair["output"], f"{where}: output of train {index}"),
-        )
-        for index, pair in enumerate(content["train"])
-    )
-    tests = tuple(
-        parse_grid(pair["input"], f"{where}: input of test {index}")
-        for index, pair in enumerate(content["test"])
-    )
-    return ArcTask(name, train, tests)
+            named = ((pair[key], f"{where}: {key} of {part} {index}") for key in keys)
+            grids[part].append(tuple(parse_grid(rows, place) for rows, place in named))
+    return ArcTask(name, tuple(grids["train"]), tuple(grid for (grid,) in grids["test"]))
 
 
 def parse_grid(rows: Any, where: str) -> Grid:
@@ -141,10 +133,9 @@ def parse_grid(rows: Any, where: str) -> Grid:
     width = widths.pop() if widths else 0
     if not (1 <= len(rows) <= LONGEST_SIDE and 1 <= width <= LONGEST_SIDE):
         raise DataError(f"{where}: {len(rows)} x {width} cells; each side is 1 to {LONGEST_SIDE}")
-    for row in rows:
-        for cell in row:
-            if type(cell) is not int or not 0 <= cell < N_COLORS:
-                raise DataError(f"{where}: a cell is {_short(cell)}; expected 0 to {N_COLORS - 1}")
+    for cell in itertools.chain(*rows):
+        if type(cell) is not int or not 0 <= cell < N_COLORS:
+            raise DataError(f"{where}: a cell is {_short(cell)}; expected 0 to {N_COLORS - 1}")
     return np.array(rows, np.int8)
 
 
@@ -160,7 +151,7 @@ class Encoder:
     """How a grid is written.
 
     Attributes:
-        between: What stands between two cells of a row.
+        between: The separator of two cells of a row.
         around: Those of `AROUND` that are on, in their order.
     """
 
@@ -182,7 +173,7 @@ class Encoder:
         """Returns the grid that was written as `text`.
 
         Raises:
-            DataError: `text` is no grid in this way of writing.
+            DataError: `text` is not a grid as this encoder writes it.
         """
         lines = text.strip("\n").split("\n")
         if "code-block" in self.around:
@@ -206,23 +197,23 @@ class Encoder:
 def parse_encoder(name: str) -> Encoder:
     """Returns the encoder of a name such as `separated` or `shape-header+row-numbers`.
 
-    Parts may stand in any order. Cells are written as by `minimal` unless `separated` is named.
+    Options may stand in any order. Cells are written as by `minimal` unless `separated` is named.
 
     Raises:
-        ConfigError: A part is unknown or named twice, or two exclude each other.
+        ConfigError: An option is unknown or named twice, or two exclude each other.
     """
-    parts = name.split("+")
-    known = (*CELLS, *AROUND)
-    for part in parts:
-        if part not in known:
-            raise ConfigError(f"arc_encoder={name!r}: {part!r} is not one of {', '.join(known)}")
-        if parts.count(part) > 1:
-            raise ConfigError(f"arc_encoder={name!r} names {part} twice")
-    cells = [part for part in parts if part in CELLS]
+    options, choices = name.split("+"), (*CELLS, *AROUND)
+    for option in options:
+        if option not in choices:
+            wanted = ", ".join(choices)
+            raise ConfigError(f"arc_encoder={name!r}: {option!r} is not one of {wanted}")
+        if options.count(option) > 1:
+            raise ConfigError(f"arc_encoder={name!r} names {option} twice")
+    cells = [option for option in options if option in CELLS]
     if len(cells) > 1:
         raise ConfigError(f"arc_encoder={name!r}: choose one of {' and '.join(cells)}")
-    between = CELLS[cells[0]] if cells else CELLS["minimal"]
-    return Encoder(between, tuple(part for part in AROUND if part in parts))
+    between = CELLS[cells[0] if cells else "minimal"]
+    return Encoder(between, tuple(option for option in AROUND if option in options))
 
 
 # --- augmentation -----------------------------------------------------------------------------
@@ -316,21 +307,19 @@ def augmentations(task: ArcTask, count: int, *, colors: str, seed: int) -> list[
 
 def prompt(task: ArcTask, test: int, augmentation: Augmentation, encoder: Encoder) -> str:
     """Returns the text that shows the examples of a task and asks for the output of a test."""
-
-    def shown(grid: Grid) -> str:
-        return encoder.encode(augmentation.grid(grid))
-
-    parts = [
-        "One rule turns every input grid below into its output grid. A digit stands for a colour. "
-        "Find the rule from the examples, then apply it to the last input.",
-    ]
+    grids = []
     for number, index in enumerate(augmentation.order, 1):
-        given, wanted = task.train[index]
-        parts.append(f"Example {number}, input:\n{shown(given)}")
-        parts.append(f"Example {number}, output:\n{shown(wanted)}")
-    parts.append(f"Last input:\n{shown(task.tests[test])}")
-    parts.append("Answer with its output grid alone, written as the grids above are.")
-    return "\n\n".join(parts)
+        kinds = zip(("input", "output"), task.train[index], strict=True)
+        grids += [(f"Example {number}, {kind}", grid) for kind, grid in kinds]
+    grids.append(("Last input", task.tests[test]))
+    return "\n\n".join(
+        [
+            "One rule turns every input grid below into its output grid. A digit stands for a "
+            "colour. Find the rule from the examples, then apply it to the last input.",
+            *(f"{name}:\n{encoder.encode(augmentation.grid(grid))}" for name, grid in grids),
+            "Answer with its output grid alone, written as the grids above are.",
+        ]
+    )
 
 
 _SAMPLE = re.compile(r"(.*)/(\d+)/(\d+):([a-z0-9-]+):(\d{10}):([\d.]*)(?:/\d+)?", re.DOTALL)
@@ -350,5 +339,5 @@ def parse_sample(sample: str) -> tuple[str, int, Augmentation]:
     match = _SAMPLE.fullmatch(sample)
     if match is None or match[4] not in SYMMETRIES:
         raise DataError(f"{sample!r} is not the id of a sample made from an ARC task")
-    order = tuple(int(part) for part in match[6].split("."))
+    order = tuple(map(int, match[6].split(".")))
     return match[1], int(match[2]), Augmentation(match[4], tuple(map(int, match[5])), order)

@@ -60,8 +60,7 @@ def make_batches(
     widths = np.array(row_widths(cfg))
     arrays = len(site_arrays(cfg.sites, cfg.kept_layers))
     row_bytes = int(widths[-1]) * d_model * arrays * (4 if cfg.dtype == "float32" else 2)
-    fewest, most = WINDOW_ROWS
-    window_rows = min(max(WAITING_BYTES // row_bytes, fewest), most)
+    window_rows = int(np.clip(WAITING_BYTES // row_bytes, *WINDOW_ROWS))
     waiting: dict[int, list[list[int]]] = {int(width): [] for width in widths}
     for row in _rows(np.diff(prompts.offsets), widths, window_rows):
         longest = max(int(prompts.offsets[s + 1] - prompts.offsets[s]) for s in row)

@@ -47,13 +47,12 @@ class Extractor:
         """
         by_rows = NamedSharding(self._mesh, sharding.BATCH_BT)
         missing = -len(batch.tokens) % self._multiple
-        padded = (
-            np.pad(array, ((0, missing), (0, 0)))
-            for array in (batch.tokens, batch.segment_ids, batch.positions)
-        )
-        arrays = [
-            jax.make_array_from_callback(rows.shape, by_rows, rows.__getitem__) for rows in padded
-        ]
+
+        def distribute(array: np.ndarray) -> jax.Array:
+            rows = np.pad(array, ((0, missing), (0, 0)))
+            return jax.make_array_from_callback(rows.shape, by_rows, rows.__getitem__)
+
+        arrays = [distribute(a) for a in (batch.tokens, batch.segment_ids, batch.positions)]
         shape = arrays[0].shape
         if shape not in self._compiled:
             started = time.monotonic()

@@ -5,6 +5,7 @@ read that list, so that all run the same batches in the same order. It is not do
 as units are chosen ahead, beside the forward passes, and collectives must have one order.
 """
 
+import contextlib
 import json
 import threading
 from collections.abc import Iterator
@@ -49,7 +50,7 @@ class Leader(Claims):
                 raise
 
 
-class Follower:
+class Follower(contextlib.AbstractContextManager):
     """What stands in the place of `Claims` in the other processes.
 
     Attributes:
@@ -65,11 +66,8 @@ class Follower:
         self.left = [0]
         self._stop = threading.Event()
 
-    def __enter__(self) -> "Follower":
-        return self
-
     def __exit__(self, *_: object) -> None:
-        pass
+        """Does nothing: the leader lets go."""
 
     def available(self) -> Iterator[UnitClaim]:
         """Yields the units that the leader claims, until it is at the end.
@@ -98,19 +96,16 @@ class Follower:
         """Lets `available` end soon, as the work failed."""
         self._stop.set()
 
-    def holds(self, claim: UnitClaim) -> bool:
+    def holds(self, _claim: UnitClaim) -> bool:
         """Returns True: the batches of a unit are run by all processes or none."""
-        del claim
         return True
 
-    def renew(self, claim: UnitClaim) -> bool:
+    def renew(self, _claim: UnitClaim) -> bool:
         """Returns True: the leader renews."""
-        del claim
         return True
 
-    def release(self, claim: UnitClaim, published: dict[str, Any] | None = None) -> None:
+    def release(self, _claim: UnitClaim, _published: dict[str, Any] | None = None) -> None:
         """Does nothing: the leader releases."""
-        del claim, published
 
     def wait(self) -> None:
         """Does nothing: `available` waits."""

@@ -178,9 +178,4 @@ def verify_parity(chosen: VerifyParitySettings) -> ParityResult:
         for (site, layer), value in largest_differences(ours, theirs).items():
             name = site if site in END_SITES else f"{site}.{layer}"
             largest[name] = max(largest.get(name, 0.0), value)
-    return ParityResult(
-        max_relative_l2=max(largest.values()),
-        by_site=largest,
-        layers=list(layers),
-        tokens=sum(LENGTHS),
-    )
+    return ParityResult(max(largest.values()), largest, list(layers), tokens=sum(LENGTHS))

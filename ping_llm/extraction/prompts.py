@@ -83,8 +83,8 @@ class TextPrompts:
         )
         self.units = self._records.units
         self._tokenizer = None
-        if cfg.format != "tokens" or (model is not None and (model / "tokenizer.json").is_file()):
-            assert model is not None  # open_source saw to it
+        # `open_source` saw to it that text and chats have a model.
+        if model and (cfg.format != "tokens" or (model / "tokenizer.json").is_file()):
             chat = cfg.format == "chat"
             self._tokenizer = CheckpointTokenizer(model, chat=chat, vocab_size=vocab_size)
         self.identity = {
@@ -151,11 +151,10 @@ def _gather(
             pieces = [tokens]
         prompts += pieces
         ids += [sample] if len(pieces) == 1 else [f"{sample}/{n}" for n in range(len(pieces))]
-    lengths = np.array([len(prompt) for prompt in prompts], np.int64)
     tokens = np.concatenate([np.zeros(0, np.int32), *prompts])
     roles = np.full(len(tokens), REAL, np.uint8) if tokenizer is None else tokenizer.roles(tokens)
-    offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
-    return UnitPrompts(tokens, offsets, roles, ids, overlong, int((lengths == 0).sum()))
+    offsets = np.cumsum([0, *map(len, prompts)])
+    return UnitPrompts(tokens, offsets, roles, ids, overlong, int((np.diff(offsets) == 0).sum()))
 
 
 def _cut(tokens: np.ndarray, overlong: str, max_length: int, sample: str) -> list[np.ndarray]:
@@ -272,11 +271,5 @@ class MeasurementPrompts:
             rows, drawn, seed=0, length=self._length, config=self._sampling
         )
         ids = [f"{split}/{r}/{k}" for r, k in zip(drawn.row, drawn.k, strict=True)]
-        return UnitPrompts(
-            tokens=tokens.astype(np.int32),
-            offsets=offsets,
-            roles=np.full(len(tokens), REAL, np.uint8),
-            ids=ids,
-            overlong=0,
-            empty=0,
-        )
+        roles = np.full(len(tokens), REAL, np.uint8)
+        return UnitPrompts(tokens.astype(np.int32), offsets, roles, ids, overlong=0, empty=0)

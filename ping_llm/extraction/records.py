@@ -61,7 +61,7 @@ def find_files(path: str) -> list[StoredFile]:
 
 def describe_files(files: list[StoredFile]) -> list[dict[str, Any]]:
     """Returns name, size and fingerprint of each file, by which an input is known again."""
-    names = _short_names([file.url for file in files])
+    names = _short_names([file.location.url for file in files])
     return [
         {"name": name, "size": file.size, "fingerprint": sample_fingerprint(file)}
         for name, file in zip(names, files, strict=True)
@@ -91,7 +91,7 @@ class Records:
         """
         files = find_files(path)
         self._locations = [file.location for file in files]
-        self._kinds = [_kind(file.url) for file in files]
+        self._kinds = [_kind(file.location.url) for file in files]
         self._columns = columns
         self.files = describe_files(files)
         self.units: list[WorkUnit] = []

@@ -1,6 +1,7 @@
 """Extraction from start to end: prompts in, activations out, and on again after any stop."""
 
 import dataclasses
+from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
@@ -113,10 +114,8 @@ def extract_activations(chosen: ExtractSettings) -> ExtractResult | DryRunResult
         claims = _open_claims(kv, len(prompts.units), cfg)
         if claims.left:
             forward = Extractor(model, cfg, mesh)
-            worker = Worker(
-                kv, cfg, prompts, forward, claims, store_identity=identity, d_model=d_model
-            )
-            worker.run()
+            store_facts = {"store_identity": identity, "d_model": d_model}
+            Worker(kv, cfg, prompts, forward, claims, **store_facts).run()
         if jax.process_index() == 0:
             done = claims.done
             store.remove_stale(kv, done, older_than_s=store.STALE_ATTEMPT_S)
@@ -165,48 +164,40 @@ def _open_claims(kv: KeyValueStore, units: int, cfg: ExtractSettings) -> Claims 
 
 
 def _result(done: list[dict[str, Any]], output: str) -> ExtractResult:
-    def total(name: str) -> Any:
-        return sum(entry[name] for entry in done)
-
-    tokens, seconds = total("tokens"), total("seconds")
+    counts = store.totals(done, "samples", "tokens", "seconds", "overlong", "empty")
+    sizes = store.totals(done, "bytes", "computed_tokens")
+    tokens, seconds = counts["tokens"], counts["seconds"]
     return ExtractResult(
-        samples=total("samples"),
-        tokens=tokens,
-        seconds=seconds,
+        **counts,
         tokens_per_second=tokens / seconds if seconds else 0.0,
-        bytes_written=total("bytes"),
+        bytes_written=sizes["bytes"],
         units_done=len(done),
         units=len(done),
         peak_device_bytes=max(entry["peak_device_bytes"] for entry in done),
-        padding_fraction=1 - tokens / max(total("computed_tokens"), 1),
-        overlong=total("overlong"),
-        empty=total("empty"),
+        padding_fraction=1 - tokens / max(sizes["computed_tokens"], 1),
         output=output,
     )
 
 
 def _dry_run(cfg: ExtractSettings, prompts: PromptSource, *, d_model: int) -> DryRunResult:
-    samples = tokens = computed = overlong = empty = 0
-    shapes = set()
+    counts: Counter[str] = Counter()
+    computed, shapes = 0, set()
     with progress("tokenise", total=len(prompts.units), unit="units") as bar:
         for unit in prompts.units:
             read = prompts.read(unit)
-            samples, tokens = samples + len(read.ids), tokens + len(read.tokens)
-            overlong, empty = overlong + read.overlong, empty + read.empty
+            counts.update(read.counts)
             for batch in make_batches(read, cfg, d_model=d_model):
                 shapes.add(batch.tokens.shape)
                 computed += batch.tokens.size
             bar.update(1)
     arrays = store.site_arrays(cfg.sites, cfg.kept_layers)
+    tokens = counts["tokens"]
     by_array = dict.fromkeys(arrays, tokens * d_model * jnp.dtype(cfg.dtype).itemsize)
     return DryRunResult(
-        samples=samples,
-        tokens=tokens,
+        **counts,
         units=len(prompts.units),
         bytes_by_array=by_array,
         bytes=sum(by_array.values()),
         shapes=[list(shape) for shape in sorted(shapes)],
         padding_fraction=1 - tokens / max(computed, 1),
-        overlong=overlong,
-        empty=empty,
     )

@@ -1,5 +1,6 @@
 """A checkpoint's own tokenizer and chat template."""
 
+import functools
 import hashlib
 import itertools
 import json
@@ -90,8 +91,9 @@ class ChatTemplate:
         from jinja2.sandbox import ImmutableSandboxedEnvironment
 
         path = directory / "chat_template.jinja"
-        has_file = path.is_file()
-        source = path.read_text(encoding="utf-8") if has_file else settings.get("chat_template")
+        source = settings.get("chat_template")
+        if path.is_file():
+            source = path.read_text(encoding="utf-8")
         if isinstance(source, list):  # several, by name
             source = {entry["name"]: entry["template"] for entry in source}.get("default")
         if not isinstance(source, str):
@@ -100,16 +102,13 @@ class ChatTemplate:
             )
         self.source = source
 
-        def tojson(value: Any, indent: int | None = None) -> str:
-            return json.dumps(value, ensure_ascii=False, indent=indent)
-
         def raise_exception(message: str) -> None:
             raise jinja2.TemplateError(message)
 
         environment = ImmutableSandboxedEnvironment(
             trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols]
         )
-        environment.filters["tojson"] = tojson
+        environment.filters["tojson"] = functools.partial(json.dumps, ensure_ascii=False)
         environment.globals["raise_exception"] = raise_exception
         self._variables = {
             key: _content(settings.get(key)) or ""

@@ -7,13 +7,11 @@ memory stays bounded. What is computed is whatever it is given as `forward`.
 
 import contextlib
 import dataclasses
-import queue
-import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol
 
 import numpy as np
 import tensorstore as ts
@@ -22,7 +20,7 @@ from ping_llm.activations.arrays import ColumnSlice
 from ping_llm.activations.begin import check_store
 from ping_llm.activations.claims import Claims, UnitClaim
 from ping_llm.activations.store import UnitPrompts, site_arrays
-from ping_llm.activations.writer import ArraySpec, UnitWriter
+from ping_llm.activations.writer import UnitWriter
 from ping_llm.errors import StorageError
 from ping_llm.extraction.batches import PackedBatch, make_batches
 from ping_llm.extraction.group import Follower
@@ -33,8 +31,6 @@ from ping_llm.storage import KeyValueStore
 
 BATCHES_AHEAD = 4  # packed and waiting for the device
 RESULTS_BEHIND = 1  # computed and waiting to be taken from the device
-
-T = TypeVar("T")
 
 
 class Forward(Protocol):
@@ -71,7 +67,7 @@ class _UnitStep:
 
 
 class Worker:
-    """One worker of a store; others may be at work on the same."""
+    """One worker of a store; others may work on it at the same time."""
 
     def __init__(
         self,
@@ -99,17 +95,21 @@ class Worker:
         self._kv, self._cfg, self._source = kv, cfg, source
         self._forward, self._claims = forward, claims
         self._identity, self._d_model = store_identity, d_model
-        assert cfg.dtype is not None
-        element = np.dtype(ts.dtype(cfg.dtype).numpy_dtype)
+        self._stored = {
+            "d_model": d_model,
+            "dtype": np.dtype(ts.dtype(cfg.dtype or "").numpy_dtype),
+            "zstd": cfg.compression == "zstd",
+            "store_identity": store_identity,
+            "columns": forward.columns,
+        }
         self._sites = site_arrays(cfg.sites, cfg.kept_layers)
-        self._arrays = [ArraySpec(name, d_model, element) for name in self._sites]
         self._writer: UnitWriter | None = None  # of the unit that is being written
         self._failed = False
-        self._computed = self._tokens = 0
+        self._computed = 0
         self._clock, self._compiling = time.monotonic(), 0.0
 
     def run(self) -> dict[int, dict[str, Any]]:
-        """Returns {unit: its commit marker} once all units are published, by whomever.
+        """Returns {unit: its commit marker} once all units are published, by any worker.
 
         Raises:
             DataError: A prompt cannot be read, or a value does not fit the store's dtype.
@@ -129,25 +129,21 @@ class Worker:
         """Computes what can be claimed now; when it returns, that is published or given up."""
         behind: deque[Future[None]] = deque()
         self._clock = started = time.monotonic()
-        self._tokens = 0
-        with (
-            Prefetch(self._steps(), BATCHES_AHEAD) as steps,
-            ThreadPoolExecutor(1) as writing,
-        ):
+        tokens = 0
+        with ThreadPoolExecutor(1) as reading, ThreadPoolExecutor(1) as writing:
 
             def write(work: Callable[..., None], *arguments: Any) -> None:
                 behind.append(writing.submit(self._unless_failed, work, *arguments))
-                behind[-1].add_done_callback(steps.wake_on_error)
 
             try:
-                for step in steps:
+                for step in _prefetch(reading, self._steps(), BATCHES_AHEAD):
                     if step.batch is None:
                         write(self._publish, step)
                     # A group runs all batches of a unit, as its processes cannot tell each other.
                     elif self._forward.columns.count > 1 or self._claims.holds(step.claim):
                         write(self._store, step, self._forward(step.batch))
-                        self._tokens += int(step.batch.pieces[:, 2].sum())
-                        rate = self._tokens / (time.monotonic() - started)
+                        tokens += int(step.batch.pieces[:, 2].sum())
+                        rate = tokens / (time.monotonic() - started)
                         bar.update(done=len(self._claims.done), note=f"{rate:,.0f} tokens/s")
                     while len(behind) > RESULTS_BEHIND:
                         behind.popleft().result()
@@ -155,6 +151,7 @@ class Worker:
                     behind.popleft().result()
             except BaseException:
                 self._claims.interrupt()
+                reading.shutdown(wait=False, cancel_futures=True)
                 for future in behind:
                     future.cancel()
                 with contextlib.suppress(StorageError):  # else it is garbage, removed by age
@@ -178,19 +175,14 @@ class Worker:
             work(*arguments)
         except BaseException:
             self._failed = True
+            self._claims.interrupt()  # so that nothing waits for another unit
             raise
 
     def _begun(self, step: _UnitStep) -> UnitWriter:
         if self._writer is None:
+            unit, attempt = step.claim.unit, step.claim.attempt
             self._writer = UnitWriter(
-                self._kv,
-                step.claim.unit,
-                step.claim.attempt,
-                self._arrays,
-                step.prompts,
-                zstd=self._cfg.compression == "zstd",
-                store_identity=self._identity,
-                columns=self._forward.columns,
+                self._kv, unit, attempt, list(self._sites), step.prompts, **self._stored
             )
         return self._writer
 
@@ -234,49 +226,11 @@ class Worker:
             self._writer.discard()
 
 
-class Prefetch(Iterator[T]):
-    """Runs an iterable in a thread of its own, a few elements ahead; a context manager."""
-
-    def __init__(self, source: Iterable[T], depth: int):
-        self._queue: queue.Queue[tuple[bool, Any]] = queue.Queue(depth)
-        self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._fill, args=(source,), daemon=True)
-
-    def _fill(self, source: Iterable[T]) -> None:
-        try:
-            for element in source:
-                self._put(True, element)
-                if self._stop.is_set():
-                    return
-            self._put(False, StopIteration())
-        except Exception as error:  # raised again by __next__
-            self._put(False, error)
-
-    def _put(self, more: bool, element: Any) -> None:
-        while not self._stop.is_set():
-            try:
-                self._queue.put((more, element), timeout=0.1)
-                return
-            except queue.Full:
-                continue
-
-    def wake_on_error(self, future: Future[Any]) -> None:
-        """Raises the error of a future, if it has one, to whoever waits for the next element."""
-        error = None if future.cancelled() else future.exception()
-        if error is not None:
-            with contextlib.suppress(queue.Full):  # then nobody waits
-                self._queue.put_nowait((False, error))
-
-    def __next__(self) -> T:
-        more, element = self._queue.get()
-        if not more:
-            raise element
-        return element
-
-    def __enter__(self) -> "Prefetch[T]":
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._stop.set()
-        self._thread.join()
+def _prefetch(
+    pool: ThreadPoolExecutor, source: Iterator[_UnitStep], depth: int
+) -> Iterator[_UnitStep]:
+    """Yields what `source` does, which runs in the thread of `pool`, `depth` elements ahead."""
+    ahead = deque(pool.submit(next, source, None) for _ in range(depth))
+    while (step := ahead.popleft().result()) is not None:
+        ahead.append(pool.submit(next, source, None))
+        yield step

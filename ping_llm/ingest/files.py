@@ -77,9 +77,10 @@ def find_files(inputs: Sequence[str]) -> list[InputFile]:
             endings = ", ".join((*ENDINGS, *COMPRESSIONS))
             raise DataError(f"{location}: no file there ends in one of {endings}")
         for file in files:
-            key = os.path.realpath(file.url) if file.location.is_local else file.url
+            url = str(file.location)
+            key = os.path.realpath(url) if file.location.is_local else url
             if key in found:
-                raise DataError(f"{file.url} is in the inputs twice; each file counts once")
+                raise DataError(f"{file.location} is in the inputs twice; each file counts once")
             found[key] = _describe(file, index)
     return list(found.values())
 
@@ -95,14 +96,14 @@ def _format_of(location: Location) -> tuple[str | None, str | None]:
 def _describe(file: StoredFile, index: int) -> InputFile:
     format_, compression = _format_of(file.location)
     if file.size == 0:
-        raise DataError(f"{file.url} is empty (0 bytes)")
+        raise DataError(f"{file.location} is empty (0 bytes)")
     if format_ is None:
         with file.location.open_input() as opened:
             head = opened.read(64)
         format_ = "ripe" if head.lstrip().startswith(b"{") else None
     if format_ is None or (format_ in ("parquet", "arrow") and compression):
         raise DataError(
-            f"{file.url}: its ending names no known format; expected one of {', '.join(ENDINGS)}, "
-            f"text also with {', '.join(COMPRESSIONS)}"
+            f"{file.location}: its ending names no known format; expected one of "
+            f"{', '.join(ENDINGS)}, text also with {', '.join(COMPRESSIONS)}"
         )
     return InputFile(file.location, index, format_, compression, file.size)

@@ -76,9 +76,7 @@ def _by_cudnn(q, k, v, segment_ids):
     return jnp.where((boundaries < room)[:, None, None, None], out, jnp.nan)
 
 
-def segment_bounds(
-    segment_ids: Int[Array, "B T"],
-) -> tuple[Int[Array, "B M"], Int[Array, "B M1"]]:
+def segment_bounds(segment_ids: Int[Array, "B T"]) -> tuple[Int[Array, "B M"], Int[Array, "B M1"]]:
     """Returns (length of each segment, its start), -1 where there is none; M1 is M + 1.
 
     Padding is a segment too, so that every place of the output is written. M is what fits when

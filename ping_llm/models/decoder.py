@@ -120,7 +120,7 @@ class Decoder(nnx.Module):
     ) -> dict[str, Float[Array, "n B T D"]]:
         """Returns {site: what it held in each of `of_layers`}, in one pass; n is 1 for `END_SITES`.
 
-        Nothing behind the last chosen place is computed, and the stacked weights are not copied.
+        Nothing after the last chosen site is computed, and the stacked weights are not copied.
 
         Args:
             tokens: Token ids.
@@ -136,14 +136,14 @@ class Decoder(nnx.Module):
         cos, sin = layers.rope_angles(self.cfg, positions)
         stacked = self.blocks, self.layer_windows(tokens.shape[1])
         # A layer writes where the next chosen one will, so no layer needs a condition.
-        place = jnp.asarray(np.searchsorted(of_layers, np.arange(max(depth, 1))).astype(np.int32))
+        slot = jnp.asarray(np.searchsorted(of_layers, np.arange(max(depth, 1))).astype(np.int32))
 
         def apply(layer, carry):
             x, kept = carry
             block, window = jax.tree.map(lambda leaf: leaf[layer], stacked)
             x, held = block(x, segment_ids, cos, sin, window)
             put = jax.lax.dynamic_update_index_in_dim
-            return x, {site: put(kept[site], held[site], place[layer], 0) for site in kept}
+            return x, {site: put(kept[site], held[site], slot[layer], 0) for site in kept}
 
         empty = jnp.zeros((len(of_layers), *x.shape), x.dtype)
         x, kept = jax.lax.fori_loop(0, depth, apply, (x, dict.fromkeys(inner, empty)))

@@ -8,10 +8,10 @@ import contextlib
 import dataclasses
 import functools
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -102,7 +102,6 @@ class _Weight:
     """One parameter of the decoder: where its values come from.
 
     Attributes:
-        path: Its place in the decoder.
         names: The tensors, one a layer where `stacked`.
         shape: Shape of the parameter.
         spec: Its place on a mesh.
@@ -110,7 +109,6 @@ class _Weight:
         transposed: Whether the tensors have their two axes the other way round.
     """
 
-    path: tuple[str, ...]
     names: tuple[str, ...]
     shape: tuple[int, ...]
     spec: P
@@ -123,52 +121,55 @@ class _Weight:
         return shape[::-1] if self.transposed else shape
 
 
-def _weights(family: ModuleType, cfg: DecoderConfig) -> Iterator[_Weight]:
-    state = nnx.state(nnx.eval_shape(lambda: Decoder(cfg, rngs=nnx.Rngs(0))), nnx.Param)
+def _weights(family: ModuleType, cfg: DecoderConfig, state: nnx.State) -> Iterator[_Weight]:
+    """Yields the parameters of a decoder in the order of its flat state."""
     for keys, leaf in nnx.to_flat_state(state):
         path = tuple(map(str, keys))
         stacked = path[0] == "blocks"
         name, transposed = family.BLOCK[path[1:]] if stacked else family.ENDS[path]
         names = tuple(f"layers.{i}.{name}" for i in range(cfg.n_layers)) if stacked else (name,)
         spec = P(*leaf.get_metadata("out_sharding"))
-        yield _Weight(path, names, leaf.shape, spec, stacked, transposed)
+        yield _Weight(names, leaf.shape, spec, stacked, transposed)
 
 
-class _Tensors:
-    """All tensors of a checkpoint, whichever files they are in, by their short names."""
+class _Tensor(NamedTuple):
+    """One tensor of a checkpoint: its file, its name there, its shape and dtype."""
 
-    def __init__(self, directory: Path):
-        self._directory = directory
-        index = directory / "model.safetensors.index.json"
-        if index.is_file():
-            files = sorted(set(read_json(index).get("weight_map", {}).values()))
-        else:
-            files = sorted(path.name for path in directory.glob("*.safetensors"))
-        if not files:
-            raise CheckpointError(f"{directory} has no *.safetensors; other formats are not read")
-        self.where: dict[str, tuple[str, str]] = {}
-        self.shapes: dict[str, tuple[int, ...]] = {}
-        self.dtypes: dict[str, np.dtype] = {}
-        for file in files:
-            with _opened(Location.of(directory).child(file).path) as opened:
-                for name in opened.keys():  # noqa: SIM118
-                    short = name.removeprefix("model.")  # as base checkpoints spell it
-                    tensor = opened.get_slice(name)
-                    if short in self.where:
-                        raise CheckpointError(
-                            f"{directory}: {name} is in {self.where[short][0]} and in {file}"
-                        )
-                    self.where[short], self.shapes[short] = (file, name), tuple(tensor.get_shape())
-                    if (dtype := tensor.get_dtype()) not in _DTYPES:
-                        known = ", ".join(_DTYPES)
-                        raise CheckpointError(f"{name} in {file} is {dtype}, not one of {known}")
-                    self.dtypes[short] = _DTYPES[dtype]
+    file: Path
+    name: str
+    shape: tuple[int, ...]
+    dtype: np.dtype
 
-    def read(self, short: str) -> np.ndarray:
+    def read(self) -> np.ndarray:
         # The file is mapped, and what was read of it counts as resident until it is closed.
-        file, name = self.where[short]
-        with _opened(self._directory / file) as opened:
-            return opened.get_tensor(name)
+        with _opened(self.file) as opened:
+            return opened.get_tensor(self.name)
+
+
+def _find_tensors(directory: Path) -> dict[str, _Tensor]:
+    """Returns all tensors of a checkpoint, whichever files they are in, by their short names."""
+    index = directory / "model.safetensors.index.json"
+    if index.is_file():
+        files = sorted(set(read_json(index).get("weight_map", {}).values()))
+    else:
+        files = sorted(path.name for path in directory.glob("*.safetensors"))
+    if not files:
+        raise CheckpointError(f"{directory} has no *.safetensors; other formats are not read")
+    tensors: dict[str, _Tensor] = {}
+    for path in (Location.of(directory).child(file).path for file in files):
+        with _opened(path) as opened:
+            for name in opened.keys():  # noqa: SIM118
+                short = name.removeprefix("model.")  # as base checkpoints spell it
+                if short in tensors:
+                    other = tensors[short].file.name
+                    raise CheckpointError(f"{directory}: {name} is in {other} and in {path.name}")
+                tensor = opened.get_slice(name)
+                if (dtype := tensor.get_dtype()) not in _DTYPES:
+                    kinds = ", ".join(_DTYPES)
+                    raise CheckpointError(f"{name} in {path.name} is {dtype}, not one of {kinds}")
+                shape = tuple(tensor.get_shape())
+                tensors[short] = _Tensor(path, name, shape, _DTYPES[dtype])
+    return tensors
 
 
 @contextlib.contextmanager
@@ -184,19 +185,19 @@ def _opened(path: Path) -> Iterator[Any]:
         ) from None
 
 
-def _check(tensors: _Tensors, wanted: list[_Weight], known: set[str], where: Path) -> None:
+def _check(
+    tensors: Mapping[str, _Tensor], wanted: list[_Weight], expected: set[str], where: Path
+) -> None:
     """Raises one error that lists every weight that is missing, unknown, or of another shape."""
     needed = {name: weight.tensor_shape for weight in wanted for name in weight.names}
-    missing = sorted(needed.keys() - tensors.shapes.keys())
-    unknown = sorted(
-        name for name in tensors.shapes.keys() - known if not name.endswith("rotary_emb.inv_freq")
-    )
+    unknown = [n for n in tensors.keys() - expected if not n.endswith("rotary_emb.inv_freq")]
     wrong = [
-        f"{name} {tensors.shapes[name]} (expected {shape})"
+        f"{name} {tensors[name].shape} (expected {shape})"
         for name, shape in sorted(needed.items())
-        if name in tensors.shapes and tensors.shapes[name] != shape
+        if name in tensors and tensors[name].shape != shape
     ]
-    lists = {"missing": missing, "unknown": unknown, "of another shape": wrong}
+    missing = sorted(needed.keys() - tensors.keys())
+    lists = {"missing": missing, "unknown": sorted(unknown), "of another shape": wrong}
     parts = [f"{what}: {', '.join(names)}" for what, names in lists.items() if names]
     if parts:
         raise CheckpointError(f"{where}: weights do not fit config.json; {'; '.join(parts)}")
@@ -240,21 +241,22 @@ def load(
         dtype=dtype or whole.dtype,
         param_dtype=param_dtype or whole.param_dtype,
     )
-    tensors = _Tensors(directory)
-    wanted = list(_weights(family, cfg))
-    known = {name for weight in _weights(family, whole) for name in weight.names}
-    _check(tensors, wanted, known | {"lm_head.weight"}, directory)
-    leaves = {
-        weight.path: _load_weight(weight, tensors, param_dtype, mesh, on_tensor)
-        for weight in wanted
-    }
-    model = nnx.eval_shape(lambda: Decoder(cfg, rngs=nnx.Rngs(0)))
-    graphdef, state = nnx.split(model)
+    tensors = _find_tensors(directory)
+    graphdef, state = _split_shapes(cfg)
+    wanted = list(_weights(family, cfg, state))
+    all_weights = _weights(family, whole, _split_shapes(whole)[1])
+    expected = {name for weight in all_weights for name in weight.names}
+    _check(tensors, wanted, expected | {"lm_head.weight"}, directory)
     flat = [
-        (path, leaf.replace(leaves[tuple(map(str, path))]))
-        for path, leaf in nnx.to_flat_state(state)
+        (path, leaf.replace(_load_weight(weight, tensors, param_dtype, mesh, on_tensor)))
+        for (path, leaf), weight in zip(nnx.to_flat_state(state), wanted, strict=True)
     ]
     return nnx.merge(graphdef, nnx.from_flat_state(flat))
+
+
+def _split_shapes(cfg: DecoderConfig) -> tuple[Any, Any]:
+    """Returns (graphdef, state) of a decoder whose parameters have shapes, but no values."""
+    return nnx.split(nnx.eval_shape(lambda: Decoder(cfg, rngs=nnx.Rngs(0))))
 
 
 def checkpoint_bytes(directory: Path) -> int:
@@ -264,33 +266,33 @@ def checkpoint_bytes(directory: Path) -> int:
 
 def _load_weight(
     weight: _Weight,
-    tensors: _Tensors,
+    tensors: Mapping[str, _Tensor],
     param_dtype: str | None,
     mesh: Mesh | None,
     on_tensor: Callable[[int], None] | None,
 ) -> jax.Array:
     # Layers of different dtypes share one array: the narrowest that loses nothing.
-    own = jnp.result_type(*(tensors.dtypes[name] for name in weight.names))
+    own = jnp.result_type(*(tensors[name].dtype for name in weight.names))
     dtype = jnp.dtype(param_dtype) if param_dtype else own
-    place = source = None
-    if mesh is not None:
-        place = NamedSharding(mesh, weight.spec)
-        spec = weight.spec[1:] if weight.stacked else weight.spec
-        spec = [*spec, *[None] * (len(weight.tensor_shape) - len(spec))]
-        source = NamedSharding(mesh, P(*(spec[::-1] if weight.transposed else spec)))
+    spec = weight.spec[1:] if weight.stacked else weight.spec
+
+    def sharded(*axes: Any) -> NamedSharding | None:
+        return None if mesh is None else NamedSharding(mesh, P(*axes))
+
     if not weight.stacked and not weight.transposed and dtype == own:
-        tensor = tensors.read(weight.names[0])
-        array = jax.block_until_ready(jax.device_put(tensor, place))
+        tensor = tensors[weight.names[0]].read()
+        array = jax.block_until_ready(jax.device_put(tensor, sharded(*spec)))
         if on_tensor is not None:
             on_tensor(tensor.nbytes)
         return array
-    shape = weight.shape if weight.stacked else (1, *weight.shape)
-    whole = place
-    if mesh is not None and not weight.stacked:
-        whole = NamedSharding(mesh, P(None, *weight.spec))
-    array = jnp.zeros(shape, dtype, device=whole)
+    axes = [*spec, *[None] * (len(weight.tensor_shape) - len(spec))]
+    source = sharded(*(axes[::-1] if weight.transposed else axes))
+    shape, whole = (1, *weight.shape), (None, *spec)
+    if weight.stacked:
+        shape, whole = weight.shape, weight.spec
+    array = jnp.zeros(shape, dtype, device=sharded(*whole))
     for layer, name in enumerate(weight.names):
-        tensor = tensors.read(name)
+        tensor = tensors[name].read()
         placed = jax.device_put(tensor, source)
         array = _put(array, placed, np.int32(layer), transposed=weight.transposed)
         jax.block_until_ready(array)  # or the next tensor would be read beside this one

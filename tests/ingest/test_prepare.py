@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 import pytest
 from tiny_tables import T0, files_of, make_table
 
-from ping_llm import addresses, storage
+from ping_llm import addresses
 from ping_llm.data.pipeline import TrainLoader
 from ping_llm.data.rows import SPLITS, ProbeRows, data_fingerprint
 from ping_llm.errors import ConfigError, DataError, PingLLMError, StorageError
@@ -439,17 +439,12 @@ def test_inputs_and_outputs_may_be_in_an_object_store(
     with (tmp_path / "log").open("w") as log, emulator(log) as environment:
         for name, value in environment.items():
             monkeypatch.setenv(name, value)
-        inputs = tmp_path / "inputs"
-        inputs.mkdir()
-        (inputs / "m.parquet").write_bytes(parquet.read_bytes())
-        storage.upload_directory(inputs, f"{bucket}/in", last="m.parquet")
+        Location(f"{bucket}/in/m.parquet").upload(parquet)
         first = prepare_data([f"{bucket}/in/*.parquet"], output=f"{bucket}/out")
         assert prepare_data([f"{bucket}/in"], output=f"{bucket}/out") == first
         copy = tmp_path / "copy"
-        copy.mkdir()
-        for file in storage.find(f"{bucket}/out"):
-            with storage.open_input(file.url) as source:
-                (copy / file.url.rpartition("/")[2]).write_bytes(source.read())
+        for file in Location(f"{bucket}/out").find():
+            file.location.download(copy / file.location.name)
         assert files_of(copy) == files_of(plain)
         with pytest.raises(ConfigError, match="seed=1, was 0"):
             prepare_data([f"{bucket}/in"], output=f"{bucket}/out", seed=1)

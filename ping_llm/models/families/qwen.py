@@ -27,14 +27,7 @@ _NO_EFFECT = {
     "transformers_version",
     "use_cache",
 }
-_YARN_KEYS = (
-    "beta_fast",
-    "beta_slow",
-    "attention_factor",
-    "mscale",
-    "mscale_all_dim",
-    "truncate",
-)
+_YARN_KEYS = ("beta_fast", "beta_slow", "attention_factor", "mscale", "mscale_all_dim", "truncate")
 
 # Parameter of the decoder: (tensor in the checkpoint, whether that is stored [out, in]).
 BLOCK: dict[tuple[str, ...], tuple[str, bool]] = {
@@ -91,6 +84,7 @@ def read_config(fields: Mapping[str, Any], where: str) -> DecoderConfig:
     head_dim = take("head_dim") or (128 if is_qwen3 else d_model // n_heads)
     theta, yarn = _rope(left, fields.get("max_position_embeddings"), where)
     window, flags = _sliding(left, n_layers, where)
+    dtype = _dtype(fields, where)
     config = DecoderConfig(
         vocab_size=size("vocab_size"),
         d_model=d_model,
@@ -107,8 +101,8 @@ def read_config(fields: Mapping[str, Any], where: str) -> DecoderConfig:
         tie_embeddings=bool(take("tie_word_embeddings", False)),
         sliding_window=window,
         sliding_layers=flags,
-        dtype=_dtype(fields, where),
-        param_dtype=_dtype(fields, where),
+        dtype=dtype,
+        param_dtype=dtype,
     )
     # Qwen2 has its three biases whatever this says; with it, Qwen3 has a fourth.
     if take("attention_bias", False) and is_qwen3:
