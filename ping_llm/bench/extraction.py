@@ -1,11 +1,11 @@
 """How fast activations are extracted, and how fast they are stored."""
 
-import dataclasses
 import json
 import os
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -29,11 +29,15 @@ WRITTEN_BYTES = 512 << 20
 WIDTH = 896
 
 
-@dataclasses.dataclass(frozen=True)
-class BenchExtractResult:
-    """How fast an extraction was, on prompts of random token ids.
+@settings.takes(BenchExtractSettings)
+def bench_extract(chosen: BenchExtractSettings) -> dict[str, Any]:
+    """Returns how fast activations are extracted, and how fast they are stored.
 
-    Attributes:
+    The prompts are random token ids.
+
+    Returns:
+        By name:
+
         real_tokens_per_second: With storing; loading and compiling are not counted.
         tokens_per_second: The same, padding included.
         padding_fraction: Fraction of all tokens that is padding.
@@ -46,24 +50,6 @@ class BenchExtractResult:
         tokens: Real tokens extracted.
         bytes: Bytes stored.
         peak_device_bytes: The most memory used on one device; on a CPU, by the process.
-    """
-
-    real_tokens_per_second: float
-    tokens_per_second: float
-    padding_fraction: float
-    forward_tokens_per_second: float
-    store_cost: float
-    write_bytes_per_second: float
-    npy_bytes_per_second: float
-    transformers_tokens_per_second: float | None
-    tokens: int
-    bytes: int
-    peak_device_bytes: int
-
-
-@settings.takes(BenchExtractSettings)
-def bench_extract(chosen: BenchExtractSettings) -> BenchExtractResult:
-    """Returns how fast activations are extracted, and how fast they are stored.
 
     Raises:
         ConfigError: A setting cannot be, or PyTorch or transformers is missing.
@@ -75,23 +61,20 @@ def bench_extract(chosen: BenchExtractSettings) -> BenchExtractResult:
         raise ConfigError(f"output={chosen.output!r} is not a local directory to write in")
     model = huggingface.resolve(chosen.model)
     prompts = _random_prompts(chosen, vocab_size=huggingface.read_config(model).vocab_size)
-    transformers_seconds = None
+    transformers_speed = None
     with tempfile.TemporaryDirectory(dir=chosen.output) as temporary:
         directory = Path(temporary)
         path = directory / "prompts.jsonl"
         lines = (json.dumps({"tokens": prompt.tolist()}) + "\n" for prompt in prompts)
         path.write_text("".join(lines))
+        shared = ("layers", "sites", "dtype", "batch_tokens", "max_length")
         options = ExtractSettings(
             model=str(model),
             input=str(path),
             output=str(directory / "store"),
             format="tokens",
-            layers=chosen.layers,
-            sites=chosen.sites,
-            dtype=chosen.dtype,
-            batch_tokens=chosen.batch_tokens,
-            max_length=chosen.max_length,
             unit_mb=1e3,
+            **{name: getattr(chosen, name) for name in shared},
         )
         stored = extract_activations(options)
         assert isinstance(stored, ExtractResult)
@@ -100,23 +83,21 @@ def bench_extract(chosen: BenchExtractSettings) -> BenchExtractResult:
     if chosen.compare:
         from ping_llm.bench import peers
 
-        transformers_seconds = peers.transformers_seconds(
-            model, prompts, dtype=chosen.dtype or "float32"
-        )
-    return BenchExtractResult(
-        real_tokens_per_second=stored.tokens_per_second,
-        tokens_per_second=stored.tokens_per_second / (1 - stored.padding_fraction),
-        padding_fraction=stored.padding_fraction,
-        forward_tokens_per_second=stored.tokens / forward_seconds,
-        store_cost=stored.seconds / forward_seconds - 1,
-        write_bytes_per_second=write_speed,
-        npy_bytes_per_second=npy_speed,
-        transformers_tokens_per_second=transformers_seconds
-        and stored.tokens / transformers_seconds,
-        tokens=stored.tokens,
-        bytes=stored.bytes_written,
-        peak_device_bytes=stored.peak_device_bytes,
-    )
+        dtype = chosen.dtype or "float32"
+        transformers_speed = stored.tokens / peers.transformers_seconds(model, prompts, dtype=dtype)
+    return {
+        "real_tokens_per_second": stored.tokens_per_second,
+        "tokens_per_second": stored.tokens_per_second / (1 - stored.padding_fraction),
+        "padding_fraction": stored.padding_fraction,
+        "forward_tokens_per_second": stored.tokens / forward_seconds,
+        "store_cost": stored.seconds / forward_seconds - 1,
+        "write_bytes_per_second": write_speed,
+        "npy_bytes_per_second": npy_speed,
+        "transformers_tokens_per_second": transformers_speed,
+        "tokens": stored.tokens,
+        "bytes": stored.bytes_written,
+        "peak_device_bytes": stored.peak_device_bytes,
+    }
 
 
 def _random_prompts(chosen: BenchExtractSettings, *, vocab_size: int) -> list[np.ndarray]:
@@ -151,14 +132,8 @@ def _write_speeds(directory: Path, *, seed: int) -> tuple[float, float]:
         os.fsync(file.fileno())
     npy_seconds = time.perf_counter() - started
     (directory / "rows.npy").unlink()
-    prompts = UnitPrompts(
-        tokens=np.zeros(rows, np.int32),
-        offsets=np.array([0, rows]),
-        roles=np.zeros(rows, np.uint8),
-        ids=["rows"],
-        overlong=0,
-        empty=0,
-    )
+    zeros, one_prompt = np.zeros(rows, np.int32), np.array([0, rows])
+    prompts = UnitPrompts(zeros, one_prompt, zeros.astype(np.uint8), ["rows"], overlong=0, empty=0)
     spec = ArraySpec("residual.00000", WIDTH, values.dtype)
     kv, norms = KeyValueStore(directory / "written"), np.ones(rows, np.float32)
     started = time.perf_counter()

@@ -1,7 +1,7 @@
 """How fast the loader makes training batches."""
 
-import dataclasses
 import time
+from typing import Any
 
 import numpy as np
 
@@ -12,11 +12,15 @@ from ping_llm.progress import progress
 from ping_llm.resources import PeakMemory
 
 
-@dataclasses.dataclass(frozen=True)
-class BenchLoaderResult:
-    """What the loader made, from opening the data set to the last batch.
+@settings.takes(BenchLoaderSettings)
+def bench_loader(chosen: BenchLoaderSettings) -> dict[str, Any]:
+    """Returns how fast the loader makes training batches when nothing else holds it up.
 
-    Attributes:
+    The clock runs from opening the data set to the last batch.
+
+    Returns:
+        By name:
+
         tokens_per_second: Tokens of the batches, padding included, per second of wall time.
         real_tokens_per_second: The same without padding.
         padding_fraction: Fraction of all tokens that is padding.
@@ -26,22 +30,6 @@ class BenchLoaderResult:
         seconds: Wall time.
         cpu_seconds: CPU time of this process.
         peak_rss_bytes: The most memory held at once, mapped files included.
-    """
-
-    tokens_per_second: float
-    real_tokens_per_second: float
-    padding_fraction: float
-    tokens_per_cpu_second: float
-    first_batch_seconds: float
-    batches: int
-    seconds: float
-    cpu_seconds: float
-    peak_rss_bytes: int
-
-
-@settings.takes(BenchLoaderSettings)
-def bench_loader(chosen: BenchLoaderSettings) -> BenchLoaderResult:
-    """Returns how fast the loader makes training batches when nothing else holds it up.
 
     Raises:
         ConfigError: A setting cannot be.
@@ -53,10 +41,7 @@ def bench_loader(chosen: BenchLoaderSettings) -> BenchLoaderResult:
     with (
         PeakMemory() as memory,
         TrainLoader(
-            chosen.data,
-            batch_size=chosen.batch_size,
-            seq_len=chosen.seq_len,
-            seed=chosen.seed,
+            chosen.data, batch_size=chosen.batch_size, seq_len=chosen.seq_len, seed=chosen.seed
         ) as loader,
         progress("loader", total=chosen.seconds, unit="s") as bar,
     ):
@@ -71,14 +56,14 @@ def bench_loader(chosen: BenchLoaderSettings) -> BenchLoaderResult:
         cpu_seconds = time.process_time() - cpu_started
         peak_rss_bytes = memory.peak()
     tokens = batches * chosen.batch_size * chosen.seq_len
-    return BenchLoaderResult(
-        tokens_per_second=tokens / seconds,
-        real_tokens_per_second=real / seconds,
-        padding_fraction=1 - real / tokens,
-        tokens_per_cpu_second=real / cpu_seconds,
-        first_batch_seconds=first_batch_seconds,
-        batches=batches,
-        seconds=seconds,
-        cpu_seconds=cpu_seconds,
-        peak_rss_bytes=peak_rss_bytes,
-    )
+    return {
+        "tokens_per_second": tokens / seconds,
+        "real_tokens_per_second": real / seconds,
+        "padding_fraction": 1 - real / tokens,
+        "tokens_per_cpu_second": real / cpu_seconds,
+        "first_batch_seconds": first_batch_seconds,
+        "batches": batches,
+        "seconds": seconds,
+        "cpu_seconds": cpu_seconds,
+        "peak_rss_bytes": peak_rss_bytes,
+    }

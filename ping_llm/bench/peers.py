@@ -24,25 +24,28 @@ Steps = Callable[[np.ndarray, np.ndarray, int], float]
 BETAS, WEIGHT_DECAY, LEARNING_RATE, CLIP_NORM = (0.9, 0.95), 0.1, 1e-3, 1.0
 
 
+def _kernels(cfg: DecoderConfig) -> dict[str, tuple[int, int]]:
+    """Returns the (input, output) widths of the kernels of a block."""
+    D, F, N, K = cfg.d_model, cfg.d_ff, cfg.n_heads * cfg.head_dim, cfg.n_kv_heads * cfg.head_dim
+    attention = {"q": (D, N), "k": (D, K), "v": (D, K), "out": (N, D)}
+    return attention | {"gate": (D, F), "up": (D, F), "down": (F, D)}
+
+
 def bare_jax(cfg: DecoderConfig) -> Steps:
     """Returns steps in JAX and Optax alone: a dict of weights and a Python loop over the layers."""
     import optax
 
-    D, F, H, N = cfg.d_model, cfg.d_ff, cfg.head_dim, cfg.n_heads
+    D, H = cfg.d_model, cfg.head_dim
     dtype = jnp.dtype(cfg.dtype)
     rng = np.random.default_rng(0)
 
     def weight(rows: int, columns: int) -> jax.Array:
         return jnp.asarray(rng.standard_normal((rows, columns)) / rows**0.5, jnp.float32)
 
-    shapes = {"q": (D, N * H), "k": (D, cfg.n_kv_heads * H), "v": (D, cfg.n_kv_heads * H)}
-    shapes |= {"out": (N * H, D), "gate": (D, F), "up": (D, F), "down": (F, D)}
     params: dict[str, Any] = {"embed": weight(cfg.vocab_size, D), "norm": jnp.ones(D)}
     for layer in range(cfg.n_layers):
-        params[f"layer{layer}"] = {name: weight(*shape) for name, shape in shapes.items()} | {
-            "norm1": jnp.ones(D),
-            "norm2": jnp.ones(D),
-        }
+        kernels = {name: weight(*shape) for name, shape in _kernels(cfg).items()}
+        params[f"layer{layer}"] = kernels | {"norm1": jnp.ones(D), "norm2": jnp.ones(D)}
 
     def norm(x, scale):
         wide = x.astype(jnp.float32)
@@ -112,13 +115,9 @@ def pytorch(cfg: DecoderConfig, *, compiled: bool) -> Steps:
             super().__init__()
             self.norm1 = torch.nn.RMSNorm(cfg.d_model, cfg.rms_norm_eps)
             self.norm2 = torch.nn.RMSNorm(cfg.d_model, cfg.rms_norm_eps)
-            self.q = torch.nn.Linear(cfg.d_model, cfg.n_heads * H, bias=False)
-            self.k = torch.nn.Linear(cfg.d_model, cfg.n_kv_heads * H, bias=False)
-            self.v = torch.nn.Linear(cfg.d_model, cfg.n_kv_heads * H, bias=False)
-            self.out = torch.nn.Linear(cfg.n_heads * H, cfg.d_model, bias=False)
-            self.gate = torch.nn.Linear(cfg.d_model, cfg.d_ff, bias=False)
-            self.up = torch.nn.Linear(cfg.d_model, cfg.d_ff, bias=False)
-            self.down = torch.nn.Linear(cfg.d_ff, cfg.d_model, bias=False)
+            shapes = _kernels(cfg).items()
+            linear = {name: torch.nn.Linear(*shape, bias=False) for name, shape in shapes}
+            self.kernels = torch.nn.ModuleDict(linear)
 
         def forward(self, x, cos, sin):
             def rotate(x):
@@ -126,16 +125,16 @@ def pytorch(cfg: DecoderConfig, *, compiled: bool) -> Steps:
                 return torch.cat([a * cos - b * sin, b * cos + a * sin], -1)
 
             normed = self.norm1(x)
-            q, k, v = (
-                project(normed).unflatten(-1, (-1, H)).transpose(1, 2)
-                for project in (self.q, self.k, self.v)
-            )
+            kernels = self.kernels
+            heads = (kernels[name](normed).unflatten(-1, (-1, H)) for name in "qkv")
+            q, k, v = (each.transpose(1, 2) for each in heads)
             attended = functional.scaled_dot_product_attention(
                 rotate(q), rotate(k), v, is_causal=True, enable_gqa=cfg.n_heads != cfg.n_kv_heads
             )
-            x = x + self.out(attended.transpose(1, 2).flatten(2))
+            x = x + kernels["out"](attended.transpose(1, 2).flatten(2))
             normed = self.norm2(x)
-            return x + self.down(functional.silu(self.gate(normed)) * self.up(normed))
+            gated = functional.silu(kernels["gate"](normed)) * kernels["up"](normed)
+            return x + kernels["down"](gated)
 
     class Model(torch.nn.Module):
         def __init__(self) -> None:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import time
+from typing import Any
 
 import numpy as np
 
@@ -13,28 +14,20 @@ from ping_llm.prediction.predictor import Predictor
 from ping_llm.resources import peak_rss_bytes
 
 
-@dataclasses.dataclass(frozen=True)
-class BenchPredictResult:
-    """How fast a model answers questions; compiling is not counted.
+@settings.takes(BenchPredictSettings)
+def bench_predict(chosen: BenchPredictSettings) -> dict[str, Any]:
+    """Returns how many pairs per second a run's model answers, from one source to random IPv4.
 
-    Attributes:
+    Compiling is not counted.
+
+    Returns:
+        By name:
+
         pairs_per_second: Pairs without a history.
         pairs_per_second_with_history: Pairs after a history that fills the model's sequences.
         history_tokens: Tokens of that history.
         pairs: Number of pairs, in each of the two.
         peak_rss_bytes: The most memory this process ever held.
-    """
-
-    pairs_per_second: float
-    pairs_per_second_with_history: float
-    history_tokens: int
-    pairs: int
-    peak_rss_bytes: int
-
-
-@settings.takes(BenchPredictSettings)
-def bench_predict(chosen: BenchPredictSettings) -> BenchPredictResult:
-    """Returns how many pairs per second a run's model answers, from one source to random IPv4.
 
     Raises:
         ConfigError: A setting cannot be.
@@ -58,10 +51,10 @@ def bench_predict(chosen: BenchPredictSettings) -> BenchPredictResult:
         started = time.perf_counter()
         predictor.ask(queries, context)
         rates.append(chosen.pairs / (time.perf_counter() - started))
-    return BenchPredictResult(
-        pairs_per_second=rates[0],
-        pairs_per_second_with_history=rates[1],
-        history_tokens=int(encode_prompts(contexts, queries).context_offsets[-1]),
-        pairs=chosen.pairs,
-        peak_rss_bytes=peak_rss_bytes(),
-    )
+    return {
+        "pairs_per_second": rates[0],
+        "pairs_per_second_with_history": rates[1],
+        "history_tokens": int(encode_prompts(contexts, queries).context_offsets[-1]),
+        "pairs": chosen.pairs,
+        "peak_rss_bytes": peak_rss_bytes(),
+    }

@@ -1,9 +1,9 @@
 """How fast measurements become probe rows."""
 
-import dataclasses
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 from ping_llm import settings
 from ping_llm.bench.settings import BenchPrepareSettings
@@ -11,11 +11,13 @@ from ping_llm.ingest.files import find_files
 from ping_llm.ingest.prepare import prepare_data
 
 
-@dataclasses.dataclass(frozen=True)
-class BenchPrepareResult:
-    """How fast `prepare_data` made probe rows.
+@settings.takes(BenchPrepareSettings)
+def bench_prepare(chosen: BenchPrepareSettings) -> dict[str, Any]:
+    """Returns how fast the inputs become probe rows, which are thrown away.
 
-    Attributes:
+    Returns:
+        By name:
+
         measurements_per_second: Measurements in the rows, per second of wall time.
         measurements_per_cpu_second: The same per second of this process's CPU time.
         measurements: Number of measurements.
@@ -24,21 +26,6 @@ class BenchPrepareResult:
         seconds: Wall time.
         cpu_seconds: CPU time of this process.
         peak_rss_bytes: The most memory this process and its children held at once.
-    """
-
-    measurements_per_second: float
-    measurements_per_cpu_second: float
-    measurements: int
-    rejected: int
-    input_bytes: int
-    seconds: float
-    cpu_seconds: float
-    peak_rss_bytes: int
-
-
-@settings.takes(BenchPrepareSettings)
-def bench_prepare(chosen: BenchPrepareSettings) -> BenchPrepareResult:
-    """Returns how fast the inputs become probe rows, which are thrown away.
 
     Raises:
         ConfigError: A setting cannot be.
@@ -55,13 +42,13 @@ def bench_prepare(chosen: BenchPrepareSettings) -> BenchPrepareResult:
         )
         seconds = time.perf_counter() - started
         cpu_seconds = time.process_time() - cpu_started
-    return BenchPrepareResult(
-        measurements_per_second=made.measurements / seconds,
-        measurements_per_cpu_second=made.measurements / cpu_seconds,
-        measurements=made.measurements,
-        rejected=sum(made.rejected.values()),
-        input_bytes=size,
-        seconds=seconds,
-        cpu_seconds=cpu_seconds,
-        peak_rss_bytes=made.peak_rss_bytes,
-    )
+    return {
+        "measurements_per_second": made.measurements / seconds,
+        "measurements_per_cpu_second": made.measurements / cpu_seconds,
+        "measurements": made.measurements,
+        "rejected": sum(made.rejected.values()),
+        "input_bytes": size,
+        "seconds": seconds,
+        "cpu_seconds": cpu_seconds,
+        "peak_rss_bytes": made.peak_rss_bytes,
+    }

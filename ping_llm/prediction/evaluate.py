@@ -133,7 +133,10 @@ def evaluate(chosen: EvaluateSettings) -> EvaluationResult:
     for history, make_condition in task.conditions.items():
         condition = make_condition()
         note = "" if history is None else f", {history} measurements of context"
-        answers = _ask_models(predictor, rows, condition, note)
+        asked = {"model": condition.prompts}
+        if condition.online is not None:
+            asked["model_online"] = ((rows, condition.online),)
+        answers = {k: _ask(predictor, rows, v, f"{k}{note}") for k, v in asked.items()}
         predicted = {name: answer.median for name, answer in answers.items()}
         predicted |= _ask_baselines(names, rows, condition, note)
         methods = scores.errors(rows, predicted)
@@ -179,17 +182,6 @@ def _baselines(names: Sequence[str], protocol: str) -> list[str]:
     return [name for name in names if name != "none"]
 
 
-def _ask_models(
-    predictor: Predictor, rows: MeasurementTable, condition: Condition, note: str
-) -> dict[str, ModelAnswers]:
-    asked = {"model": condition.prompts}
-    if condition.online is not None:
-        asked["model_online"] = ((rows, condition.online),)
-    return {
-        name: _ask(predictor, rows, prompts, f"{name}{note}") for name, prompts in asked.items()
-    }
-
-
 def _ask(
     predictor: Predictor,
     rows: MeasurementTable,
@@ -197,12 +189,11 @@ def _ask(
     title: str,
 ) -> ModelAnswers:
     n, levels, actual = len(rows), np.array(PINBALL_LEVELS), scores.actual_rtt(rows)
-    answers = ModelAnswers(np.zeros((n, len(levels))), np.zeros(n), np.zeros(n), np.zeros(n))
-    several = len(prompts) > 1
+    answers = ModelAnswers(np.zeros((n, len(levels))), *np.zeros((3, n)))
+    single = len(prompts) == 1
+    batches = predictor.distributions(*prompts[0]) if single else predictor.mixtures(prompts)
     with progress(title, total=n, unit="measurements") as bar:
-        for index, distribution in (
-            predictor.mixtures(prompts) if several else predictor.distributions(*prompts[0])
-        ):
+        for index, distribution in batches:
             answers.quantiles[index] = distribution.quantiles(levels)
             answers.below[index] = distribution.below(actual[index])
             answers.crps[index] = distribution.crps(actual[index])
@@ -226,7 +217,7 @@ def _ask_baselines(
 
 def _loss_per_field(predictor: Predictor, data: Location) -> dict[str, float]:
     """Returns the loss in nats a token on fixed batches of the test rows, in all and by field."""
-    sums, counts = np.zeros(len(tokenizer.FIELDS)), np.zeros(len(tokenizer.FIELDS))
+    sums, counts = np.zeros((2, len(tokenizer.FIELDS)))
     for batch in eval_batches(
         data.url,
         "test",
