@@ -77,7 +77,7 @@ class Checkpoints:
             with _failing_with(self._not_written):
                 self._manager.close()
         except CheckpointError:
-            if kind is None:  # else the error on its way says more
+            if kind is None:  # otherwise the error being raised says more
                 raise
         finally:
             self._pool.shutdown()

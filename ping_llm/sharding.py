@@ -21,8 +21,8 @@ MESH_AXES = ("data", "fsdp", "tensor")
 # The last letters are the dimensions. The vocabulary is not split: 267 is odd.
 EMBED_VD = P(None, "tensor")
 HEAD_DV = P("tensor", None)
-UP_DF = P("fsdp", "tensor")  # also D to heads
-DOWN_FD = P("tensor", "fsdp")  # also heads to D
+UP_DF = P("fsdp", "tensor")  # and D to heads
+DOWN_FD = P("tensor", "fsdp")  # and heads to D
 BIAS_F = P("tensor")
 NORM_D = P()
 BATCH_BT = P(("data", "fsdp"))

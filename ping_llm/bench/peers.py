@@ -197,11 +197,9 @@ def transformers_seconds(directory: Path, prompts: Sequence[np.ndarray], *, dtyp
     model = transformers.AutoModel.from_pretrained(directory, dtype=getattr(torch, dtype)).eval()
 
     def forward(batch: Sequence[np.ndarray]) -> None:
-        ids = torch.zeros(len(batch), max(map(len, batch)), dtype=torch.long)
-        mask = torch.zeros_like(ids)
-        for row, prompt in enumerate(batch):
-            ids[row, : len(prompt)] = torch.from_numpy(np.asarray(prompt, np.int64))
-            mask[row, : len(prompt)] = 1
+        rows = [torch.from_numpy(np.asarray(prompt, np.int64)) for prompt in batch]
+        pad = torch.nn.utils.rnn.pad_sequence
+        ids, mask = pad(rows, True), pad([torch.ones_like(row) for row in rows], True)
         model(ids, attention_mask=mask, use_cache=False)
 
     with torch.inference_mode():

@@ -14,7 +14,7 @@ MIN_HEIGHT_MS = 0.01
 def fit_vivaldi(train: Training) -> PredictPairs:
     """Returns the distances of a Vivaldi embedding (Dabek, Cox, Kaashoek and Morris, 2004).
 
-    Each round every node meets one of its training pairs, drawn anew, and moves along the spring
+    Each round every node meets a new random one of its training pairs, and moves along the spring
     between them; all nodes move at once.
     """
     one, other, rtt = train.directed

@@ -48,7 +48,7 @@ _START = np.arange(tokenizer.VOCAB_SIZE) == tokenizer.MEASUREMENT_START
 class Grammar:
     """How far each of some sequences is in the token language, and what may come next.
 
-    A sequence of allowed ids, cut behind a whole measurement, decodes without a problem.
+    A sequence of allowed ids, cut after a whole measurement, decodes without a problem.
     """
 
     def __init__(self, timed: np.ndarray, source_family: np.ndarray):

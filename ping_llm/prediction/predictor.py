@@ -30,6 +30,7 @@ LEVELS = {"p5": 0.05, "p25": 0.25, "p50": 0.5, "p75": 0.75, "p95": 0.95}
 _POOLED = 512  # questions whose distributions are held at once
 
 
+@dataclasses.dataclass(eq=False, repr=False)
 class Predictor:
     """A trained decoder that predicts RTT distributions and failures.
 
@@ -39,25 +40,19 @@ class Predictor:
         graphdef: The decoder's static part.
         params: Its parameters.
         max_tokens: Tokens of the longest sequence that it was trained on.
+        seen: The addresses it was trained on; None: not known.
         hide_unseen: Whether to hide the source of each question whose source training has not seen,
             which is for a decoder that was trained on hidden ones.
         trained_on: The run's data set, its `path` and `fingerprint`; empty where there is none.
     """
 
-    def __init__(
-        self,
-        graphdef: Any,
-        params: Any,
-        *,
-        max_tokens: int,
-        seen: Nodes | None = None,
-        hide_unseen: bool = False,
-        trained_on: Mapping[str, Any] | None = None,
-    ):
-        """Wraps a decoder; `seen` are the addresses it was trained on, if they are known."""
-        self.graphdef, self.params, self.max_tokens = graphdef, params, max_tokens
-        self.hide_unseen, self.trained_on = hide_unseen, trained_on or {}
-        self._seen = seen
+    graphdef: Any
+    params: Any
+    _: dataclasses.KW_ONLY
+    max_tokens: int
+    seen: Nodes | None = None
+    hide_unseen: bool = False
+    trained_on: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     @classmethod
     def load(cls, run: str | Location) -> "Predictor":
@@ -152,10 +147,10 @@ class Predictor:
 
     def unseen(self, questions: MeasurementTable) -> np.ndarray | None:
         """Returns whether source and destination were not in training [n, 2]; None: not known."""
-        if self._seen is None:
+        if self.seen is None:
             return None
         ends = (questions.src, questions.dst)
-        return np.stack([self._seen.lookup(end) < 0 for end in ends], axis=1)
+        return np.stack([self.seen.lookup(end) < 0 for end in ends], axis=1)
 
     def distributions(
         self, questions: MeasurementTable, contexts: Contexts | None = None

@@ -231,7 +231,7 @@ class _Trainer:
         row = self.meter.row(self.step, float(self.schedule(self.step - 1)))
         if evaluate and self.valid:
             sums = [self.eval_step(self.state.params, batch) for batch in self.valid]
-            nll, count = (np.sum(part, axis=0) for part in zip(*jax.device_get(sums), strict=True))
+            nll, count = np.sum(jax.device_get(sums), axis=0)
             row["valid_loss"] = float(nll.sum() / count.sum())
             weights = np.array(self.cfg.loss_weights)
             row["valid_objective"] = float(weights @ nll / max(weights @ count, 1.0))
@@ -280,7 +280,7 @@ class _Trace:
         """Begins or ends the trace where `step` is the first of it, or the first after it."""
         if self._directory is None or step not in (self._first, self._first + TRACED_STEPS):
             return
-        meter.fetch()  # what is under way belongs to what was before
+        meter.fetch()  # no step is half done where the trace begins or ends
         if step > self._first:
             self.__exit__()
         else:

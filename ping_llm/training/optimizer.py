@@ -11,7 +11,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from ping_llm.training.settings import TrainSettings
 
-GROUPS = ("kernel", "embedding", "norm")  # "norm": also biases
+GROUPS = ("kernel", "embedding", "norm")  # "norm" includes biases
 
 # The root mean square of Muon's updates of a kernel, near that of Adam's, so that one learning rate
 # serves both: Liu et al., Muon is Scalable for LLM Training, 2025, section 2.2.

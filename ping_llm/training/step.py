@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
-from ping_llm import tokenizer
+from ping_llm import sharding, tokenizer
 from ping_llm.models.config import DecoderConfig
 from ping_llm.models.decoder import Decoder
 from ping_llm.training import flops
@@ -66,7 +66,7 @@ def abstract_state(
 def _unmasked(state: Any, shardings: Any) -> Any:
     """Returns `shardings` without those of variables that an optimizer leaves to another one.
 
-    Optax puts an empty node in their place, to which Flax gives a sharding nevertheless.
+    Optax puts an empty node in their place, to which Flax still gives a sharding.
     """
 
     def keep(variable, where):
@@ -119,7 +119,7 @@ def make_train_step(
     It is to be called where `jax.set_mesh` holds.
 
     The metrics of a step: `loss`, nats per target, unweighted; `grad_norm` before clipping;
-    `skipped`, whether the optimizer's guard left everything as it was; `field_nll` and
+    `skipped`, whether the optimizer's guard left all as it was; `field_nll` and
     `field_count` by `tokenizer.FIELDS`; `tokens` that are not padding; `pairs` as
     `flops.attended_pairs` counts them.
 
@@ -191,7 +191,7 @@ def make_eval_step(graphdef: Any) -> Callable[[Any, Arrays], tuple[Array, Array]
         nll = _negative_log_likelihood(_logits(graphdef, params, batch), batch["targets"])
         fields = target_fields(batch["inputs"], batch["targets"])
         sums = field_losses(nll, fields, batch["mask"])
-        return jax.lax.with_sharding_constraint(sums, P())
+        return tuple(sharding.constrain(each, P()) for each in sums)
 
     return jax.jit(eval_step)
 
