@@ -4,8 +4,9 @@ A checkpoint holds named trees of arrays and a JSON object of notes. Arrays are 
 paths in the tree, so that what is on disk knows nothing of Flax's and Optax's classes.
 """
 
+import contextlib
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -19,18 +20,6 @@ from ping_llm.models.trees import by_path, check_shapes
 TREES = ("params", "opt_state")
 _NOTES = "notes"
 _OBJECTIVE = "valid_objective"  # among the notes
-
-
-class _Preservation:
-    """Orbax's way to ask which checkpoints stay."""
-
-    def __init__(self, of: "Checkpoints"):
-        self._of = of
-
-    def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
-        del context
-        kept = self._of.kept()
-        return [checkpoint.step in kept for checkpoint in checkpoints]
 
 
 class Checkpoints:
@@ -64,14 +53,12 @@ class Checkpoints:
         self._objectives: dict[int, float | None] = dict(elsewhere or {})
         self._pool = ThreadPoolExecutor(1)
         self._saved: Future[None] | None = None  # what `on_saved` still does
-        options = ocp.CheckpointManagerOptions(
-            preservation_policy=_Preservation(self), create=keep is not None
-        )
+        options = ocp.CheckpointManagerOptions(preservation_policy=self, create=keep is not None)
         handlers: dict[str, ocp.CheckpointHandler] = {
             **{name: ocp.StandardCheckpointHandler() for name in TREES},
             _NOTES: ocp.JsonCheckpointHandler(),
         }
-        try:
+        with _failing_with(lambda line: f"{directory}: cannot be opened: {line}"):
             if keep is not None and jax.process_index() == 0:
                 # Orbax's own cleaning leaves a directory killed between commit and rename.
                 for unfinished in self.directory.glob("*.orbax-checkpoint-tmp*"):
@@ -81,18 +68,17 @@ class Checkpoints:
             )
             for step in self._manager.all_steps():
                 self._objectives[step] = self._read_objective(step)
-        except Exception as error:  # Orbax and TensorStore raise many kinds
-            raise CheckpointError(f"{directory}: cannot be opened: {_line(error)}") from error
 
     def __enter__(self) -> "Checkpoints":
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         try:
-            self._manager.close()
-        except Exception as error:
-            if kind is None:  # else the error on its way says more
-                raise self._failed(error) from error
+            with _failing_with(self._not_written):
+                self._manager.close()
+        except CheckpointError:
+            if kind is None:  # otherwise the error being raised says more
+                raise
         finally:
             self._pool.shutdown()
 
@@ -115,6 +101,12 @@ class Checkpoints:
         """Returns the valid objective of each checkpoint that is to be kept, by its step."""
         steps = {*sorted(self._objectives)[-(self._keep or 0) :], self.best()}
         return {step: value for step, value in self._objectives.items() if step in steps}
+
+    def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
+        """Tells Orbax which checkpoints are to be kept."""
+        del context
+        kept = self.kept()
+        return [checkpoint.step in kept for checkpoint in checkpoints]
 
     def save(
         self,
@@ -139,18 +131,15 @@ class Checkpoints:
         notes = {**notes, _OBJECTIVE: objective}
         items = {name: ocp.args.StandardSave(by_path(tree)) for name, tree in trees.items()}
         args = ocp.args.Composite(**items, **{_NOTES: ocp.args.JsonSave(notes)})
-        try:
+        with _failing_with(self._not_written):
             self._manager.save(step, args=args, force=True)
-        except Exception as error:
-            raise self._failed(error) from error
         if self._on_saved is not None:
-            self._saved = self._pool.submit(self._after_save, step, self._on_saved)
+            self._saved = self._pool.submit(self._after_save, step)
 
-    def _after_save(
-        self, step: int, on_saved: Callable[[int, Mapping[int, float | None]], None]
-    ) -> None:
+    def _after_save(self, step: int) -> None:
         self._manager.wait_until_finished()
-        on_saved(step, self._objectives)
+        if self._on_saved is not None:
+            self._on_saved(step, self._objectives)
 
     def wait(self) -> None:
         """Returns when all checkpoints are written, and `on_saved` has returned.
@@ -158,10 +147,8 @@ class Checkpoints:
         Raises:
             CheckpointError: One could not be written.
         """
-        try:
+        with _failing_with(self._not_written):
             self._manager.wait_until_finished()
-        except Exception as error:
-            raise self._failed(error) from error
         if self._saved is not None:
             self._saved.result()
 
@@ -174,36 +161,35 @@ class Checkpoints:
                 Trees of the checkpoint that are not named are not read.
         """
         where = self.directory / str(step)
+
+        def unreadable(line: str) -> str:
+            return (
+                f"{where}: cannot be read, it may be damaged: {line}; "
+                "remove that directory to go on from the checkpoint before it"
+            )
+
         wanted = {name: by_path(tree) for name, tree in trees.items()}
-        try:
+        with _failing_with(unreadable):
             stored = self._manager.item_metadata(step)
             trees_stored = {name: stored[name].tree if stored[name] else {} for name in wanted}
-        except Exception as error:
-            raise _unreadable(where, error) from error
         for name in wanted:
             shapes = {path: leaf.shape for path, leaf in trees_stored[name].items()}
             check_shapes(where, wanted[name], shapes)
         items = {name: ocp.args.StandardRestore(tree) for name, tree in wanted.items()}
         args = ocp.args.Composite(**items, **{_NOTES: ocp.args.JsonRestore()})
-        try:
+        with _failing_with(unreadable):
             read = self._manager.restore(step, args=args)
-        except Exception as error:
-            raise _unreadable(where, error) from error
-        restored = {
-            name: jax.tree.unflatten(
-                jax.tree.structure(tree), [read[name][path] for path in wanted[name]]
-            )
-            for name, tree in trees.items()
-        }
+        restored = {}
+        for name, tree in trees.items():
+            leaves = [read[name][path] for path in wanted[name]]
+            restored[name] = jax.tree.unflatten(jax.tree.structure(tree), leaves)
         notes = {name: value for name, value in read[_NOTES].items() if name != _OBJECTIVE}
         return restored, notes
 
-    def _failed(self, error: Exception) -> CheckpointError:
+    def _not_written(self, line: str) -> str:
         latest = self.latest()
         kept = "no earlier one exists" if latest is None else f"the one of step {latest} is intact"
-        return CheckpointError(
-            f"{self.directory}: a checkpoint could not be written: {_line(error)}; {kept}"
-        )
+        return f"{self.directory}: a checkpoint could not be written: {line}; {kept}"
 
 
 def best_step(objectives: Mapping[int, float | None]) -> int:
@@ -212,13 +198,12 @@ def best_step(objectives: Mapping[int, float | None]) -> int:
     return min(known, key=known.__getitem__) if known else max(objectives)
 
 
-def _unreadable(where: Path, error: Exception) -> CheckpointError:
-    return CheckpointError(
-        f"{where}: cannot be read, it may be damaged: {_line(error)}; "
-        "remove that directory to go on from the checkpoint before it"
-    )
-
-
-def _line(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0][:300]}" if lines else type(error).__name__
+@contextlib.contextmanager
+def _failing_with(message: Callable[[str], str]) -> Iterator[None]:
+    """Makes any error a `CheckpointError`: a message about the first line of that error."""
+    try:
+        yield
+    except Exception as error:  # Orbax and TensorStore raise many kinds
+        lines = str(error).strip().splitlines()
+        line = ": ".join([type(error).__name__, *(text[:300] for text in lines[:1])])
+        raise CheckpointError(message(line)) from error

@@ -136,7 +136,7 @@ def _use_cache(root: str, directory: str) -> None:
         error = re.match(CACHE_ERROR, str(message))
         if not error:
             show(message, *args, **kwargs)
-        elif error[1] == "reading":  # JAX writes no entry anew that is there, damaged or not
+        elif error[1] == "reading":  # JAX never rewrites an entry, not even a damaged one
             for path, _ in _entries(directory):
                 if os.path.basename(path).startswith(f"{error[2]}-"):
                     _remove(path)

@@ -7,6 +7,7 @@ them with their checksums. A checkpoint without that list is not whole.
 
 import dataclasses
 import json
+import re
 import shutil
 import tempfile
 from collections.abc import Mapping
@@ -67,17 +68,16 @@ def load_run(run: str | Path | Location) -> LoadedRun:
     except ConfigError as error:
         raise CheckpointError(f"{location / 'config.json'} is damaged: {error}") from None
     graphdef, shapes = nnx.split(nnx.eval_shape(lambda: Decoder(cfg, rngs=nnx.Rngs(0))))
-    place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    abstract = jax.tree.map(
-        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place), shapes
-    )
+    on_device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    abstract = jax.tree.map(lambda leaf: leaf.update(sharding=on_device), shapes)
     exported = location / EXPORTED
-    read = _read_exported if exported.is_file() else _read_best_checkpoint
+    is_export = exported.is_file()
+    read = _read_exported if is_export else _read_best_checkpoint
     if location.is_local:
         return LoadedRun(config, graphdef, read(location, location.path, abstract))
     with tempfile.TemporaryDirectory(prefix="ping-llm-") as temporary:
         directory = Path(temporary)
-        if exported.is_file():
+        if is_export:
             exported.download(directory / EXPORTED)
         elif objectives := _objectives(location):
             from ping_llm.checkpoints import best_step
@@ -176,10 +176,9 @@ def _read_list(run: Location, step: int) -> dict[str, Any]:
 
 def whole_steps(run: Location) -> list[int]:
     """Returns the steps of the whole checkpoints of a run, local or remote."""
-    suffix = "" if run.is_local else ".json"
+    kind = r"\d+" if run.is_local else r"\d+\.json"
     names = (run / "checkpoints").names()
-    steps = [name.removesuffix(suffix) for name in names if name.endswith(suffix)]
-    return sorted(int(step) for step in steps if step.isdecimal())
+    return sorted(int(name.partition(".")[0]) for name in names if re.fullmatch(kind, name))
 
 
 def _objectives(run: Location) -> dict[int, float | None]:

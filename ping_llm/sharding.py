@@ -21,8 +21,8 @@ MESH_AXES = ("data", "fsdp", "tensor")
 # The last letters are the dimensions. The vocabulary is not split: 267 is odd.
 EMBED_VD = P(None, "tensor")
 HEAD_DV = P("tensor", None)
-UP_DF = P("fsdp", "tensor")  # also D to heads
-DOWN_FD = P("tensor", "fsdp")  # also heads to D
+UP_DF = P("fsdp", "tensor")  # and D to heads
+DOWN_FD = P("tensor", "fsdp")  # and heads to D
 BIAS_F = P("tensor")
 NORM_D = P()
 BATCH_BT = P(("data", "fsdp"))
@@ -39,12 +39,11 @@ def parse_mesh(text: str) -> dict[str, int]:
     When no axis is -1 and `data` is left out, `data` is -1: it takes the devices that are left.
     """
     sizes: dict[str, int] = {}
-    for part in filter(None, (part.strip() for part in text.split(","))):
-        name, _, value = part.partition("=")
+    for each in filter(None, map(str.strip, text.split(","))):
+        name, _, value = each.partition("=")
         if name not in MESH_AXES:
-            raise ConfigError(
-                f"mesh axis {name!r} in {text!r} is not one of {', '.join(MESH_AXES)}"
-            )
+            axes = ", ".join(MESH_AXES)
+            raise ConfigError(f"mesh axis {name!r} in {text!r} is not one of {axes}")
         if name in sizes:
             raise ConfigError(f"mesh {text!r} gives {name} twice")
         try:
@@ -179,6 +178,5 @@ def check_shared(directory: Path) -> None:
 
 def peak_device_bytes() -> int:
     """Returns the most memory used on one device so far; on a CPU, by this process."""
-    stats = [device.memory_stats() for device in jax.local_devices()]
-    peaks = [stat["peak_bytes_in_use"] for stat in stats if stat]
-    return max(peaks) if peaks else peak_rss_bytes()
+    stats = filter(None, (device.memory_stats() for device in jax.local_devices()))
+    return max((each["peak_bytes_in_use"] for each in stats), default=0) or peak_rss_bytes()

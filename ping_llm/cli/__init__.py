@@ -78,8 +78,7 @@ def cli() -> None:
     """Learn the internet's latencies, and read what language models compute."""
 
 
-def _terminate(signum: int, frame: object) -> None:
-    del frame
+def _terminate(signum: int, _: object) -> None:
     raise Stopped(signum)
 
 

@@ -1,13 +1,11 @@
 """`ping-llm evaluate`."""
 
-from typing import Any
-
 from ping_llm.cli.options import settings_command
 from ping_llm.prediction.settings import EvaluateSettings
 
 
 @settings_command("evaluate", EvaluateSettings)
-def command(chosen: EvaluateSettings) -> tuple[Any, str]:
+def command(chosen: EvaluateSettings) -> tuple[object, str]:
     """Runs the command."""
     from ping_llm.prediction.evaluate import evaluate
 

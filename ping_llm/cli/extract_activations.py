@@ -1,13 +1,11 @@
 """`ping-llm extract-activations`."""
 
-from typing import Any
-
 from ping_llm.cli.options import settings_command
 from ping_llm.extraction.settings import ExtractSettings
 
 
 @settings_command("extract-activations", ExtractSettings)
-def command(chosen: ExtractSettings) -> tuple[Any, ...]:
+def command(chosen: ExtractSettings) -> tuple[object, str]:
     """Runs `extract_activations`."""
     from ping_llm.extraction.run import DryRunResult, extract_activations
 

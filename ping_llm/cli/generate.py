@@ -1,13 +1,11 @@
 """`ping-llm generate`."""
 
-from typing import Any
-
 from ping_llm.cli.options import settings_command
 from ping_llm.prediction.settings import GenerateSettings
 
 
 @settings_command("generate", GenerateSettings)
-def command(chosen: GenerateSettings) -> tuple[Any, str]:
+def command(chosen: GenerateSettings) -> tuple[object, str]:
     """Runs the command."""
     from ping_llm.prediction.generate import generate
 

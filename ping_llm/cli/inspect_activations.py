@@ -1,13 +1,11 @@
 """`ping-llm inspect-activations`."""
 
-from typing import Any
-
 from ping_llm.activations.settings import InspectActivationsSettings
 from ping_llm.cli.options import settings_command
 
 
 @settings_command("inspect-activations", InspectActivationsSettings)
-def command(chosen: InspectActivationsSettings) -> tuple[Any, ...]:
+def command(chosen: InspectActivationsSettings) -> tuple[object, str, int]:
     """Runs `inspect_activations`."""
     from ping_llm.activations.inspection import inspect_activations
 

@@ -1,13 +1,11 @@
 """`ping-llm inspect-data`."""
 
-from typing import Any
-
 from ping_llm.cli.options import settings_command
 from ping_llm.inspection.settings import InspectDataSettings
 
 
 @settings_command("inspect-data", InspectDataSettings)
-def command(chosen: InspectDataSettings) -> tuple[Any, str]:
+def command(chosen: InspectDataSettings) -> tuple[object, str]:
     """Runs the command."""
     import shutil
     import sys

@@ -1,6 +1,6 @@
 """`ping-llm predict`."""
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from ping_llm.cli.options import settings_command
 from ping_llm.prediction.settings import PredictSettings
@@ -10,7 +10,7 @@ if TYPE_CHECKING:
 
 
 @settings_command("predict", PredictSettings)
-def command(chosen: PredictSettings) -> tuple[Any, str]:
+def command(chosen: PredictSettings) -> tuple[object, str]:
     """Runs the command."""
     from ping_llm.prediction.predict import PairAnswer, PairsResult, predict
 

@@ -1,13 +1,11 @@
 """`ping-llm prepare-data`."""
 
-from typing import Any
-
 from ping_llm.cli.options import settings_command
 from ping_llm.ingest.settings import PrepareSettings
 
 
 @settings_command("prepare-data", PrepareSettings)
-def command(chosen: PrepareSettings) -> tuple[Any, str]:
+def command(chosen: PrepareSettings) -> tuple[object, str]:
     """Runs the command."""
     from ping_llm.ingest.prepare import prepare_data
 

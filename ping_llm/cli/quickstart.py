@@ -1,13 +1,11 @@
 """`ping-llm quickstart`."""
 
-from typing import Any
-
 from ping_llm.cli.options import settings_command
 from ping_llm.quickstart.settings import QuickstartSettings
 
 
 @settings_command("quickstart", QuickstartSettings)
-def command(chosen: QuickstartSettings) -> tuple[Any, str]:
+def command(chosen: QuickstartSettings) -> tuple[object, str]:
     """Runs the command."""
     from ping_llm.quickstart.run import quickstart
 

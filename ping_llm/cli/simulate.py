@@ -1,13 +1,11 @@
 """`ping-llm simulate`."""
 
-from typing import Any
-
 from ping_llm.cli.options import settings_command
 from ping_llm.simulation.settings import SimulateSettings
 
 
 @settings_command("simulate", SimulateSettings)
-def command(chosen: SimulateSettings) -> tuple[Any, str]:
+def command(chosen: SimulateSettings) -> tuple[object, str]:
     """Runs the command."""
     from ping_llm.simulation.simulate import simulate
 

@@ -1,13 +1,11 @@
 """`ping-llm verify-parity`."""
 
-from typing import Any
-
 from ping_llm.cli.options import settings_command
 from ping_llm.extraction.settings import VerifyParitySettings
 
 
 @settings_command("verify-parity", VerifyParitySettings)
-def command(chosen: VerifyParitySettings) -> tuple[Any, ...]:
+def command(chosen: VerifyParitySettings) -> tuple[object, str]:
     """Runs `verify_parity`."""
     from ping_llm.extraction.parity import verify_parity
 

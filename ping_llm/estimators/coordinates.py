@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from ping_llm.estimators.pairs import PredictPairs, Training, between_nodes, group_starts
+from ping_llm.estimators.pairs import PredictPairs, Training, between_nodes, runs
 
 DIMENSIONS = 5
 ROUNDS = 4000
@@ -14,14 +14,13 @@ MIN_HEIGHT_MS = 0.01
 def fit_vivaldi(train: Training) -> PredictPairs:
     """Returns the distances of a Vivaldi embedding (Dabek, Cox, Kaashoek and Morris, 2004).
 
-    Each round every node meets one of its training pairs, drawn anew, and moves along the spring
+    Each round every node meets a new random one of its training pairs, and moves along the spring
     between them; all nodes move at once.
     """
     one, other, rtt = train.directed
     order = np.argsort(one, kind="stable")
     other, rtt = other[order], rtt[order]
-    starts = group_starts(one[order])
-    counts = np.diff(np.r_[starts, len(order)])  # every node is in some pair, so starts are by node
+    starts, counts = runs(one[order])  # every node is in some pair, so these are by node
     n, rng = len(train.nodes), np.random.default_rng(0)
     position = rng.normal(0, 1e-3, (n, DIMENSIONS))
     height, error = np.full(n, 0.1), np.ones(n)

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from ping_llm.estimators.pairs import PredictPairs, Training, between_nodes, group_starts
+from ping_llm.estimators.pairs import PredictPairs, Training, between_nodes, runs
 
 MF_RANK = 16
 # For each entry of a node, so that nodes of few pairs keep something of their factors.
@@ -23,8 +23,8 @@ class _ByRow:
 
     def __init__(self, row: np.ndarray):
         order = np.argsort(row, kind="stable")
-        starts = group_starts(row[order])
-        rows, counts = row[order][starts], np.diff(np.r_[starts, len(order)])
+        starts, counts = runs(row[order])
+        rows = row[order][starts]
         self._groups: list[tuple[np.ndarray, np.ndarray]] = []
         for count in np.unique(counts):
             chosen = counts == count

@@ -32,17 +32,17 @@ def pair_keys(measurements: MeasurementTable) -> np.ndarray:
     return mix(np.minimum(src, dst), np.maximum(src, dst))
 
 
-def group_starts(ordered: np.ndarray) -> np.ndarray:
-    """Returns where each run of equal values starts in a sorted array."""
-    return np.flatnonzero(np.r_[True, ordered[1:] != ordered[:-1]][: len(ordered)])
+def runs(ordered: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Returns (where each run of equal values starts in a sorted array, its length)."""
+    starts = np.flatnonzero(np.r_[True, ordered[1:] != ordered[:-1]][: len(ordered)])
+    return starts, np.diff(np.r_[starts, len(ordered)])
 
 
 def grouped_median(keys: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Returns (the distinct keys, ascending; the median of each one's values)."""
     order = np.lexsort((values, keys))
     keys, values = keys[order], values[order]
-    starts = group_starts(keys)
-    counts = np.diff(np.r_[starts, len(keys)])
+    starts, counts = runs(keys)
     low, high = starts + (counts - 1) // 2, starts + counts // 2
     return keys[starts], (values[low] + values[high]) / 2
 

@@ -147,15 +147,5 @@ def empty_cache(model: Decoder, rows: int, length: int) -> Cache:
 def append(cache: Cache, new: Cache, start: Int[Array, ""]) -> Cache:
     """Returns `cache` with the tokens of `new`, as many rows, put in from column `start` on."""
     put = jax.lax.dynamic_update_slice_in_dim
-    return Cache(
-        put(cache.keys, new.keys, start, 2),
-        put(cache.values, new.values, start, 2),
-        put(cache.positions, new.positions, start, 1),
-    )
-
-
-def last_logits(
-    model: Decoder, x: Float[Array, "B T D"], index: Int[Array, "B n"]
-) -> Float[Array, "B n V"]:
-    """Returns the logits at columns `index` of each row, in float32."""
-    return model.logits(jnp.take_along_axis(x, index[:, :, None], axis=1))
+    keys, values = put(cache.keys, new.keys, start, 2), put(cache.values, new.values, start, 2)
+    return Cache(keys, values, put(cache.positions, new.positions, start, 1))

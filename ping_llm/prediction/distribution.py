@@ -102,9 +102,8 @@ class Distribution:
 
         Over measurements that follow their distributions this is uniform on [0, 1].
         """
-        cumulative = np.cumsum(self.probabilities, axis=1)
         rows = np.arange(len(self))
-        padded = np.concatenate([np.zeros((len(self), 1)), cumulative], axis=1)
+        padded = np.pad(np.cumsum(self.probabilities, axis=1), ((0, 0), (1, 0)))
         # About half a step of the code to either side.
         low = np.searchsorted(self.values_ms, rtt * (1 - 2.0**-12))
         high = np.searchsorted(self.values_ms, rtt * (1 + 2.0**-12), side="right")
@@ -118,9 +117,8 @@ class Distribution:
         """
         cumulative = np.cumsum(self.probabilities, axis=1)[:, :-1]
         gaps = np.diff(self.values_ms)
-        left = self.values_ms[:-1]
         # The fraction of each gap that lies below rtt.
-        share = np.clip((rtt[:, None] - left) / gaps, 0.0, 1.0)
+        share = np.clip((rtt[:, None] - self.values_ms[:-1]) / gaps, 0.0, 1.0)
         inside = (cumulative**2 * share + (1 - cumulative) ** 2 * (1 - share)) @ gaps
         outside = np.maximum(self.values_ms[0] - rtt, 0) + np.maximum(rtt - self.values_ms[-1], 0)
         return inside + outside

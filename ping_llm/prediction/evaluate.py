@@ -1,17 +1,14 @@
 """The model beside classical methods, on the same measurements."""
 
 import dataclasses
-import functools
 import time
 from collections.abc import Sequence
 from typing import Any
 
 import jax
 import numpy as np
-import optax
-from flax import nnx
 
-from ping_llm import settings, tokenizer
+from ping_llm import settings
 from ping_llm.data.pipeline import eval_batches
 from ping_llm.data.rows import data_fingerprint, is_dataset
 from ping_llm.errors import ConfigError, DataError
@@ -27,6 +24,8 @@ from ping_llm.prediction.rtt import QUESTION_TOKENS
 from ping_llm.prediction.settings import EvaluateSettings
 from ping_llm.progress import progress
 from ping_llm.storage import Location
+from ping_llm.training.metrics import by_field
+from ping_llm.training.step import make_eval_step
 
 FIELD_BATCHES, FIELD_BATCH_SIZE = 4, 8
 
@@ -133,7 +132,10 @@ def evaluate(chosen: EvaluateSettings) -> EvaluationResult:
     for history, make_condition in task.conditions.items():
         condition = make_condition()
         note = "" if history is None else f", {history} measurements of context"
-        answers = _ask_models(predictor, rows, condition, note)
+        asked = {"model": condition.prompts}
+        if condition.online is not None:
+            asked["model_online"] = ((rows, condition.online),)
+        answers = {k: _ask(predictor, rows, v, f"{k}{note}") for k, v in asked.items()}
         predicted = {name: answer.median for name, answer in answers.items()}
         predicted |= _ask_baselines(names, rows, condition, note)
         methods = scores.errors(rows, predicted)
@@ -179,17 +181,6 @@ def _baselines(names: Sequence[str], protocol: str) -> list[str]:
     return [name for name in names if name != "none"]
 
 
-def _ask_models(
-    predictor: Predictor, rows: MeasurementTable, condition: Condition, note: str
-) -> dict[str, ModelAnswers]:
-    asked = {"model": condition.prompts}
-    if condition.online is not None:
-        asked["model_online"] = ((rows, condition.online),)
-    return {
-        name: _ask(predictor, rows, prompts, f"{name}{note}") for name, prompts in asked.items()
-    }
-
-
 def _ask(
     predictor: Predictor,
     rows: MeasurementTable,
@@ -197,12 +188,11 @@ def _ask(
     title: str,
 ) -> ModelAnswers:
     n, levels, actual = len(rows), np.array(PINBALL_LEVELS), scores.actual_rtt(rows)
-    answers = ModelAnswers(np.zeros((n, len(levels))), np.zeros(n), np.zeros(n), np.zeros(n))
-    several = len(prompts) > 1
+    answers = ModelAnswers(np.zeros((n, len(levels))), *np.zeros((3, n)))
+    single = len(prompts) == 1
+    batches = predictor.distributions(*prompts[0]) if single else predictor.mixtures(prompts)
     with progress(title, total=n, unit="measurements") as bar:
-        for index, distribution in (
-            predictor.mixtures(prompts) if several else predictor.distributions(*prompts[0])
-        ):
+        for index, distribution in batches:
             answers.quantiles[index] = distribution.quantiles(levels)
             answers.below[index] = distribution.below(actual[index])
             answers.crps[index] = distribution.crps(actual[index])
@@ -226,27 +216,16 @@ def _ask_baselines(
 
 def _loss_per_field(predictor: Predictor, data: Location) -> dict[str, float]:
     """Returns the loss in nats a token on fixed batches of the test rows, in all and by field."""
-    sums, counts = np.zeros(len(tokenizer.FIELDS)), np.zeros(len(tokenizer.FIELDS))
-    for batch in eval_batches(
+    eval_step = make_eval_step(predictor.graphdef)
+    batches = eval_batches(
         data.url,
         "test",
         batch_size=FIELD_BATCH_SIZE,
         seq_len=predictor.max_tokens,
         count=FIELD_BATCHES,
         hide_unseen=predictor.hide_unseen,
-    ):
-        inputs = batch.inputs, batch.segment_ids, batch.positions, batch.targets
-        losses = np.asarray(_losses(predictor.graphdef, predictor.params, *inputs))
-        whole = np.concatenate([batch.inputs[:, :1], batch.targets], axis=1)
-        field, counted = tokenizer.field_of(whole)[:, 1:], batch.mask > 0
-        sums += np.bincount(field[counted], losses[counted], len(sums))
-        counts += np.bincount(field[counted], minlength=len(counts))
-    named = zip(tokenizer.FIELDS, sums, counts, strict=True)
-    by_field = {name: float(total / count) for name, total, count in named if count}
-    return {"all": float(sums.sum() / counts.sum()), **by_field}
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def _losses(graphdef, params, inputs, segment_ids, positions, targets):
-    logits = nnx.merge(graphdef, params)(inputs, segment_ids, positions)
-    return optax.softmax_cross_entropy_with_integer_labels(logits, targets)
+    )
+    sums = [jax.device_get(eval_step(predictor.params, vars(batch))) for batch in batches]
+    nll, count = np.array(sums, np.float64).sum(axis=0)
+    losses = {"all": float(nll.sum() / count.sum()), **by_field("", nll, count)}
+    return {name: loss for name, loss in losses.items() if loss is not None}

@@ -17,39 +17,31 @@ _HEADINGS = {
 
 def write_report(result: Mapping[str, Any], location: Location, *, title: str) -> None:
     """Writes a page about the JSON of what `evaluate` returned."""
-    blocks = [
-        _heading("What was scored"),
-        _facts(result),
-        _heading("Errors of the predicted median"),
-        _methods(result["methods"]),
-        report.picture(_errors_figure(result["methods"]), "relative errors by method"),
+    methods, calibration = result["methods"], result["calibration"]
+    errors = report.picture(_errors_figure(methods), "relative errors by method")
+    sections = [
+        ("What was scored", [_facts(result)]),
+        ("Errors of the predicted median", [_methods(methods), errors]),
     ]
     if "history" in result:
-        blocks += [
-            _heading("Errors by number of context measurements"),
-            report.picture(_history_figure(result["history"]), "errors against context"),
-            _history_table(result["history"]),
-        ]
-    blocks += [
-        _heading("Calibration of the model"),
-        report.picture(_calibration_figure(result["calibration"]), "reliability of the model"),
-        _calibration_table(result["calibration"]),
-        _heading("Failures"),
-        _failures(result["failures"]),
-        _heading("Ranking of destinations"),
-        _rankings(result["ranking"]),
+        history = result["history"]
+        picture = report.picture(_history_figure(history), "errors against context")
+        heading = "Errors by number of context measurements"
+        sections.append((heading, [picture, _history_table(history)]))
+    reliability = report.picture(_calibration_figure(calibration), "reliability of the model")
+    sections += [
+        ("Calibration of the model", [reliability, _calibration_table(calibration)]),
+        ("Failures", [_failures(result["failures"])]),
+        ("Ranking of destinations", [_rankings(result["ranking"])]),
     ]
-    for name, groups in result["by"].items():
-        blocks += [_heading(_HEADINGS[name]), _groups(groups)]
+    sections += [(_HEADINGS[name], [_groups(groups)]) for name, groups in result["by"].items()]
     if "loss_per_field" in result:
-        losses = result["loss_per_field"].items()
-        rows = [(name, f"{loss:.3f}") for name, loss in losses]
-        blocks += [_heading("Loss"), report.table(("field", "nats a token"), rows, numbers="-n")]
+        rows = [(name, f"{loss:.3f}") for name, loss in result["loss_per_field"].items()]
+        sections.append(("Loss", [report.table(("field", "nats a token"), rows, numbers="-n")]))
+    blocks = []
+    for heading, content in sections:
+        blocks += [Html(f"<h2>{report.markup(heading)}</h2>"), *content]
     report.write_page(report.page(title, blocks), location)
-
-
-def _heading(text: str) -> Html:
-    return Html(f"<h2>{report.markup(text)}</h2>")
 
 
 def _facts(result: Mapping[str, Any]) -> Html:
@@ -108,18 +100,16 @@ def _errors_figure(methods: Mapping[str, Mapping[str, Any]]):
 
 def _history_figure(history: Mapping[str, Mapping[str, Any]]):
     steps = [int(step) for step in history]
-    fig, axes = report.figure(width=8, height=4.2)
-    names = list(next(iter(history.values())))
-    for i, name in enumerate(names):
+    fig, (ax,) = report.figure(width=8, height=4.2)
+    for i, name in enumerate(next(iter(history.values()))):
         values = [history[str(step)][name]["median_rel"] for step in steps]
         colour = report.COLOURS[1] if name == "model" else report.COLOURS[(0, 2, 3, 4, 5, 6)[i % 6]]
-        (line,) = axes[0].plot(range(len(steps)), values, marker="osv^Dx*+P"[i % 9], label=name)
+        (line,) = ax.plot(range(len(steps)), values, marker="osv^Dx*+P"[i % 9], label=name)
         line.set(color=colour, linewidth=2.5 if name == "model" else 1.2, markersize=4)
-    axes[0].set_xticks(range(len(steps)), [str(step) for step in steps])
-    axes[0].set_yscale("log")
-    axes[0].set_xlabel("measurements of the new source that are given")
-    axes[0].set_ylabel("median relative error")
-    axes[0].legend(frameon=False, fontsize=8, ncols=2)
+    ax.set_xticks(range(len(steps)), [str(step) for step in steps])
+    ax.set(yscale="log", ylabel="median relative error")
+    ax.set_xlabel("measurements of the new source that are given")
+    ax.legend(frameon=False, fontsize=8, ncols=2)
     return fig
 
 
@@ -133,12 +123,12 @@ def _history_table(history: Mapping[str, Mapping[str, Any]]) -> Html:
 
 
 def _calibration_figure(calibration: Mapping[str, Any]):
-    fig, axes = report.figure(width=4.6, height=4.4)
+    fig, (ax,) = report.figure(width=4.6, height=4.4)
     levels, fractions = zip(*calibration["reliability"], strict=True)
-    axes[0].plot([0, 1], [0, 1], color="#999999", linewidth=1)
-    axes[0].plot(levels, fractions, marker="o", markersize=4, color=report.COLOURS[1])
-    axes[0].set_xlabel("level of the predicted quantile")
-    axes[0].set_ylabel("fraction of the measurements below it")
+    ax.plot([0, 1], [0, 1], color="#999999", linewidth=1)
+    ax.plot(levels, fractions, marker="o", markersize=4, color=report.COLOURS[1])
+    ax.set_xlabel("level of the predicted quantile")
+    ax.set_ylabel("fraction of the measurements below it")
     return fig
 
 

@@ -104,11 +104,9 @@ def _prefixes(
 
 def _grammar(prefixes: np.ndarray) -> Grammar:
     """Returns what may follow the tokens of prefixes [n, P]."""
-    six = np.any(prefixes == tokenizer.SRC_IPV6, axis=1)
-    four = np.any(prefixes == tokenizer.SRC_IPV4, axis=1)
-    return Grammar(
-        np.any(np.isin(prefixes, TIMES), axis=1), np.where(six, 2, four).astype(np.uint8)
-    )
+    six, four = (np.any(prefixes == t, axis=1) for t in (tokenizer.SRC_IPV6, tokenizer.SRC_IPV4))
+    timed = np.any(np.isin(prefixes, TIMES), axis=1)
+    return Grammar(timed, np.where(six, 2, four).astype(np.uint8))
 
 
 def _sample_sequences(

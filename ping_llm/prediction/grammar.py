@@ -48,7 +48,7 @@ _START = np.arange(tokenizer.VOCAB_SIZE) == tokenizer.MEASUREMENT_START
 class Grammar:
     """How far each of some sequences is in the token language, and what may come next.
 
-    A sequence of allowed ids, cut behind a whole measurement, decodes without a problem.
+    A sequence of allowed ids, cut after a whole measurement, decodes without a problem.
     """
 
     def __init__(self, timed: np.ndarray, source_family: np.ndarray):
@@ -78,15 +78,13 @@ class Grammar:
     def advance(self, ids: np.ndarray) -> None:
         """Takes one allowed id for each sequence [n]."""
         payload = self._left > 0
-        self._left = np.where(payload, self._left - 1, _PAYLOAD[ids]).astype(np.uint8)
+        self._left = np.where(payload, self._left - 1, _PAYLOAD[ids])
         starts = ids == tokenizer.MEASUREMENT_START
         self._started |= starts
         head = ~payload & ~starts
-        self._used = np.where(starts, 0, self._used | np.where(head, _FIELD[ids], 0))
-        self._used = self._used.astype(np.uint8)
+        self._used = ~starts * (self._used | head * _FIELD[ids])
         named = head & (_FAMILY[ids] > 0)
-        self._family = np.where(starts, 0, np.where(named, _FAMILY[ids], self._family))
-        self._family = self._family.astype(np.uint8)
+        self._family = ~starts * np.where(named, _FAMILY[ids], self._family)
         source = head & (_FIELD[ids] == _SOURCE)
         self._source_family = np.where(source, _FAMILY[ids], self._source_family)
         self._head = np.where(head, ids, self._head)

@@ -1,23 +1,22 @@
 """How good predictions are: errors with intervals, calibration, failures, order."""
 
-from collections.abc import Callable, Mapping
+import collections
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
-from ping_llm.estimators.pairs import group_starts
+from ping_llm.estimators.pairs import runs
 
 RESAMPLES = 200
 COVERAGES = (0.5, 0.8, 0.95)
 PINBALL_LEVELS = (0.05, 0.25, 0.5, 0.75, 0.95)
 RELIABILITY_LEVELS = tuple(i / 20 for i in range(1, 20))
 
-# What is said of absolute errors in ms and of relative errors.
-POINT_METRICS: dict[str, tuple[str, Callable[[np.ndarray], float]]] = {
-    "median_abs_ms": ("abs", np.median),
-    "mae_ms": ("abs", np.mean),
-    "median_rel": ("rel", np.median),
-    "p90_rel": ("rel", lambda errors: np.quantile(errors, 0.9)),
+# The quantiles of the absolute errors in ms and of the relative errors; None stands for the mean.
+_LEVELS = {
+    "abs": {"median_abs_ms": 0.5, "mae_ms": None},
+    "rel": {"median_rel": 0.5, "p90_rel": 0.9},
 }
 
 
@@ -29,8 +28,11 @@ def errors(predicted: np.ndarray, actual: np.ndarray) -> dict[str, np.ndarray]:
 
 def point_metrics(predicted: np.ndarray, actual: np.ndarray) -> dict[str, float]:
     """Returns median and mean absolute error, median and 90th percentile relative error."""
-    by_kind = errors(predicted, actual)
-    return {name: float(of(by_kind[kind])) for name, (kind, of) in POINT_METRICS.items()}
+    return {
+        name: float(values.mean() if level is None else np.quantile(values, level))
+        for kind, values in errors(predicted, actual).items()
+        for name, level in _LEVELS[kind].items()
+    }
 
 
 def intervals(
@@ -53,28 +55,22 @@ def intervals(
         for kind, values in errors(predicted, actual).items():
             order = np.argsort(values)
             ordered[method, kind] = values[order], pair[order]
-    samples = {
-        (method, name): np.zeros(RESAMPLES) for method in predictions for name in POINT_METRICS
-    }
-    levels = {"median_abs_ms": 0.5, "median_rel": 0.5, "p90_rel": 0.9}
-    for i in range(RESAMPLES):
+    samples = {method: collections.defaultdict(list) for method in predictions}
+    for _ in range(RESAMPLES):
         times = np.bincount(rng.integers(0, len(pairs), len(pairs)), minlength=len(pairs))
-        for method in predictions:
-            for name, (kind, _) in POINT_METRICS.items():
-                values, of_pair = ordered[method, kind]
-                weights = times[of_pair]
-                if name == "mae_ms":
-                    samples[method, name][i] = values @ weights / weights.sum()
+        for (method, kind), (values, of_pair) in ordered.items():
+            weights = times[of_pair]
+            below = np.cumsum(weights)
+            for name, level in _LEVELS[kind].items():
+                if level is None:
+                    sample = values @ weights / below[-1]
                 else:
-                    below = np.cumsum(weights)
-                    middle = np.searchsorted(below, levels[name] * below[-1])
-                    samples[method, name][i] = values[min(middle, len(values) - 1)]
+                    rank = np.searchsorted(below, level * below[-1])
+                    sample = values[min(rank, len(values) - 1)]
+                samples[method][name].append(sample)
     return {
-        method: {
-            name: np.quantile(samples[method, name], [0.025, 0.975]).tolist()
-            for name in POINT_METRICS
-        }
-        for method in predictions
+        method: {name: np.quantile(each, [0.025, 0.975]).tolist() for name, each in named.items()}
+        for method, named in samples.items()
     }
 
 
@@ -96,9 +92,7 @@ def calibration(
     return {
         "coverage": {f"{level * 100:.0f}": float(inside[level].mean()) for level in COVERAGES},
         "reliability": [[level, float((below <= level).mean())] for level in RELIABILITY_LEVELS],
-        "pinball_ms": dict(
-            zip((f"{level * 100:.0f}" for level in PINBALL_LEVELS), pinball.tolist(), strict=True)
-        ),
+        "pinball_ms": {f"{100 * p:.0f}": float(x) for p, x in zip(levels, pinball, strict=True)},
         "crps_ms": float(crps.mean()),
     }
 
@@ -167,8 +161,7 @@ def others_median(group: np.ndarray, values: np.ndarray) -> np.ndarray:
     """Returns for each value the median of the other values of its group; NaN where alone [n]."""
     order = np.lexsort((values, group))
     ordered, of_group = values[order], group[order]
-    starts = group_starts(of_group)
-    counts = np.diff(np.r_[starts, len(order)])
+    starts, counts = runs(of_group)
     count, start = np.repeat(counts, counts), np.repeat(starts, counts)
     rank = np.arange(len(order)) - start
     # Among the count - 1 others, ranks low and high are in the middle; those from `rank` on are one

@@ -99,8 +99,8 @@ def predict(chosen: PredictSettings) -> PairAnswer | RankingResult | PairsResult
     questions, destinations = _read_questions(chosen)
     history = None if chosen.history is None else read_table([chosen.history])
     predictor = Predictor.load(chosen.run)
-    contexts = None if history is None else predictor.contexts(history, questions)
-    if contexts is not None and not contexts.lengths().any():
+    contexts = predictor.contexts(history, questions)
+    if history is not None and not contexts.lengths().any():
         raise DataError(
             f"{chosen.history} holds no measurement from {chosen.src}; give some of that source"
         )
@@ -125,12 +125,6 @@ def predict(chosen: PredictSettings) -> PairAnswer | RankingResult | PairsResult
 
 def _read_questions(chosen: PredictSettings) -> tuple[MeasurementTable, list[str]]:
     """Returns the questions of one pair or of one source, and their destinations as text."""
-
-    def ask(destinations: list[str]) -> MeasurementTable:
-        ends = {"src_addr": [chosen.src] * len(destinations), "dst_addr": destinations}
-        times = {"event_time": [chosen.time] * len(destinations)}
-        return MeasurementTable.from_arrow(ends | times, questions=True)
-
     if chosen.rank is None:
         destinations, where = [str(chosen.dst)], ""
     else:
@@ -138,8 +132,10 @@ def _read_questions(chosen: PredictSettings) -> tuple[MeasurementTable, list[str
         destinations, where = [line.strip() for line in lines if line.strip()], f"{chosen.rank}, "
         if not destinations:
             raise DataError(f"{chosen.rank} is empty; give one destination address a line")
+    n = len(destinations)
+    columns = dict(zip(_COLUMNS, ([chosen.src] * n, destinations, [chosen.time] * n), strict=True))
     try:
-        return ask(destinations), destinations
+        return MeasurementTable.from_arrow(columns, questions=True), destinations
     except DataError as error:
         text = f"{where}{error}"
         raise DataError(text if where else text.removeprefix("row 1: ")) from None
@@ -176,8 +172,7 @@ def _predict_pairs(chosen: PredictSettings) -> PairsResult:
             for i, questions in enumerate(_read_blocks(files, pairs)):
                 if f"{i:06d}.parquet" not in finished:
                     started = time.monotonic()
-                    contexts = None if history is None else predictor.contexts(history, questions)
-                    answers = predictor.ask(questions, contexts)
+                    answers = predictor.ask(questions, predictor.contexts(history, questions))
                     if "settings.json" not in finished:
                         outputs.publish_json(blocks / "settings.json", facts, claim=claim)
                         finished.add("settings.json")

@@ -30,6 +30,7 @@ LEVELS = {"p5": 0.05, "p25": 0.25, "p50": 0.5, "p75": 0.75, "p95": 0.95}
 _POOLED = 512  # questions whose distributions are held at once
 
 
+@dataclasses.dataclass(eq=False, repr=False)
 class Predictor:
     """A trained decoder that predicts RTT distributions and failures.
 
@@ -39,25 +40,19 @@ class Predictor:
         graphdef: The decoder's static part.
         params: Its parameters.
         max_tokens: Tokens of the longest sequence that it was trained on.
+        seen: The addresses it was trained on; None: not known.
         hide_unseen: Whether to hide the source of each question whose source training has not seen,
             which is for a decoder that was trained on hidden ones.
         trained_on: The run's data set, its `path` and `fingerprint`; empty where there is none.
     """
 
-    def __init__(
-        self,
-        graphdef: Any,
-        params: Any,
-        *,
-        max_tokens: int,
-        seen: Nodes | None = None,
-        hide_unseen: bool = False,
-        trained_on: Mapping[str, Any] | None = None,
-    ):
-        """Wraps a decoder; `seen` are the addresses it was trained on, if they are known."""
-        self.graphdef, self.params, self.max_tokens = graphdef, params, max_tokens
-        self.hide_unseen, self.trained_on = hide_unseen, trained_on or {}
-        self._seen = seen
+    graphdef: Any
+    params: Any
+    _: dataclasses.KW_ONLY
+    max_tokens: int
+    seen: Nodes | None = None
+    hide_unseen: bool = False
+    trained_on: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     @classmethod
     def load(cls, run: str | Location) -> "Predictor":
@@ -103,14 +98,12 @@ class Predictor:
         Raises:
             DataError: A table lacks a column, or a value in it cannot be.
         """
-        questions, contexts = _questions(frame), None
-        if history is not None:
-            try:
-                measured = _measurements(history)
-            except DataError as error:
-                raise DataError(f"history: {error}") from None
-            contexts = self.contexts(measured, questions)
-        return _append(frame, self.ask(questions, contexts))
+        questions = _table(frame, questions=True)
+        try:
+            measured = None if history is None else _table(history)
+        except DataError as error:
+            raise DataError(f"history: {error}") from None
+        return _append(frame, self.ask(questions, self.contexts(measured, questions)))
 
     def score(self, frame: Any) -> np.ndarray:
         """Returns how surprising each measurement of a table is [n], in nats, float64.
@@ -125,20 +118,23 @@ class Predictor:
         Raises:
             DataError: The table lacks a column, or a value in it cannot be.
         """
-        measured = _measurements(frame)
+        measured = _table(frame)
         room = self.max_tokens - rtt.QUESTION_TOKENS
         past = newest_before(measured, measured, max_tokens=room)
         return -self.log_likelihood(measured, past)
 
     # --- from questions to answers -----------------------------------------------------------
 
-    def contexts(self, history: MeasurementTable, questions: MeasurementTable) -> Contexts:
+    def contexts(self, history: MeasurementTable | None, questions: MeasurementTable) -> Contexts:
         """Returns for each question the newest measurements of its source that fit."""
+        if history is None:
+            return no_contexts(len(questions))
         return same_source(history, questions, max_tokens=self.max_tokens - rtt.QUESTION_TOKENS)
 
     def ask(self, questions: MeasurementTable, contexts: Contexts | None = None) -> pa.Table:
         """Returns the columns that `predict` appends; RTTs of the questions are not looked at."""
         n, unseen = len(questions), self.unseen(questions)
+        contexts = contexts or no_contexts(n)
         quantiles, mean, p_failed = np.zeros((n, len(LEVELS))), np.zeros(n), np.zeros(n)
         for rows, answer in self.distributions(questions, contexts):
             quantiles[rows] = answer.quantiles(np.array([*LEVELS.values()]))
@@ -147,15 +143,14 @@ class Predictor:
         columns |= {"rtt_mean": mean, "p_failed": p_failed}
         for i, name in enumerate(("unseen_src", "unseen_dst")):
             columns[name] = pa.nulls(n, pa.bool_()) if unseen is None else unseen[:, i]
-        history = np.zeros(n) if contexts is None else contexts.lengths()
-        return pa.table({**columns, "history": history.astype(np.int32)})
+        return pa.table({**columns, "history": contexts.lengths().astype(np.int32)})
 
     def unseen(self, questions: MeasurementTable) -> np.ndarray | None:
         """Returns whether source and destination were not in training [n, 2]; None: not known."""
-        if self._seen is None:
+        if self.seen is None:
             return None
         ends = (questions.src, questions.dst)
-        return np.stack([self._seen.lookup(end) < 0 for end in ends], axis=1)
+        return np.stack([self.seen.lookup(end) < 0 for end in ends], axis=1)
 
     def distributions(
         self, questions: MeasurementTable, contexts: Contexts | None = None
@@ -195,7 +190,7 @@ class Predictor:
         return rtt.log_likelihood(self.graphdef, self.params, prompts, measurements.rtt)
 
     def _encode(self, questions: MeasurementTable, contexts: Contexts | None) -> EncodedPrompts:
-        contexts = no_contexts(len(questions)) if contexts is None else contexts
+        contexts = contexts or no_contexts(len(questions))
         unseen = self.unseen(questions)
         if self.hide_unseen and unseen is not None:
             contexts, questions = hide_sources(contexts, questions, unseen[:, 0])
@@ -216,15 +211,9 @@ def _trained_addresses(data: Mapping[str, Any]) -> Nodes | None:
     return Nodes(*nodes, np.zeros(0, addresses.ADDRESS))
 
 
-def _measurements(frame: Any) -> MeasurementTable:
+def _table(frame: Any, *, questions: bool = False) -> MeasurementTable:
     is_ours = isinstance(frame, MeasurementTable)
-    return frame if is_ours else MeasurementTable.from_arrow(frame)
-
-
-def _questions(frame: Any) -> MeasurementTable:
-    if isinstance(frame, MeasurementTable):
-        return frame
-    return MeasurementTable.from_arrow(frame, questions=True)
+    return frame if is_ours else MeasurementTable.from_arrow(frame, questions=questions)
 
 
 def _append(frame: Any, answers: pa.Table) -> Any:
@@ -236,7 +225,7 @@ def _append(frame: Any, answers: pa.Table) -> Any:
         return frame.with_columns(type(frame)(answers).get_columns())
     table = pa.table(frame)
     table = table.drop_columns(
-        [name for name in answers.schema.names if name in table.schema.names]
+        [name for name in table.schema.names if name in answers.schema.names]
     )
     for name in answers.schema.names:
         table = table.append_column(name, answers[name])

@@ -101,32 +101,38 @@ def load_task(
         ConfigError: Several contexts are asked for where contexts are not drawn.
         DataError: The data have no rows to score, or training rows are needed and gone.
     """
-    if not is_dataset(data):
-        if not is_dataset(trained_on):
-            raise DataError(
-                f"{trained_on}, which the run was trained on, is gone; put it back to score "
-                f"{data}, which is no prepared data set"
-            )
-        rows, train = read_table([str(data)]), ProbeRows(trained_on, "train").to_table()
-        both_ends = read_metadata(trained_on)["settings"]["both_ends"]
-        return _seen_sources("raw", rows, train, max_rows, max_tokens, n_contexts, both_ends)
-    settings = read_metadata(data)["settings"]
-    protocol = settings["split"]
-    if protocol != "pair" and n_contexts > 1:
+    prepared = is_dataset(data)
+    source = data if prepared else trained_on
+    if not is_dataset(source):
+        raise DataError(
+            f"{trained_on}, which the run was trained on, is gone; put it back to score "
+            f"{data}, which is no prepared data set"
+        )
+    settings = read_metadata(source)["settings"]
+    protocol = settings["split"] if prepared else "raw"
+    if protocol not in ("pair", "raw") and n_contexts > 1:
         raise ConfigError(
             f"contexts={n_contexts}: {data} was prepared with --split {protocol}, where a question "
             "has one context; take 1"
         )
-    rows, train = (ProbeRows(data, split).to_table() for split in ("test", "train"))
-    if not len(rows):
+    rows = ProbeRows(data, "test").to_table() if prepared else read_table([str(data)])
+    if prepared and not len(rows):
         raise DataError(f"{data} has no test rows; prepare the data with a larger --test-fraction")
+    train = ProbeRows(source, "train").to_table()
+    available = len(rows)
     if protocol == "probe":
-        return _new_sources(rows, train, max_rows, max_tokens)
-    if protocol == "time":
+        rows, pool, rank = _give_destinations(rows, train)
+        available = len(rows) + len(pool)
+    scored, medians = _some(rows, max_rows)
+    if protocol == "probe":
+        context, conditions = _new_sources(scored, train, pool, rank, max_tokens)
+    elif protocol == "time":
         history = MeasurementTable.concat([train, ProbeRows(data, "valid").to_table(), rows])
-        return _later_times(rows, train, history, max_rows, max_tokens)
-    both_ends = settings["both_ends"]
-    return _seen_sources(protocol, rows, train, max_rows, max_tokens, n_contexts, both_ends)
+        context, conditions = _later_times(scored, train, history, max_tokens)
+    else:
+        turns = settings["both_ends"]
+        context, conditions = _seen_sources(scored, train, n_contexts, turns, max_tokens)
+    return EvaluationTask(protocol, scored, available, medians, context, conditions)
 
 
 def _some(rows: MeasurementTable, max_rows: int | None) -> tuple[MeasurementTable, np.ndarray]:
@@ -140,69 +146,54 @@ def _some(rows: MeasurementTable, max_rows: int | None) -> tuple[MeasurementTabl
     return rows.take(chosen), medians[chosen]
 
 
+# What each protocol gives: `EvaluationTask.context` and `EvaluationTask.conditions`.
+_Conditions = tuple[str, dict[int | None, Callable[[], Condition]]]
+
+
 def _seen_sources(
-    protocol: str,
-    rows: MeasurementTable,
-    train: MeasurementTable,
-    max_rows: int | None,
-    max_tokens: int,
-    n_contexts: int,
-    both_ends: bool,
-) -> EvaluationTask:
-    scored, medians = _some(rows, max_rows)
+    scored: MeasurementTable, train: MeasurementTable, draws: int, turns: bool, max_tokens: int
+) -> _Conditions:
     questions = without_times(scored)
     reverse = dataclasses.replace(questions, src=questions.dst, dst=questions.src)
 
     def condition() -> Condition:
         prompts = []
-        for i in range(n_contexts):
-            asked = reverse if both_ends and i % 2 else questions
+        for i in range(draws):
+            asked = reverse if turns and i % 2 else questions
             drawn = random_of_source(train, asked, max_tokens=max_tokens, seed=SEED + i)
             prompts.append((asked, drawn))
         return Condition(train, tuple(prompts))
 
     context = "training measurements of the source, drawn at random, without times"
-    if n_contexts > 1:
-        context += f"; mean over {n_contexts} draws"
-        context += ", every second for the pair turned round" if both_ends else ""
-    return EvaluationTask(protocol, scored, len(rows), medians, context, {None: condition})
+    if draws > 1:
+        context += f"; mean over {draws} draws"
+        context += ", every second for the pair turned round" if turns else ""
+    return context, {None: condition}
 
 
 def _later_times(
-    rows: MeasurementTable,
-    train: MeasurementTable,
-    history: MeasurementTable,
-    max_rows: int | None,
-    max_tokens: int,
-) -> EvaluationTask:
-    scored, medians = _some(rows, max_rows)
-
+    scored: MeasurementTable, train: MeasurementTable, history: MeasurementTable, max_tokens: int
+) -> _Conditions:
     def condition() -> Condition:
-        past, online = (
-            newest_before(table, scored, max_tokens=max_tokens) for table in (train, history)
-        )
+        tables = (train, history)
+        past, online = (newest_before(each, scored, max_tokens=max_tokens) for each in tables)
         return Condition(train, ((scored, past),), online, history)
 
     context = (
         "the newest measurements of the source before the question, with times: `model` of the "
         "training rows, `model_online` of all rows"
     )
-    return EvaluationTask("time", scored, len(rows), medians, context, {None: condition})
+    return context, {None: condition}
 
 
 def _new_sources(
-    rows: MeasurementTable, train: MeasurementTable, max_rows: int | None, max_tokens: int
-) -> EvaluationTask:
-    seen = np.unique(np.concatenate([hash_addresses(train.src), hash_addresses(train.dst)]))
-    src, dst = hash_addresses(rows.src), hash_addresses(rows.dst)
-    # Only destinations that training knows: one unknown at a time.
-    new = ~np.isin(src, seen) & np.isin(dst, seen)
-    if not new.any():
-        raise DataError("no test row is from a source that training has not seen; hold out more")
-    rows = rows.take(new)
-    rank, given = _give_destinations(src[new], dst[new])
-    scored, medians = _some(rows.take(~given), max_rows)
-    questions, pool, rank = without_times(scored), without_times(rows.take(given)), rank[given]
+    scored: MeasurementTable,
+    train: MeasurementTable,
+    pool: MeasurementTable,
+    rank: np.ndarray,
+    max_tokens: int,
+) -> _Conditions:
+    questions = without_times(scored)
     sources, group = np.unique(hash_addresses(pool.src), return_inverse=True)
     of_query = lookup(sources, hash_addresses(scored.src))
 
@@ -211,24 +202,29 @@ def _new_sources(
             return Condition(train, ((questions, no_contexts(len(scored))),))
         kept = rank < history
         contexts = from_groups(pool.take(kept), group[kept], of_query)
-        return Condition(
-            MeasurementTable.concat([train, pool.take(kept)]),
-            ((questions, trim(contexts, max_tokens=max_tokens)),),
-        )
+        fitted_on = MeasurementTable.concat([train, pool.take(kept)])
+        return Condition(fitted_on, ((questions, trim(contexts, max_tokens=max_tokens)),))
 
-    conditions: dict[int | None, Callable[[], Condition]] = {
-        history: functools.partial(condition, history) for history in HISTORIES
-    }
     context = "measurements of the new source to other destinations, which all methods are given"
-    return EvaluationTask("probe", scored, len(rows), medians, context, conditions)
+    return context, {history: functools.partial(condition, history) for history in HISTORIES}
 
 
-def _give_destinations(src: np.ndarray, dst: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Returns (rank in its source's context, whether it is for contexts only) of each row.
+def _give_destinations(
+    rows: MeasurementTable, train: MeasurementTable
+) -> tuple[MeasurementTable, MeasurementTable, np.ndarray]:
+    """Returns (rows to score, rows for contexts without their times, rank of each of these).
 
-    Of each source up to 16 destinations, and at most half, are given away: one measurement to each
-    has its rank in the context, from 0; other measurements to them are not scored (rank 2**31).
+    The rows are of sources that training has not seen. Of each source up to 16 destinations, and at
+    most half, are given away: one measurement to each has its rank in the context, from 0; other
+    measurements to them are not scored (rank 2**31).
     """
+    seen = np.unique(np.concatenate([hash_addresses(train.src), hash_addresses(train.dst)]))
+    src, dst = hash_addresses(rows.src), hash_addresses(rows.dst)
+    # Only destinations that training knows: one unknown at a time.
+    new = ~np.isin(src, seen) & np.isin(dst, seen)
+    if not new.any():
+        raise DataError("no test row is from a source that training has not seen; hold out more")
+    rows, src, dst = rows.take(new), src[new], dst[new]
     rng = np.random.default_rng(SEED)
     pairs, pair = np.unique(mix(src, dst), return_inverse=True)
     source_of_pair = np.zeros(len(pairs), np.uint64)
@@ -243,4 +239,5 @@ def _give_destinations(src: np.ndarray, dst: np.ndarray) -> tuple[np.ndarray, np
     shuffled = rng.permutation(len(pair))
     _, first = np.unique(pair[shuffled], return_index=True)
     rank_of_row[shuffled[first]] = rank  # one row of each pair
-    return rank_of_row, given[pair]
+    given = given[pair]
+    return rows.take(~given), without_times(rows.take(given)), rank_of_row[given]

@@ -204,7 +204,7 @@ def _ask(graphdef, params, tokens, positions, seen):
     x, cache = decode.read(model, tokens, positions, seen)
     last = jnp.sum(positions >= 0, axis=1) - 1  # RTT_START
     index = jnp.maximum(jnp.stack([last - 1, last], axis=1), 0)
-    logits = decode.last_logits(model, x, index)
+    logits = model.logits(jnp.take_along_axis(x, index[:, :, None], axis=1))
     results = logits[:, 0, jnp.array([tokenizer.FAILED, tokenizer.RTT_START])]
     return jax.nn.softmax(results)[:, 0], _byte_probabilities(logits[:, 1]), cache
 

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from ping_llm.estimators.failures import failure_rates
-from ping_llm.estimators.pairs import MIN_RTT_MS, group_starts, pair_keys
+from ping_llm.estimators.pairs import MIN_RTT_MS, pair_keys, runs
 from ping_llm.hashing import hash_addresses
 from ping_llm.measurements import MeasurementTable
 from ping_llm.prediction import metrics
@@ -56,15 +56,10 @@ def failures(
 ) -> dict[str, Any]:
     """Returns AUC and Brier score of `p_failed`, and of the training failure rates of both ends."""
     failed = rows.rtt < 0
-    probabilities = {"model": p_failed, "failure_rate": failure_rates(train, rows)}
-    return {
-        "n_failed": int(failed.sum()),
-        "n": len(rows),
-        **{
-            name: {"auc": metrics.auc(each, failed), "brier": metrics.brier(each, failed)}
-            for name, each in probabilities.items()
-        },
-    }
+    scores: dict[str, Any] = {"n_failed": int(failed.sum()), "n": len(rows)}
+    for name, each in (("model", p_failed), ("failure_rate", failure_rates(train, rows))):
+        scores[name] = {"auc": metrics.auc(each, failed), "brier": metrics.brier(each, failed)}
+    return scores
 
 
 def noise_floor(
@@ -90,8 +85,7 @@ def rankings(rows: MeasurementTable, predicted: Predicted) -> dict[str, dict[str
 
     def by_pair(values: np.ndarray) -> np.ndarray:
         order = np.lexsort((values, key))
-        starts = group_starts(key[order])
-        counts = np.diff(np.r_[starts, len(order)])
+        starts, counts = runs(key[order])
         return values[order][starts + (counts - 1) // 2]
 
     actual = by_pair(actual_rtt(rows)[answered])
@@ -107,21 +101,17 @@ def breakdowns(
 ) -> dict[str, dict[str, Any]]:
     """Returns point metrics by family, actual RTT, `history` [n] in the context, and hour."""
     actual, answered = actual_rtt(rows), rows.rtt >= 0
+    band = np.searchsorted(BANDS_MS, actual, side="right")
+    step = np.searchsorted(HISTORY_STEPS, history, side="right")
+    hours = [f"{hour}-{hour + HOURS}" for hour in range(0, 24, HOURS)]
     groupings = {
         "family": (rows.family == 6, ["IPv4", "IPv6"]),
-        "rtt_band": (np.searchsorted(BANDS_MS, actual, side="right"), _ranges(BANDS_MS, " ms")),
-        "history": (
-            np.searchsorted(HISTORY_STEPS, history, side="right"),
-            _ranges(HISTORY_STEPS, ""),
-        ),
-        "hour_utc": (
-            rows.time // 3600 % 24 // HOURS,
-            [f"{hour}-{hour + HOURS}" for hour in range(0, 24, HOURS)],
-        ),
+        "rtt_band": (band, _ranges(BANDS_MS, " ms")),
+        "history": (step, _ranges(HISTORY_STEPS, "")),
+        "hour_utc": (rows.time // 3600 % 24 // HOURS, hours),
     }
-    result: dict[str, dict[str, Any]] = {}
+    result: dict[str, dict[str, Any]] = {name: {} for name in groupings}
     for name, (group, labels) in groupings.items():
-        result[name] = {}
         for i, label in enumerate(labels):
             chosen = answered & (group == i)
             if chosen.any():

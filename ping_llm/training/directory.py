@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 import hashlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -35,10 +36,6 @@ class RunDirectory:
     remote: RemoteRun | None
     config: dict[str, Any]
 
-    def write_config(self) -> None:
-        """Writes `config.json`."""
-        outputs.publish_json(Location.of(self.path) / "config.json", self.config)
-
 
 @contextlib.contextmanager
 def open_run(cfg: TrainSettings, data: Path, fingerprint: str) -> Iterator[RunDirectory]:
@@ -57,23 +54,15 @@ def open_run(cfg: TrainSettings, data: Path, fingerprint: str) -> Iterator[RunDi
         StorageError: It cannot be read or written.
     """
     output, remote = Location.of(cfg.output), None
-    if output.is_local:
-        path = output.path
-    else:
-        key = hashlib.sha256(output.url.encode()).hexdigest()[:24]
-        path = storage.cache_root() / "runs" / key
+    key = hashlib.sha256(output.url.encode()).hexdigest()[:24]
+    path = output.path if output.is_local else storage.cache_root() / "runs" / key
     made = not path.exists()
     with contextlib.ExitStack() as stack:
         with sharding.by_first_process() as is_first:
             if is_first:
-                claimed = stack.enter_context(
-                    outputs.claim(
-                        output,
-                        what="train",
-                        settings=cfg,
-                        stored=lambda: _stored_settings(output, fingerprint),
-                    )
-                )
+                stored = functools.partial(_stored_settings, output, fingerprint)
+                claim = outputs.claim(output, what="train", settings=cfg, stored=stored)
+                claimed = stack.enter_context(claim)
                 if not output.is_local:
                     stack.enter_context(outputs.claim(Location.of(path), what="train"))
                     path.mkdir(parents=True, exist_ok=True)
@@ -106,12 +95,11 @@ def _stored_settings(output: Location, fingerprint: str) -> Mapping[str, Any] | 
 
 def _config(cfg: TrainSettings, data: Path, fingerprint: str) -> dict[str, Any]:
     settings = to_json(cfg)
-    model = settings.pop("model")
     return {
         "schema_version": SCHEMA_VERSION,
         "language_version": tokenizer.LANGUAGE_VERSION,
         "parameters": cfg.model.parameter_count(),
-        "model": model,
+        "model": settings.pop("model"),
         "train": settings,
         "data": {"path": str(data), "fingerprint": fingerprint},
     }
@@ -120,8 +108,7 @@ def _config(cfg: TrainSettings, data: Path, fingerprint: str) -> dict[str, Any]:
 def _remove_unbegun(path: Path, made: bool) -> None:
     """Removes a run without a checkpoint and without a line about a step."""
     run, metrics = Location.of(path), path / "metrics.jsonl"
-    has_steps = metrics.exists() and metrics.stat().st_size > 0
-    if has_steps or whole_steps(run):
+    if (metrics.exists() and metrics.stat().st_size > 0) or whole_steps(run):
         return
     for name in _OWN:
         (run / name).remove()

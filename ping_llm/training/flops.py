@@ -63,10 +63,8 @@ def training_flops(cfg: DecoderConfig, tokens: float, pairs: float) -> float:
 
 def peak_flops(device_kind: str) -> float | None:
     """Returns what such a device could do in bfloat16, in FLOP/s, or None where that is unknown."""
-    for kind, peak in PEAK_FLOPS.items():
-        if device_kind.startswith(kind):
-            return peak
-    return None
+    peaks = (peak for kind, peak in PEAK_FLOPS.items() if device_kind.startswith(kind))
+    return next(peaks, None)
 
 
 def peak_of_devices() -> float | None:

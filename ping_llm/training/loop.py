@@ -17,7 +17,7 @@ from ping_llm import report, settings, sharding, tokenizer
 from ping_llm.data import pipeline
 from ping_llm.data.windows import WindowConfig
 from ping_llm.errors import ConfigError, Stopped, StorageError
-from ping_llm.outputs import publish_file
+from ping_llm.outputs import publish_file, publish_json
 from ping_llm.packing import Batch
 from ping_llm.progress import progress
 from ping_llm.storage import Location
@@ -102,7 +102,7 @@ def train(cfg: TrainSettings) -> TrainResult:
         if done < cfg.steps:
             is_first = jax.process_index() == 0
             if is_first:
-                run.write_config()
+                publish_json(Location.of(run.path) / "config.json", run.config)
                 log.cut()
             valid = _valid_batches(cfg, data, mesh)
             mode = cfg.wandb if is_first else "disabled"
@@ -133,16 +133,16 @@ def _open_loader(cfg: TrainSettings, data: Path, mesh: Mesh) -> pipeline.TrainLo
 def _open_checkpoints(cfg: TrainSettings, run: RunDirectory) -> "Checkpoints":
     from ping_llm.checkpoints import Checkpoints  # Orbax takes a second to import
 
-    directory, keep = run.path / "checkpoints", cfg.keep_checkpoints
-    if run.remote is None:
-        return Checkpoints(directory, keep=keep)
-    remote = run.remote
-    return Checkpoints(directory, keep=keep, elsewhere=remote.objectives, on_saved=remote.push)
+    directory, keep, remote = run.path / "checkpoints", cfg.keep_checkpoints, run.remote
+    known, push = (remote.objectives, remote.push) if remote else (None, None)
+    return Checkpoints(directory, keep=keep, elsewhere=known, on_saved=push)
 
 
 def _valid_batches(cfg: TrainSettings, data: Path, mesh: Mesh) -> list[Batch]:
     """Returns this process's rows of the batches of the valid split."""
     index, count = sharding.batch_share(mesh, cfg.batch_size)
+    rows = cfg.batch_size // count
+    own = slice(index * rows, (index + 1) * rows)
     batches = pipeline.eval_batches(
         data,
         "valid",
@@ -151,27 +151,26 @@ def _valid_batches(cfg: TrainSettings, data: Path, mesh: Mesh) -> list[Batch]:
         count=cfg.eval_batches,
         hide_unseen=cfg.hidden_source_fraction > 0,
     )
-    return [_rows_of(batch, index, count) for batch in batches]
+    return [Batch(**{name: each[own] for name, each in vars(b).items()}) for b in batches]
 
 
+@dataclasses.dataclass
 class _Trainer:
     """The parts of a run between its start and its end."""
 
-    def __init__(
-        self,
-        cfg: TrainSettings,
-        loader: pipeline.TrainLoader,
-        valid: list[Batch],
-        checkpoints: "Checkpoints",
-        log: RunLog,
-        tracker: Tracker,
-        mesh: Mesh,
-    ):
-        self.cfg, self.loader, self.checkpoints, self.log = cfg, loader, checkpoints, log
-        self.tracker, self.mesh = tracker, mesh
-        objectives = (row.get("valid_objective", inf) for row in log.rows)
+    cfg: TrainSettings
+    loader: pipeline.TrainLoader
+    valid_batches: list[Batch]
+    checkpoints: "Checkpoints"
+    log: RunLog
+    tracker: Tracker
+    mesh: Mesh
+
+    def __post_init__(self) -> None:
+        cfg, mesh, checkpoints = self.cfg, self.mesh, self.checkpoints
+        objectives = (row.get("valid_objective", inf) for row in self.log.rows)
         self.best = min(objectives, default=inf)
-        self.valid = [self._place(batch) for batch in valid]
+        self.valid = [self._place(batch) for batch in self.valid_batches]
         self.schedule = learning_rate_at(cfg)
         tx = make_optimizer(cfg)
         graphdef, abstract = abstract_state(cfg.model, tx, mesh=mesh)
@@ -182,7 +181,7 @@ class _Trainer:
             step = jax.device_put(np.int32(self.step), abstract.step.sharding)
             self.state = TrainState(step, **trees)
             self.meter = Meter(cfg, notes["meter"])
-            loader.set_state(notes["loader"])
+            self.loader.set_state(notes["loader"])
         else:
             _, self.state = init_state(cfg.model, tx, seed=cfg.seed, mesh=mesh)
             self.meter = Meter(cfg)
@@ -211,10 +210,10 @@ class _Trainer:
                 self.meter.add(self.step, metrics)
                 last = self.step == cfg.steps
                 log_now = last or self.step % cfg.log_every == 0
+                evaluate = last or self.step % cfg.eval_every == 0
                 stop = None if last else signals.agreed(at_log_point=log_now)
-                objective = inf  # where it is not measured
-                if log_now or self.step % cfg.eval_every == 0:
-                    objective = self._write_row(evaluate=last or self.step % cfg.eval_every == 0)
+                # Infinity where it is not measured.
+                objective = self._write_row(evaluate=evaluate) if log_now or evaluate else inf
                 bar.update(done=self.step, note=self.meter.note)
                 is_best = objective < self.best
                 if last or stop or is_best or self.step % cfg.checkpoint_every == 0:
@@ -232,7 +231,7 @@ class _Trainer:
         row = self.meter.row(self.step, float(self.schedule(self.step - 1)))
         if evaluate and self.valid:
             sums = [self.eval_step(self.state.params, batch) for batch in self.valid]
-            nll, count = (np.sum(part, axis=0) for part in zip(*jax.device_get(sums), strict=True))
+            nll, count = np.sum(jax.device_get(sums), axis=0)
             row["valid_loss"] = float(nll.sum() / count.sum())
             weights = np.array(self.cfg.loss_weights)
             row["valid_objective"] = float(weights @ nll / max(weights @ count, 1.0))
@@ -252,24 +251,12 @@ class _Trainer:
     def _batch_shapes(self) -> dict[str, jax.ShapeDtypeStruct]:
         shape = (self.cfg.batch_size, self.cfg.seq_len)
         where = NamedSharding(self.mesh, sharding.BATCH_BT)
-        return {
-            field.name: jax.ShapeDtypeStruct(
-                shape, np.float32 if field.name == "mask" else np.int32, sharding=where
-            )
-            for field in dataclasses.fields(Batch)
-        }
+        ids = jax.ShapeDtypeStruct(shape, np.int32, sharding=where)
+        shapes = {field.name: ids for field in dataclasses.fields(Batch)}
+        return shapes | {"mask": ids.update(dtype=np.dtype(np.float32))}
 
     def _place(self, batch: Batch) -> dict[str, jax.Array]:
-        arrays = {field.name: getattr(batch, field.name) for field in dataclasses.fields(Batch)}
-        return sharding.place_batch(self.mesh, arrays)
-
-
-def _rows_of(batch: Batch, index: int, count: int) -> Batch:
-    """Returns part `index` of `count` equal parts of a batch's rows."""
-    rows = len(batch.inputs) // count
-    own = slice(index * rows, (index + 1) * rows)
-    parts = {field.name: getattr(batch, field.name)[own] for field in dataclasses.fields(Batch)}
-    return Batch(**parts)
+        return sharding.place_batch(self.mesh, vars(batch))
 
 
 def _merged_state(loader: pipeline.TrainLoader) -> dict[str, Any]:
@@ -278,12 +265,9 @@ def _merged_state(loader: pipeline.TrainLoader) -> dict[str, Any]:
     if jax.process_count() == 1:
         return state
     own = np.array([state["first_lane"], *state["positions"]])
-    gathered = np.asarray(multihost_utils.process_allgather(own)).tolist()
-    states = {
-        first: {**state, "first_lane": first, "positions": positions}
-        for first, *positions in gathered
-    }
-    return pipeline.merge_states(list(states.values()))
+    gathered = np.unique(multihost_utils.process_allgather(own), axis=0).tolist()
+    states = [{**state, "first_lane": row[0], "positions": row[1:]} for row in gathered]
+    return pipeline.merge_states(states)
 
 
 class _Trace:
@@ -294,15 +278,14 @@ class _Trace:
 
     def before(self, step: int, meter: Meter) -> None:
         """Begins or ends the trace where `step` is the first of it, or the first after it."""
-        if self._directory is None:
+        if self._directory is None or step not in (self._first, self._first + TRACED_STEPS):
             return
-        if step == self._first:
-            meter.fetch()  # what was under way does not belong to it
+        meter.fetch()  # no step is half done where the trace begins or ends
+        if step > self._first:
+            self.__exit__()
+        else:
             jax.profiler.start_trace(self._directory)
             self._running = True
-        elif step == self._first + TRACED_STEPS:
-            meter.fetch()
-            self.__exit__()
 
     def __enter__(self) -> "_Trace":
         return self
@@ -322,16 +305,15 @@ class _StopSignals:
 
     def __enter__(self) -> "_StopSignals":
         if threading.current_thread() is threading.main_thread():
-            for signum in (signal.SIGINT, signal.SIGTERM):
-                self._before[signum] = signal.signal(signum, self._note)
+            both = (signal.SIGINT, signal.SIGTERM)
+            self._before = {signum: signal.signal(signum, self._note) for signum in both}
         return self
 
     def __exit__(self, *_: object) -> None:
         for signum, handler in self._before.items():
             signal.signal(signum, handler)
 
-    def _note(self, signum: int, frame: FrameType | None) -> None:
-        del frame
+    def _note(self, signum: int, _: FrameType | None) -> None:
         self._noted = signum
         self.__exit__()
 
@@ -352,15 +334,10 @@ def _result(cfg: TrainSettings, log: RunLog) -> TrainResult:
     if not log.rows or "padding_fraction" not in log.rows[-1]:
         raise StorageError(f"{cfg.output}/metrics.jsonl lacks the lines of this run's steps")
     row = log.rows[-1]
-    return TrainResult(
-        step=row["step"],
-        loss=row["loss"],
-        valid_loss=row.get("valid_loss"),
-        real_tokens_per_second=row["tokens"] / row["seconds"],
-        padding_fraction=row["padding_fraction"],
-        mfu=row["mfu"],
-        peak_device_bytes=row["peak_device_bytes"],
-        parameters=cfg.model.parameter_count(),
-        seconds=row["seconds"],
-        output=str(Location.of(cfg.output)),
-    )
+    names = (field.name for field in dataclasses.fields(TrainResult))
+    values: dict[str, Any] = {name: row.get(name) for name in names} | {
+        "real_tokens_per_second": row["tokens"] / row["seconds"],
+        "parameters": cfg.model.parameter_count(),
+        "output": str(Location.of(cfg.output)),
+    }
+    return TrainResult(**values)

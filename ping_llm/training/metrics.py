@@ -59,14 +59,13 @@ class Meter:
         Raises:
             TrainingError: Too many steps in a row were skipped.
         """
-        fetched = jax.device_get([metrics for _, metrics in self._pending])
-        now = time.monotonic()
-        tokens = 0.0
-        for (step, _), metrics in zip(self._pending, fetched, strict=True):
+        fetched = jax.device_get(self._pending)
+        now, tokens = time.monotonic(), 0.0
+        for step, metrics in fetched:
             values = {name: np.asarray(value).tolist() for name, value in metrics.items()}
             tokens += values["tokens"]
-            model, pairs = self._cfg.model, values["pairs"]
-            self._totals["flops"] += flops.training_flops(model, values["tokens"], pairs)
+            work = flops.training_flops(self._cfg.model, values["tokens"], values["pairs"])
+            self._totals["flops"] += work
             if values["skipped"]:
                 self._note_skipped(step, values["loss"], values["grad_norm"])
             else:
@@ -87,16 +86,11 @@ class Meter:
         shown = f"{loss=:.4g}, {grad_norm=:.4g}"
         print(f"step {step} skipped, nothing was changed: {shown}", file=sys.stderr, flush=True)
         if (count := self._totals["skipped_in_a_row"]) >= self._cfg.max_skipped_steps:
-            finite = math.isfinite(grad_norm)
+            larger = f"a larger spike_factor than {self._cfg.spike_factor}, or "
             raise TrainingError(
                 f"step {step} is number {count:.0f} in a row that was skipped: {shown}; the "
-                "checkpoints before are kept; "
-                + (
-                    f"try a larger spike_factor than {self._cfg.spike_factor}, or "
-                    if finite
-                    else "try "
-                )
-                + f"a smaller learning_rate than {self._cfg.learning_rate}"
+                f"checkpoints before are kept; try {larger if math.isfinite(grad_norm) else ''}"
+                f"a smaller learning_rate than {self._cfg.learning_rate}"
             )
 
     def row(self, step: int, learning_rate: float) -> dict[str, Any]:
@@ -110,35 +104,29 @@ class Meter:
                 f"each of the first {step} steps was skipped; try a smaller learning_rate than "
                 f"{self._cfg.learning_rate}"
             )
-        nll = np.sum([values["field_nll"] for values in self._window], axis=0)
-        count = np.sum([values["field_count"] for values in self._window], axis=0)
-        places = step * self._cfg.batch_size * self._cfg.seq_len
-        totals = self._totals
+        sums = [(values["field_nll"], values["field_count"]) for values in self._window]
+        positions = step * self._cfg.batch_size * self._cfg.seq_len
+        totals, peak = self._totals, flops.peak_of_devices()
+        seconds = totals["seconds"]
         return {
             "step": step,
             "loss": float(np.mean([values["loss"] for values in self._window])),
-            **by_field("loss_", nll, count),
+            **by_field("loss_", *np.sum(sums, axis=0)),
             "grad_norm": self._window[-1]["grad_norm"],
             "learning_rate": learning_rate,
             "real_tokens_per_second": self.tokens_per_second,
             "skipped_steps": totals["skipped"],
             "tokens": int(totals["tokens"]),
-            "padding_fraction": 1 - totals["tokens"] / places,
+            "padding_fraction": 1 - totals["tokens"] / positions,
             "flops": totals["flops"],
-            "mfu": self._mfu(),
+            "mfu": totals["flops"] / seconds / peak if peak and seconds else None,
             "peak_device_bytes": sharding.peak_device_bytes(),
-            "seconds": totals["seconds"],
+            "seconds": seconds,
         }
 
     def state(self) -> dict[str, Any]:
         """Returns what the next `Meter` of this run needs, as JSON values."""
         return {"window": list(self._window), "totals": dict(self._totals)}
-
-    def _mfu(self) -> float | None:
-        peak = flops.peak_of_devices()
-        if peak is None or not self._totals["seconds"]:
-            return None
-        return self._totals["flops"] / self._totals["seconds"] / peak
 
 
 def by_field(prefix: str, nll: np.ndarray, count: np.ndarray) -> dict[str, float | None]:

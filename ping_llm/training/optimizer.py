@@ -11,7 +11,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from ping_llm.training.settings import TrainSettings
 
-GROUPS = ("kernel", "embedding", "norm")  # "norm": also biases
+GROUPS = ("kernel", "embedding", "norm")  # "norm" includes biases
 
 # The root mean square of Muon's updates of a kernel, near that of Adam's, so that one learning rate
 # serves both: Liu et al., Muon is Scalable for LLM Training, 2025, section 2.2.
@@ -45,8 +45,7 @@ def learning_rate_at(cfg: TrainSettings) -> Callable[[Any], Any]:
 def groups(params: Any) -> Any:
     """Returns a tree like `params`: which of `GROUPS` each parameter is in."""
 
-    def group(path, leaf):
-        del leaf
+    def group(path, _):
         names = jax.tree_util.keystr(path, simple=True, separator="/").split("/")
         return "kernel" if "kernel" in names else "embedding" if "embedding" in names else "norm"
 
@@ -95,8 +94,7 @@ def _muon(beta: float) -> optax.GradientTransformation:
     def matrices(params):
         return jax.tree.map(lambda _: optax.contrib.MuonDimensionNumbers(1, 2), params)
 
-    def scale(updates, params):
-        del params
+    def scale(updates, _):
         return jax.tree.map(lambda u: u * (MUON_RMS * max(u.shape[1:]) ** 0.5), updates)
 
     orthogonal = optax.contrib.scale_by_muon(beta=beta, weight_dimension_numbers=matrices)
@@ -104,8 +102,7 @@ def _muon(beta: float) -> optax.GradientTransformation:
 
 
 def _scaled_by_group(factors: dict[str, float]) -> optax.GradientTransformation:
-    def scale(updates, params):
-        del params
+    def scale(updates, _):
         return jax.tree.map(lambda group, update: factors[group] * update, groups(updates), updates)
 
     return optax.stateless(scale)
@@ -157,14 +154,9 @@ def guard(
 
         # A mean of all norms at first, of about the last 50 later.
         weight = jnp.maximum(1 - NORM_DECAY, 1 / (state.taken + 1.0))
-        mean = state.mean_norm + weight * (norm - state.mean_norm)
-        return jax.tree.map(lambda new: unless_bad(new, jnp.zeros_like(new)), new_updates), (
-            GuardState(
-                jax.tree.map(unless_bad, new_inner, state.inner),
-                unless_bad(mean, state.mean_norm),
-                state.taken + ~bad,
-                bad,
-            )
-        )
+        mean = unless_bad(state.mean_norm + weight * (norm - state.mean_norm), state.mean_norm)
+        kept_inner = jax.tree.map(unless_bad, new_inner, state.inner)
+        kept_updates = jax.tree.map(lambda new: unless_bad(new, jnp.zeros_like(new)), new_updates)
+        return kept_updates, GuardState(kept_inner, mean, state.taken + ~bad, bad)
 
     return optax.GradientTransformation(init, update)

@@ -1,6 +1,7 @@
 """One optimizer step."""
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -12,7 +13,7 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
-from ping_llm import tokenizer
+from ping_llm import sharding, tokenizer
 from ping_llm.models.config import DecoderConfig
 from ping_llm.models.decoder import Decoder
 from ping_llm.training import flops
@@ -43,10 +44,7 @@ def init_state(
 ) -> tuple[Any, TrainState]:
     """Returns (graphdef, state). Each array is created on its own devices."""
     graphdef, abstract = abstract_state(cfg, tx, mesh=mesh)
-
-    def init(key: Array) -> TrainState:
-        return _new_state(cfg, tx, key)
-
+    init = functools.partial(_new_state, cfg, tx)
     with jax.set_mesh(mesh):
         shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
         return graphdef, jax.jit(init, out_shardings=shardings)(jax.random.key(seed))
@@ -61,16 +59,14 @@ def abstract_state(
         state = jax.eval_shape(lambda: _new_state(cfg, tx, jax.random.key(0)))
         shardings = _unmasked(state, nnx.get_named_sharding(state, mesh))
 
-    def place(leaf, where):
-        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where)
-
-    return graphdef, jax.tree.map(place, state, shardings)
+    placed = jax.tree.map(lambda leaf, where: leaf.update(sharding=where), state, shardings)
+    return graphdef, placed
 
 
 def _unmasked(state: Any, shardings: Any) -> Any:
     """Returns `shardings` without those of variables that an optimizer leaves to another one.
 
-    Optax puts an empty node in their place, to which Flax gives a sharding nevertheless.
+    Optax puts an empty node in their place, to which Flax still gives a sharding.
     """
 
     def keep(variable, where):
@@ -91,8 +87,8 @@ def target_fields(inputs: Int[Array, "B T"], targets: Int[Array, "B T"]) -> Int[
     input.
     """
     row = jnp.concatenate([inputs[:, :1], targets], axis=1)  # [B, T + 1]
-    place = jnp.where(row < tokenizer.BYTE_0, jnp.arange(row.shape[1]), 0)
-    last_marker = jax.lax.associative_scan(jnp.maximum, place, axis=1)
+    column = jnp.where(row < tokenizer.BYTE_0, jnp.arange(row.shape[1]), 0)
+    last_marker = jax.lax.associative_scan(jnp.maximum, column, axis=1)
     marker = jnp.take_along_axis(row, last_marker, axis=1)
     of_payload = jnp.asarray((*tokenizer.FIELD_OF_PAYLOAD, tokenizer.STRUCTURE))
     fields = of_payload[jnp.minimum(marker, tokenizer.BYTE_0)]
@@ -123,7 +119,7 @@ def make_train_step(
     It is to be called where `jax.set_mesh` holds.
 
     The metrics of a step: `loss`, nats per target, unweighted; `grad_norm` before clipping;
-    `skipped`, whether the optimizer's guard left everything as it was; `field_nll` and
+    `skipped`, whether the optimizer's guard left all as it was; `field_nll` and
     `field_count` by `tokenizer.FIELDS`; `tokens` that are not padding; `pairs` as
     `flops.attended_pairs` counts them.
 
@@ -160,9 +156,8 @@ def make_train_step(
             return jax.tree.map(jnp.add, so_far, grad(params, part)), None
 
         parts = jax.tree.map(lambda rows: _cut(rows, cfg.accumulate_steps), batch)
-        first = jax.tree.map(lambda rows: rows[0], parts)
-        shapes = jax.eval_shape(grad, params, first)
-        zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
+        shapes = jax.eval_shape(grad, params, jax.tree.map(lambda rows: rows[0], parts))
+        zeros = jax.tree.map(jnp.zeros_like, shapes)
         return jax.lax.scan(add_part, zeros, parts)[0]
 
     def train_step(state: TrainState, batch: Arrays):
@@ -180,7 +175,7 @@ def make_train_step(
             "tokens": jnp.sum(segment_ids != 0),
             "pairs": flops.attended_pairs(cfg.model, segment_ids, positions),
         }
-        # Said again for what comes out, or XLA might lay it out otherwise.
+        # The outputs are constrained too, or XLA might choose another layout for them.
         new_state = TrainState(state.step + 1, params, opt_state)
         specs = _unmasked(new_state, nnx.get_partition_spec(new_state))
         new_state = jax.lax.with_sharding_constraint(new_state, specs)
@@ -196,7 +191,7 @@ def make_eval_step(graphdef: Any) -> Callable[[Any, Arrays], tuple[Array, Array]
         nll = _negative_log_likelihood(_logits(graphdef, params, batch), batch["targets"])
         fields = target_fields(batch["inputs"], batch["targets"])
         sums = field_losses(nll, fields, batch["mask"])
-        return jax.lax.with_sharding_constraint(sums, P())
+        return tuple(sharding.constrain(each, P()) for each in sums)
 
     return jax.jit(eval_step)
 
