@@ -1,5 +1,6 @@
 """The local engine of `prepare_data`: threads that read and sort, one writer, bounded memory."""
 
+import abc
 import contextlib
 import itertools
 import queue
@@ -30,7 +31,7 @@ _BASE_MEMORY = 300_000_000  # Python, NumPy, Arrow and DuckDB before any data
 _BYTES_PER_MEASUREMENT = 200  # while its run or range is sorted
 
 
-class Engine:
+class Engine(abc.ABC):
     """Makes the rows of some files.
 
     Attributes:
@@ -42,6 +43,7 @@ class Engine:
         self._spill = directory / "spill"
         self.rejected: Counter[str] = Counter()
 
+    @abc.abstractmethod
     def run(self, files: Sequence[InputFile]) -> dict[str, Any]:
         """Reads `files` and writes all rows, and `rejected.parquet`, to the directory.
 
@@ -52,7 +54,6 @@ class Engine:
             ConfigError: The engine is not installed.
             DataError: A file is broken, or there is no measurement in all of them.
         """
-        raise NotImplementedError
 
 
 class LocalEngine(Engine):
