@@ -73,8 +73,8 @@ class _Likeness:
             common[rows] = np.count_nonzero(~np.isnan(apart), axis=1)
         return total, common
 
-    def distances(self, one: np.ndarray, at: np.ndarray, other: np.ndarray) -> np.ndarray:
-        """Returns how differently nodes `one`, at the addresses `at`, and `other` measure [n]."""
+    def distances(self, one: np.ndarray, address: np.ndarray, other: np.ndarray) -> np.ndarray:
+        """Returns how differently nodes `one`, of these addresses, and `other` measure [n]."""
         # Two nodes differ by 0.3 in all over 5 common landmarks; coordinates say 0.1, and 0.02 more
         # for what few pairs leave open: (0.3 + 0.12) / (5 + 1) = 0.07.
         total, common = self._compare(one, other)
@@ -85,7 +85,7 @@ class _Likeness:
             apart = np.abs(self.expected[one[rows]] - self.expected[other[rows]])
             prior[rows] = apart.mean(axis=1)
         prior = np.fmin(1.2 * self.typical, prior + unsure[one] + unsure[other])
-        band = _prefix_class(at, self.addresses[other])
+        band = _prefix_class(address, self.addresses[other])
         prior = np.where(band >= 2, np.minimum(prior, self.by_prefix[band]), prior)
         prior += 1e-5 * (len(PREFIX_BITS) - band)  # of nodes as near, that of the longer prefix
         return np.where(one == other, NEAREST, np.maximum((total + prior) / (common + 1), NEAREST))
@@ -118,19 +118,19 @@ def fit_wmedian(train: Training) -> Predict:
 
     def predict_pairs(a: np.ndarray, b: np.ndarray, ends: np.ndarray) -> np.ndarray:
         """Returns the log RTTs of pairs of `ends`, by number [n]."""
-        known, parts = train.nodes.lookup(ends), []
+        node, parts = train.nodes.lookup(ends), []
         for fixed, moved in ((a, b), (b, a)):
-            size = counts[known[fixed]]
+            size = counts[node[fixed]]
             pair = np.repeat(np.arange(len(a)), size)
             entry = np.arange(len(pair)) + np.repeat(
-                starts[known[fixed]] - np.cumsum(size) + size, size
+                starts[node[fixed]] - np.cumsum(size) + size, size
             )
             parts.append((pair, entry, moved[pair]))
         pair, entry, moved = (np.concatenate(part) for part in zip(*parts, strict=True))
         # Pairs of one destination ask for the same distances.
         asked, index = np.unique(moved * n + other[entry], return_inverse=True)
         end, stand_in = asked // n, asked % n
-        weight = likeness.distances(known[end], ends[end], stand_in) ** -SHARPNESS
+        weight = likeness.distances(node[end], ends[end], stand_in) ** -SHARPNESS
         log_rtt = np.full(len(a), np.nan)
         answered, medians = grouped_weighted_median(pair, value[entry], weight[index])
         log_rtt[answered] = medians
