@@ -1,45 +1,99 @@
-"""Network coordinates: Vivaldi with height vectors."""
+"""Network coordinates with heights that are fitted to the logarithms of RTTs."""
 
 import numpy as np
 
 from ping_llm.estimators.pairs import PredictPairs, Training, between_nodes, runs
+from ping_llm.hashing import hash_addresses, mix
 
-DIMENSIONS = 5
-ROUNDS = 4000
-C_C = C_E = 0.25
-MIN_HEIGHT_MS = 0.01
+DIMENSIONS = 3
+STARTS = 3
+STEPS = 200
+PAIRS_CHOSEN = 24  # by each node, at random; with those that others choose it has at most about 48
+HUBER_DELTA = 0.3
+RIDGE = 0.01
+SPREAD = 0.35  # standard deviation of the first positions; the median RTT is 1
+LOG_HEIGHT = -2.3  # the first, and where the ridge pulls
+LEARNING_RATE = 0.08
+BETA_1, BETA_2, EPSILON = 0.9, 0.98, 1e-4
 
 
 @between_nodes
-def fit_vivaldi(train: Training) -> PredictPairs:
-    """Returns the distances of a Vivaldi embedding (Dabek, Cox, Kaashoek and Morris, 2004).
+def fit_coordinates(train: Training) -> PredictPairs:
+    """Returns distances plus heights in 3 dimensions, the mean of the logarithms of 3 fits."""
+    log_rtt = embed(train)
+    return lambda a, b: np.exp(log_rtt(a, b))
 
-    Each round every node meets a new random one of its training pairs, and moves along the spring
-    between them; all nodes move at once.
+
+def embed(train: Training) -> PredictPairs:
+    """Returns the same as log RTTs.
+
+    Random numbers depend on addresses, so that how nodes are numbered does not matter.
     """
-    one, other, rtt = train.directed
-    order = np.argsort(one, kind="stable")
-    other, rtt = other[order], rtt[order]
-    starts, counts = runs(one[order])  # every node is in some pair, so these are by node
-    n, rng = len(train.nodes), np.random.default_rng(0)
-    position = rng.normal(0, 1e-3, (n, DIMENSIONS))
-    height, error = np.full(n, 0.1), np.ones(n)
-    for _ in range(ROUNDS):
-        drawn = starts + (rng.random(n) * counts).astype(np.int64)
-        peer, measured = other[drawn], rtt[drawn]
-        apart = position - position[peer]
-        length = np.sqrt(np.einsum("nd,nd->n", apart, apart))
-        heights = height + height[peer]
-        weight = error / (error + error[peer])
-        surprise = np.abs(length + heights - measured) / measured
-        error = np.maximum(surprise * C_E * weight + error * (1 - C_E * weight), 1e-6)
-        force = C_C * weight * (measured - length - heights)
-        position = position + (force / np.maximum(length, 1e-9))[:, None] * apart
-        height = height + force * heights / np.maximum(length + heights, 1e-9)
-        height = np.maximum(height, MIN_HEIGHT_MS)
+    a, b, rtt = train.pairs
+    y, n = np.log(rtt), len(train.nodes)
+    key = hash_addresses(train.nodes.addresses)
+    chosen = _choose(a, b, mix(np.minimum(key[a], key[b]), np.maximum(key[a], key[b])))
+    a, b, center = a[chosen], b[chosen], np.median(y[chosen] if len(chosen) else y)
+    y = y[chosen] - center
+    fits = []
+    for start in range(STARTS):
+        uniform = [
+            mix(key, np.array([start * DIMENSIONS + axis])) / 2.0**64 for axis in range(DIMENSIONS)
+        ]
+        state = np.full((DIMENSIONS + 1, n), LOG_HEIGHT)  # positions, and the log of heights
+        state[:-1] = SPREAD * np.sqrt(12) * (np.array(uniform) - 0.5)
+        fits.append(_adam(state, a, b, y))
 
-    def predict_rtt(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-        apart = position[a] - position[b]
-        return np.sqrt(np.einsum("nd,nd->n", apart, apart)) + height[a] + height[b]
+    def log_rtt(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+        logs = [np.log(_distances(state, a, b)[2]) for state in fits]
+        return center + np.mean(logs, axis=0)
 
-    return predict_rtt
+    return log_rtt
+
+
+def _choose(a: np.ndarray, b: np.ndarray, key: np.ndarray) -> np.ndarray:
+    """Returns the pairs that one of their ends chooses: of its own, those of the smallest keys."""
+    proper = np.flatnonzero(a != b)
+    ends = np.r_[a[proper], b[proper]]
+    order = np.lexsort((np.tile(key[proper], 2), ends))
+    starts, counts = runs(ends[order])
+    rank = np.empty(len(order), np.int64)
+    rank[order] = np.arange(len(order)) - np.repeat(starts, counts)
+    return proper[(rank < PAIRS_CHOSEN).reshape(2, -1).any(axis=0)]
+
+
+def _distances(
+    state: np.ndarray, a: np.ndarray, b: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Returns (differences of positions [3, m], their lengths [m], lengths and heights [m])."""
+    apart = state[:-1, a] - state[:-1, b]
+    length = np.sqrt(np.einsum("dm,dm->m", apart, apart) + 1e-5)
+    height = np.exp(state[-1])
+    return apart, length, length + height[a] + height[b]
+
+
+def _adam(state: np.ndarray, a: np.ndarray, b: np.ndarray, y: np.ndarray) -> np.ndarray:
+    """Returns `state` [4, n] after gradient steps on the Huber loss of the log of distances."""
+    # Two nodes 0.4 apart with heights of 0.1 say log(0.6) = -0.51. If y is -0.31, the surprise is
+    # -0.2 (at most 0.3 counts), its pull -0.2 / 0.6 = -0.33: both move away from each other along
+    # the line between them, and both heights grow by 0.1 of it.
+    n = state.shape[1]
+    counts = np.maximum(np.bincount(a, minlength=n) + np.bincount(b, minlength=n), 1)
+    center = np.array([0.0] * DIMENSIONS + [LOG_HEIGHT])[:, None]
+    mean, square = np.zeros_like(state), np.zeros_like(state)
+    for step in range(1, STEPS + 1):
+        apart, length, distance = _distances(state, a, b)
+        pull = np.clip(np.log(distance) - y, -HUBER_DELTA, HUBER_DELTA) / distance
+        gradient = RIDGE * (state - center)
+        for axis in range(DIMENSIONS):
+            force = pull / length * apart[axis]
+            gradient[axis] += np.bincount(a, force, n) - np.bincount(b, force, n)
+        ends = np.bincount(a, pull, n) + np.bincount(b, pull, n)
+        gradient[-1] += ends * np.exp(state[-1])
+        gradient /= counts
+        mean = BETA_1 * mean + (1 - BETA_1) * gradient
+        square = BETA_2 * square + (1 - BETA_2) * gradient**2
+        rate = LEARNING_RATE * min(1, 2 * (1 - step / (STEPS + 1)))
+        scale = np.sqrt(square / (1 - BETA_2**step)) + EPSILON
+        state = state - rate * mean / (1 - BETA_1**step) / scale
+    return state

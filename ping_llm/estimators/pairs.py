@@ -47,6 +47,30 @@ def grouped_median(keys: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np
     return keys[starts], (values[low] + values[high]) / 2
 
 
+def grouped_weighted_median(
+    keys: np.ndarray, values: np.ndarray, weights: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """Returns (the distinct keys, ascending; the median of each one's values by weight above 0).
+
+    Half the weight is below it; where that is so between two values, it is their mean.
+    """
+    # Values 1 2 5 of weights 2 1 1: of 4, up to each value, 2 3 4; 2 is half, so (1 + 2) / 2.
+    order = np.lexsort((values, keys))
+    keys, values, weights = keys[order], values[order], weights[order]
+    starts, counts = runs(keys)
+    if not len(starts):
+        return keys, values
+    # Relative to the greatest, so that the sums of all groups are of one order.
+    weights = weights / np.repeat(np.maximum.reduceat(weights, starts), counts)
+    total = np.add.reduceat(weights, starts)
+    before = np.cumsum(total) - total
+    share = (np.cumsum(weights) - np.repeat(before, counts)) / np.repeat(total, counts)
+    low = np.add.reduceat(share < 0.5 - 1e-9, starts, dtype=np.int64)
+    high = np.add.reduceat(share < 0.5 + 1e-9, starts, dtype=np.int64)
+    low, high = (starts + np.minimum(each, counts - 1) for each in (low, high))
+    return keys[starts], (values[low] + values[high]) / 2
+
+
 def earlier(
     key: np.ndarray, time: np.ndarray, asked_key: np.ndarray, asked_time: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -47,7 +47,7 @@ class EvaluationResult:
         unseen_fraction: Measurements of an address that training has not seen; None: not known.
         methods: By method, its kind, errors of the median, and their 95 % intervals.
         calibration: Coverage, reliability, pinball loss and CRPS of the model.
-        failures: AUC and Brier score of P(failed), and of training failure rates.
+        failures: AUC and Brier score of P(failed), by the model and by classical methods.
         noise_floor: Errors of the median of the other measurements of the same pair.
         ranking: By method, how it orders the destinations of each source.
         by: Errors by family, RTT, length of the context, and hour.

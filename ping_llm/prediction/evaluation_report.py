@@ -147,7 +147,13 @@ def _calibration_table(calibration: Mapping[str, Any]) -> Html:
 
 def _failures(failures: Mapping[str, Any]) -> Html:
     rows = []
-    for key, name in (("model", "model"), ("failure_rate", "training rates of both ends")):
+    names = {
+        "model": "model",
+        "failure_rate": "training rates of both ends",
+        "logistic": "logistic: source + destination",
+        "logistic_by_day": "logistic: source + destination + destination on its day",
+    }
+    for key, name in names.items():
         auc, brier = failures[key]["auc"], failures[key]["brier"]
         rows.append((name, "-" if auc is None else f"{auc:.3f}", f"{brier:.5f}"))
     text = f"<p>{failures['n_failed']:,} of {failures['n']:,} measurements failed.</p>"

@@ -6,12 +6,11 @@ from typing import Any
 
 import numpy as np
 
-from ping_llm.estimators.failures import failure_rates
 from ping_llm.estimators.pairs import MIN_RTT_MS, pair_keys, runs
 from ping_llm.hashing import hash_addresses
 from ping_llm.measurements import MeasurementTable
 from ping_llm.prediction import metrics
-from ping_llm.prediction.baselines import ONLINE
+from ping_llm.prediction.baselines import ONLINE, predict_failures
 
 BANDS_MS = (10, 50, 100, 200)
 HISTORY_STEPS = (1, 5, 17, 65)
@@ -54,10 +53,10 @@ def calibration(
 def failures(
     rows: MeasurementTable, train: MeasurementTable, p_failed: np.ndarray
 ) -> dict[str, Any]:
-    """Returns AUC and Brier score of `p_failed`, and of the training failure rates of both ends."""
+    """Returns AUC and Brier score of `p_failed`, and of what is fitted on the training failures."""
     failed = rows.rtt < 0
     scores: dict[str, Any] = {"n_failed": int(failed.sum()), "n": len(rows)}
-    for name, each in (("model", p_failed), ("failure_rate", failure_rates(train, rows))):
+    for name, each in {"model": p_failed, **predict_failures(rows, train)}.items():
         scores[name] = {"auc": metrics.auc(each, failed), "brier": metrics.brier(each, failed)}
     return scores
 

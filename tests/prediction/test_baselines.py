@@ -7,8 +7,9 @@ from hypothesis import strategies as st
 
 from ping_llm.addresses import from_packed
 from ping_llm.errors import DataError
-from ping_llm.estimators import neighbours, online
-from ping_llm.estimators.pairs import Nodes, Training, grouped_median
+from ping_llm.estimators import neighbours, online, wmedian
+from ping_llm.estimators.failures import logistic, logistic_by_day
+from ping_llm.estimators.pairs import Nodes, Training, grouped_median, grouped_weighted_median
 from ping_llm.measurements import NO_TIME, MeasurementTable
 from ping_llm.prediction import baselines
 
@@ -43,7 +44,7 @@ def relative_error(name, matrix):
 
 
 @pytest.mark.parametrize(
-    "name", ["prefix", "additive", "src_median", "biased_mf", "dmfsgd", "neighbours"]
+    "name", ["prefix", "additive", "src_median", "biased_mf", "dmfsgd", "neighbours", "wmedian"]
 )
 def test_static_methods_do_not_change_when_each_measurement_is_seen_from_both_ends(name):
     rng = np.random.default_rng(0)
@@ -84,6 +85,53 @@ def test_vivaldi_recovers_distances_with_heights(plane):
     assert relative_error("vivaldi", plane) < 0.03
 
 
+def test_coordinates_recover_distances_with_heights():
+    # In space; and where each node has some 8 of the 59 pairs.
+    rng = np.random.default_rng(0)
+    points, height = rng.uniform(0, 200, (N, 3)), rng.uniform(1, 20, N)
+    matrix = np.linalg.norm(points[:, None] - points, axis=2) + height[:, None] + height
+    assert relative_error("coordinates", matrix) < 0.02
+    train, test = split_of(matrix)
+    train = train.take(np.random.default_rng(1).random(len(train)) < 0.15)
+    assert len(Training.of(train).nodes) == N
+    predicted = baselines.predict("coordinates", test, Training.of(train))
+    assert np.median(np.abs(predicted / test.rtt - 1)) < 0.15
+
+
+class Renumbered(Nodes):
+    """The same addresses with other numbers."""
+
+    def __init__(self, nodes: Nodes, seed: int):
+        self.number = np.random.default_rng(seed).permutation(len(nodes))
+        self.addresses = nodes.addresses[np.argsort(self.number)]
+        self.nodes = nodes
+
+    def lookup(self, addresses):
+        number = self.nodes.lookup(addresses)
+        return np.where(number >= 0, self.number[number], -1)
+
+
+@pytest.mark.parametrize("name", ["coordinates", "wmedian"])
+def test_estimates_do_not_depend_on_how_nodes_are_numbered(name, plane):
+    train, test = split_of(plane)
+    table = Training.of(train.take(np.arange(len(train)) % 3 == 0))
+    nodes = Renumbered(table.nodes, seed=3)
+    numbers = {end: nodes.lookup(getattr(table.measurements, end)) for end in ("src", "dst")}
+    assert not np.array_equal(numbers["src"], table.src)
+    other = dataclasses.replace(table, nodes=nodes, **numbers)
+    one, two = (baselines.predict(name, test, each) for each in (table, other))
+    np.testing.assert_allclose(one, two, rtol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["coordinates", "wmedian", "neighbours"])
+def test_tenfold_rtts_have_tenfold_estimates(name, plane):
+    one, ten = (
+        baselines.predict(name, test, Training.of(train))
+        for train, test in (split_of(plane), split_of(10 * plane))
+    )
+    np.testing.assert_allclose(ten, 10 * one, rtol=1e-3)
+
+
 def test_matrix_factorisations_recover_a_low_rank(low_rank):
     assert relative_error("dmfsgd", low_rank) < 0.05
     assert relative_error("biased_mf", low_rank) < 0.02
@@ -96,6 +144,70 @@ def test_neighbours_find_the_hosts_of_one_site(plane):
     assert relative_error("neighbours", matrix * np.sqrt(noise * noise.T)) < 0.01
     # Alone, a host's neighbours are those around it.
     assert relative_error("neighbours", plane) < 0.15
+
+
+def test_the_weighted_median_of_like_hosts_is_what_most_of_them_measure(plane):
+    site = np.repeat(np.arange(N // 6), 6)  # six hosts each, which measure exactly alike
+    matrix = plane[np.ix_(site, site)]
+    train, test = split_of(matrix)
+    apart = test.take(site[as_numbers(test.src)] != site[as_numbers(test.dst)])
+    predicted = baselines.predict("wmedian", apart, Training.of(train))
+    np.testing.assert_allclose(predicted, apart.rtt, rtol=1e-6)
+    # One in twenty measurements is ten times too high: the median does not mind, the mean does.
+    rtt = np.where(np.random.default_rng(3).random(len(train)) < 0.05, 10, 1) * train.rtt
+    spoilt = Training.of(dataclasses.replace(train, rtt=rtt.astype(np.float32)))
+    errors = {
+        name: np.abs(np.log(baselines.predict(name, apart, spoilt) / apart.rtt))
+        for name in ("wmedian", "neighbours")
+    }
+    assert np.mean(errors["wmedian"] < 0.01) > 0.9
+    assert np.mean(errors["neighbours"] < 0.01) < 0.7
+
+
+def as_numbers(addresses):
+    return np.ascontiguousarray(addresses).view(np.uint8).reshape(-1, 16)[:, 14]
+
+
+def test_a_measured_pair_has_its_own_median_among_those_of_like_hosts(plane):
+    train, _ = split_of(plane)
+    some = train.take(np.arange(50))
+    predicted = baselines.predict("wmedian", some, Training.of(train))
+    np.testing.assert_allclose(predicted, some.rtt, rtol=1e-6)
+
+
+def test_an_address_that_was_not_measured_is_like_those_of_its_network():
+    # Two networks of four hosts each, 5 ms and 80 ms from all of eight others.
+    hosts = [bytes([10, network, 1, host]) for network in (1, 2) for host in range(4)]
+    others = [bytes([10, 9, host, 1]) for host in range(8)]
+    pairs = [(a, b) for a in hosts for b in others]
+    rtt = [5 if a[1] == 1 else 80 for a, _ in pairs]
+    table = dataclasses.replace(
+        measurements(np.zeros(len(pairs)), np.zeros(len(pairs)), rtt),
+        src=from_packed(a for a, _ in pairs),
+        dst=from_packed(b for _, b in pairs),
+    )
+    new = dataclasses.replace(
+        measurements([0, 0], [0, 0], [1, 1]),
+        src=from_packed([bytes([10, 1, 1, 99]), bytes([10, 2, 1, 99])]),
+        dst=from_packed(others[:2]),
+    )
+    predicted = baselines.predict("wmedian", new, Training.of(table))
+    np.testing.assert_allclose(predicted, [5, 80], rtol=1e-6)
+    both_new = dataclasses.replace(new, dst=new.src)
+    assert np.isnan(wmedian.fit_wmedian(Training.of(table))(both_new)).all()
+
+
+def test_blocks_of_questions_do_not_change_the_weighted_median(monkeypatch, plane):
+    train, test = split_of(plane)
+    table = Training.of(train)
+    one = baselines.predict("wmedian", test, table)
+    monkeypatch.setattr(wmedian, "BLOCK", 300)
+    monkeypatch.setattr(wmedian, "ROWS", 77)
+    np.testing.assert_array_equal(baselines.predict("wmedian", test, table), one)
+    monkeypatch.setattr(wmedian, "STAND_INS", 20)
+    fewer = baselines.predict("wmedian", test, table)
+    assert np.any(fewer != one)
+    assert np.median(np.abs(fewer / test.rtt - 1)) < 0.3
 
 
 def test_neighbours_have_no_answer_where_none_of_those_near_was_measured(monkeypatch):
@@ -174,16 +286,79 @@ def test_online_methods_see_the_pairs_own_past_and_nothing_else(rows):
     src, dst, time, rtt = (np.array(column) for column in zip(*rows, strict=True))
     time = np.where(time == 0, NO_TIME, time)  # before all times
     history = measurements(src, dst, rtt, time)
-    last, median = online.last_value(history, history), online.median9(history, history)
+    names = ("last_value", "median3", "median9", "ema")
+    found = {name: getattr(online, name)(history, history) for name in names}
     for i in range(len(rows)):
         same = (src == src[i]) & (dst == dst[i]) & (time < time[i]) & (rtt >= 0)
-        past = rtt[same][np.argsort(time[same], kind="stable")][-9:]
+        past = rtt[same][np.argsort(time[same], kind="stable")]
         if len(past):
-            assert last[i] == past[-1]
-            assert median[i] == np.median(past)
+            assert found["last_value"][i] == past[-1]
+            assert found["median3"][i] == np.median(past[-3:])
+            assert found["median9"][i] == np.median(past[-9:])
+            logs = np.log(np.maximum(past[-online.EMA_OF :], 0.001))
+            average = logs[0]
+            for value in logs[1:]:
+                average += online.EMA_WEIGHT * (value - average)
+            np.testing.assert_allclose(found["ema"][i], np.exp(average), rtol=1e-9)
         else:
-            assert np.isnan(last[i])
-            assert np.isnan(median[i])
+            assert all(np.isnan(values[i]) for values in found.values())
+
+
+@given(
+    st.lists(
+        st.tuples(st.integers(0, 3), st.integers(0, 9), st.integers(1, 4)), min_size=1, max_size=40
+    )
+)
+def test_weighted_medians_are_those_of_values_repeated_by_weight(rows):
+    keys, values, weights = np.array(rows).T
+    # A group may weigh far more than another.
+    scale = 10.0 ** (12 * keys)
+    found_keys, medians = grouped_weighted_median(keys, values.astype(float), weights * scale)
+    np.testing.assert_array_equal(found_keys, np.unique(keys))
+    repeated = [np.repeat(values[keys == key], weights[keys == key]) for key in found_keys]
+    np.testing.assert_allclose(medians, [np.median(each) for each in repeated])
+
+
+def failing(source, destination, n, seed=0):
+    """Returns n measurements, their log-odds of failure the sum of a number at each end."""
+    rng = np.random.default_rng(seed)
+    src, dst = rng.integers(0, len(source), n), rng.integers(0, len(destination), n)
+    p = 1 / (1 + np.exp(-source[src] - destination[dst]))
+    rtt = np.where(rng.random(n) < p, -1, 20)
+    return measurements(src, 100 + dst, rtt), p
+
+
+def test_logistic_recovers_the_failure_rates_of_both_ends():
+    rng = np.random.default_rng(1)
+    source, destination = rng.normal(-1, 1, 10), rng.normal(0, 1.5, 10)
+    train, _ = failing(source, destination, 40_000)
+    test, p = failing(source, destination, 500, seed=1)
+    np.testing.assert_allclose(logistic(train, test), p, atol=0.04)
+    np.testing.assert_allclose(logistic_by_day(train, test), p, atol=0.04)  # all on one day
+
+
+def test_logistic_by_day_knows_on_which_day_a_destination_was_down():
+    rng = np.random.default_rng(0)
+    n = 2000
+    src, dst, day = rng.integers(0, 9, n), rng.integers(0, 5, n), rng.integers(0, 4, n)
+    down = (dst == 2) & (day == 1)
+    train = measurements(src, 100 + dst, np.where(down, -1, 20), day * 86_400 + 7)
+    asked = measurements([0, 0, 0, 0], [102, 102, 101, 102], [1] * 4, [86_500, 5, 86_500, NO_TIME])
+    p = logistic_by_day(train, asked)
+    assert p[0] > 0.9
+    assert max(p[1:3]) < 0.05
+    assert p[3] < 0.5  # no day
+    assert logistic(train, asked)[0] == logistic(train, asked)[1]
+
+
+@pytest.mark.parametrize("rtt", [[-1] * 6, [5] * 6, [-1, -1, -1, 5, 5, 5]])
+def test_probabilities_of_ends_that_always_or_never_fail_lie_between_0_and_1(rtt):
+    train = measurements([0, 0, 0, 1, 1, 1] * 500, [7, 8, 9] * 1000, rtt * 500)
+    asked = measurements([0, 1, 50], [7, 60, 61], [1, 1, 1])
+    for predict in (logistic, logistic_by_day):
+        p = predict(train, asked)
+        assert np.all((p > 0) & (p < 1))
+        assert p[1] < p[0] or len(set(rtt)) == 1
 
 
 @given(st.lists(st.tuples(st.integers(0, 5), st.integers(0, 99)), min_size=1, max_size=50))

@@ -170,6 +170,7 @@ def test_the_result_has_every_method_on_the_same_rows(run, prepared, tmp_path, m
             low, high = scores["intervals"][name]
             assert low <= scores[name] <= high
     assert set(result.calibration["coverage"]) == {"50", "80", "95"}
+    assert {"model", *baselines.FAILURES} <= set(result.failures)
     assert set(result.loss_per_field) == {
         "all",
         "structure",
@@ -187,13 +188,13 @@ def test_the_result_has_every_method_on_the_same_rows(run, prepared, tmp_path, m
 
 
 def test_time_has_online_methods_and_raw_files_take_the_runs_own_training_rows(run, prepared, raw):
-    in_time = evaluate(run, prepared["time"], max_rows=20, baselines="last_value,median9")
+    in_time = evaluate(run, prepared["time"], max_rows=20, baselines="last_value,ema")
     kinds = {name: scores["kind"] for name, scores in in_time.methods.items()}
     assert kinds == {
         "model": "static",
         "model_online": "online",
         "last_value": "online",
-        "median9": "online",
+        "ema": "online",
     }
     assert not in_time.trained_on_this_data
     result = evaluate(run, raw, max_rows=20, baselines="prefix")
