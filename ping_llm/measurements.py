@@ -45,6 +45,8 @@ class _ColumnSpec:
 
     def from_arrow(self, array: pa.Array, row: int) -> np.ndarray:
         """Returns the values of `array`, of which the first stands in row `row`."""
+        if not len(array):  # of any type: a library cannot know that of a column without values
+            return np.zeros(0, self.dtype)
         values, problems = self.read(array)
         bad = (problems == columns.INVALID) | ((problems == columns.OK) & ~self.accepts(values))
         absent = problems == columns.MISSING
@@ -200,9 +202,12 @@ class MeasurementTable:
         Raises:
             DataError: A column is absent, or a value is missing or not what it should be.
         """
+        if hasattr(data, "iloc"):  # pandas: a column that nobody asks for may be of any type
+            _check_names(list(map(str, data.columns)), questions)
+            data = data.loc[:, data.columns.isin([column.arrow for column in COLUMNS.values()])]
         try:
             table = pa.table(data)
-        except (pa.ArrowException, TypeError, ValueError) as error:
+        except (pa.ArrowException, TypeError, ValueError, OverflowError) as error:
             raise DataError(f"this is no table: {error}") from None
         _check_names(table.schema.names, questions)
         batches = table.to_batches() or [pa.RecordBatch.from_pylist([], schema=table.schema)]

@@ -132,9 +132,14 @@ def number_files(files: Sequence[Path], name: str) -> list[Path]:
     return [file.rename(file.with_name(new)) for file, new in zip(files, names, strict=True)]
 
 
+def contents(location: Location) -> list[str]:
+    """Returns the names in a directory that count as its content: no hidden ones, no lost+found."""
+    return [n for n in location.names() if not n.startswith(".") and n != "lost+found"]
+
+
 def _interrupted(location: Location, last: str) -> list[str]:
     """Returns the names in `location` that a publication left which was cut short."""
-    names = [n for n in location.names() if not n.startswith(".") and n != "lost+found"]
+    names = contents(location)
     marker = location / UNFINISHED
     ours = marker.read_text().splitlines() if names and marker.is_file() else []
     if last in names or not set(names) <= set(ours):

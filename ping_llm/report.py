@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ping_llm.outputs import publish_file, publish_text
+from ping_llm.outputs import Claim, publish_file, publish_text
 from ping_llm.storage import Location
 from ping_llm.text import safe_html
 
@@ -174,11 +174,11 @@ def page(title: str, blocks: Iterable[Html]) -> str:
 # --- files ---------------------------------------------------------------------------------------
 
 
-def write_page(text: str, location: str | Path | Location) -> None:
+def write_page(text: str, location: str | Path | Location, *, claim: Claim | None = None) -> None:
     """Writes a page to a local or remote file; an older one is replaced in one move.
 
     Raises:
         ConfigError: `location` is a directory.
         StorageError: It cannot be written.
     """
-    publish_text(Location.of(location), text)
+    publish_text(Location.of(location), text, claim=claim)

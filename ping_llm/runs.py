@@ -244,7 +244,8 @@ class RemoteRun:
         self._location, self._directory, self._claim = location, directory, claim
         self.objectives = _objectives(location)
         for name in (location / "checkpoints").names():  # what a killed process left half copied
-            if name.partition(".")[0] not in map(str, self.objectives):
+            step = name.removesuffix(".json")
+            if step.isdecimal() and int(step) not in self.objectives:
                 (location / "checkpoints" / name).remove()
         newest = max(self.objectives, default=None)
         for other in (directory / "checkpoints").glob("*"):

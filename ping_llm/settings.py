@@ -365,7 +365,7 @@ def _read_toml(path: str | os.PathLike) -> dict[str, Any]:
         raise ConfigError(f"{path}: cannot be read: {error.strerror}") from None
     except UnicodeDecodeError:
         raise ConfigError(f"{path}: is not UTF-8 text, which TOML must be") from None
-    except tomllib.TOMLDecodeError as error:
+    except (ValueError, RecursionError) as error:  # also a null byte in the path
         raise ConfigError(f"{path}: is not valid TOML: {error}") from None
 
 

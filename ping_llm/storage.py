@@ -56,6 +56,8 @@ class Location:
     def __post_init__(self) -> None:
         if not self.url or "\0" in self.url:
             raise StorageError(f"{self.url!r} is no path; expected a local path, gs:// or s3://")
+        if self.url.encode(errors="replace").decode() != self.url:  # Arrow takes no such path
+            raise StorageError(f"{safe(self.url)}: the path is not UTF-8; rename it")
         scheme, is_url, rest = self.url.partition("://")
         # pathlib makes gs:/x of gs://x, which would be a local directory.
         if f"{scheme}://" not in REMOTE if is_url else self.url.startswith(("gs:/", "s3:/")):

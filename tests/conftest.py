@@ -7,6 +7,7 @@ import json
 import os
 from pathlib import Path
 
+import hypothesis
 import numpy as np
 import pytest
 from sized_rows import write_sized_rows
@@ -15,6 +16,10 @@ from ping_llm.addresses import from_bytes
 from ping_llm.data.rows import SCHEMA_VERSION, SPLITS, RowBatch, RowWriter
 
 os.environ["PING_LLM_COMPILATION_CACHE"] = "off"
+# How long an example takes depends on what else the machine does.
+hypothesis.settings.register_profile("untimed", deadline=None)
+hypothesis.settings.load_profile("untimed")
+
 os.environ["XLA_FLAGS"] = " ".join(
     [os.environ.get("XLA_FLAGS", ""), "--xla_force_host_platform_device_count=4"]
 ).strip()

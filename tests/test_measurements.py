@@ -159,12 +159,15 @@ def test_a_bad_value_is_refused_by_row_column_and_value(change, message):
         MeasurementTable.from_arrow(table.to_reader(max_chunksize=1))
 
 
-@pytest.mark.parametrize(
-    "data", [5, {"a": [1], "b": [1, 2]}, pd.DataFrame([[1, 2]], columns=["a", "a"])]
-)
+@pytest.mark.parametrize("data", [5, {"a": [1], "b": [1, 2]}])
 def test_what_is_no_table_is_refused(data):
     with pytest.raises(DataError, match="this is no table: "):
         MeasurementTable.from_arrow(data)
+
+
+def test_what_a_frame_lacks_is_named_beside_what_it_has():
+    with pytest.raises(DataError, match="no column src_addr; it has a, a"):
+        MeasurementTable.from_arrow(pd.DataFrame([[1, 2]], columns=["a", "a"]))
 
 
 def test_text_that_is_not_utf_8_is_refused():

@@ -356,3 +356,10 @@ def test_settings_and_the_options_of_a_command_import_nothing_heavy():
 def test_the_options_of_a_command_are_click_choices():
     preset = next(each for each in command.params if each.name == "preset")
     assert isinstance(preset.type, click.Choice)
+
+
+@pytest.mark.parametrize("text", ["steps = " + "9" * 5000, "steps = " + "[" * 3000])
+def test_odd_toml_is_refused_in_one_line(tmp_path, text):
+    (tmp_path / "s.toml").write_text(text)
+    with pytest.raises(ConfigError, match="is not valid TOML"):
+        settings.load(SampleSettings, config_file=tmp_path / "s.toml")

@@ -314,3 +314,8 @@ def test_many_writers_of_one_value_never_spoil_it(tmp_path):
 
     with ThreadPoolExecutor(8) as pool:
         list(pool.map(write, range(8)))
+
+
+def test_a_path_that_is_not_utf8_is_refused_in_one_line():
+    with pytest.raises(StorageError, match="not UTF-8; rename it"):
+        Location.of(os.fsdecode(b"b\xff/x.parquet"))

@@ -41,7 +41,7 @@ class BenchLoaderSettings(Settings):
     batch_size: int = field(default=32, gt=0)
     seq_len: int = field(default=1024, gt=0)
     seconds: float = field(default=10.0, gt=0)
-    seed: int = field(default=0, ge=0)
+    seed: int = field(default=0, ge=0, lt=2**63)
 
 
 class BenchTrainSettings(Settings):
@@ -73,7 +73,7 @@ class BenchTrainSettings(Settings):
     steps: int = field(default=10, gt=0)
     dtype: Literal["float32", "bfloat16"] = "float32"
     compare: bool = False
-    seed: int = field(default=0, ge=0)
+    seed: int = field(default=0, ge=0, lt=2**63)
 
     def check(self) -> None:
         """Raises a `ConfigError` if the heads do not divide the width."""
@@ -108,7 +108,7 @@ class BenchPredictSettings(Settings):
 
     run: str = field(location=True)
     pairs: int = field(default=2048, gt=0)
-    seed: int = field(default=0, ge=0)
+    seed: int = field(default=0, ge=0, lt=2**63)
 
 
 class BenchExtractSettings(Settings):
@@ -140,7 +140,7 @@ class BenchExtractSettings(Settings):
     batch_tokens: int | None = field(default=None, gt=0, default_text="8192")
     output: str | None = field(default=None, location=True, default_text="the temporary directory")
     compare: bool = False
-    seed: int = field(default=0, ge=0)
+    seed: int = field(default=0, ge=0, lt=2**63)
 
     def check(self) -> None:
         """Raises a `ConfigError` if the shortest prompt is longer than the longest one."""

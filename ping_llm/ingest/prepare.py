@@ -55,8 +55,8 @@ def prepare_data(chosen: PrepareSettings) -> PrepareResult:
     Raises:
         ConfigError: A setting cannot be, or the output was made from other inputs or with other
             settings, or is another process's.
-        DataError: An input is missing or broken, or holds no measurement.
-        StorageError: The output cannot be written.
+        DataError: An input is broken, or holds no measurement.
+        StorageError: An input is absent, or the output cannot be written.
     """
     started = time.monotonic()
     output, files = Location.of(chosen.output), find_files(chosen.inputs)

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from ping_llm import addresses, packing, settings, tokenizer
+from ping_llm import addresses, outputs, packing, settings, tokenizer
 from ping_llm.data import windows
 from ping_llm.data.rows import SPLITS, ProbeRows, is_dataset, read_metadata
 from ping_llm.errors import ConfigError, DataError
@@ -42,17 +42,19 @@ def inspect_data(chosen: InspectDataSettings) -> InspectDataResult:
         DataError: The data cannot be read.
         StorageError: They are absent, or the report cannot be written.
     """
-    report = Location.of(chosen.report) if chosen.report is not None else None
-    if report is not None and report.is_dir():
-        raise ConfigError(f"{report=!s} is a directory; name a file")
     inspect = _inspect_rows if is_dataset(chosen.path) else _inspect_measurements
-    result = inspect(chosen.path, chosen.samples)
-    if report is not None:
-        from ping_llm.inspection.page import html_page
-        from ping_llm.report import write_page
+    if chosen.report is None:
+        return inspect(chosen.path, chosen.samples)
+    from ping_llm.inspection.page import html_page
+    from ping_llm.report import write_page
 
-        write_page(html_page(result), report)
-    return result
+    report = Location.of(chosen.report)
+    if report.is_dir():
+        raise ConfigError(f"{report=!s} is a directory; name a file")
+    with outputs.claim(report, what="inspect-data") as claim:
+        result = inspect(chosen.path, chosen.samples)
+        write_page(html_page(result), report, claim=claim)
+        return result
 
 
 # --- measurements in files ----------------------------------------------------------------------

@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from ping_llm import settings
+from ping_llm import outputs, settings
 from ping_llm.data.pipeline import eval_batches
 from ping_llm.data.rows import data_fingerprint, is_dataset
 from ping_llm.errors import ConfigError, DataError
@@ -114,6 +114,17 @@ def evaluate(chosen: EvaluateSettings) -> EvaluationResult:
         StorageError: The data are absent, or the report cannot be written.
         CheckpointError: `run` is no run.
     """
+    if chosen.report is None:
+        return _evaluate(chosen)
+    report = Location.of(chosen.report)
+    with outputs.claim(report, what="evaluate") as claim:
+        result = _evaluate(chosen)
+        title = f"{chosen.run} on {chosen.data}"
+        write_report(result.to_json(), report, title=title, claim=claim)
+        return result
+
+
+def _evaluate(chosen: EvaluateSettings) -> EvaluationResult:
     started = time.monotonic()
     data = Location.of(chosen.data)
     predictor = Predictor.load(chosen.run)
@@ -143,7 +154,7 @@ def evaluate(chosen: EvaluateSettings) -> EvaluationResult:
             by_history[str(history)] = methods
     # All but `history` is about the last condition, that of most context.
     model, unseen, prepared = answers["model"], predictor.unseen(rows), is_dataset(data)
-    result = EvaluationResult(
+    return EvaluationResult(
         protocol=task.protocol,
         n=n,
         n_failed=len(rows) - n,
@@ -163,10 +174,6 @@ def evaluate(chosen: EvaluateSettings) -> EvaluationResult:
         loss_per_field=_loss_per_field(predictor, data) if prepared else None,
         seconds=round(time.monotonic() - started, 1),
     )
-    if chosen.report is not None:
-        title = f"{chosen.run} on {data}"
-        write_report(result.to_json(), Location.of(chosen.report), title=title)
-    return result
 
 
 def _baselines(names: Sequence[str], protocol: str) -> list[str]:

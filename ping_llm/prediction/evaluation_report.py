@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from ping_llm import report
+from ping_llm.outputs import Claim
 from ping_llm.report import Html
 from ping_llm.storage import Location
 
@@ -15,8 +16,10 @@ _HEADINGS = {
 }
 
 
-def write_report(result: Mapping[str, Any], location: Location, *, title: str) -> None:
-    """Writes a page about the JSON of what `evaluate` returned."""
+def write_report(
+    result: Mapping[str, Any], location: Location, *, title: str, claim: Claim | None = None
+) -> None:
+    """Writes a page about the JSON of what `evaluate` returned, under a claim."""
     methods, calibration = result["methods"], result["calibration"]
     errors = report.picture(_errors_figure(methods), "relative errors by method")
     sections = [
@@ -41,7 +44,7 @@ def write_report(result: Mapping[str, Any], location: Location, *, title: str) -
     blocks = []
     for heading, content in sections:
         blocks += [Html(f"<h2>{report.markup(heading)}</h2>"), *content]
-    report.write_page(report.page(title, blocks), location)
+    report.write_page(report.page(title, blocks), location, claim=claim)
 
 
 def _facts(result: Mapping[str, Any]) -> Html:

@@ -164,10 +164,13 @@ def _predict_pairs(chosen: PredictSettings) -> PairsResult:
         return json.loads(begun.read_text()) if begun.is_file() else None
 
     with outputs.claim(output, what="predict", settings=facts, stored=stored) as claim:
+        finished = set(blocks.names())
+        if output.exists() or "settings.json" not in finished:
+            blocks.remove()  # left by a process that was killed when it had joined them
+            finished = set()
         if output.exists():
             return PairsResult(**_read_metadata(output)["result"])
-        total = _count(files)
-        finished, done, answered, seconds = set(blocks.names()), 0, 0, 0.0
+        total, done, answered, seconds = _count(files), 0, 0, 0.0
         with progress(f"predict {output.name}", total=total, unit="pairs") as bar:
             for i, questions in enumerate(_read_blocks(files, pairs)):
                 if f"{i:06d}.parquet" not in finished:

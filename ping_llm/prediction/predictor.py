@@ -98,6 +98,8 @@ class Predictor:
         Raises:
             DataError: A table lacks a column, or a value in it cannot be.
         """
+        if isinstance(frame, pa.RecordBatchReader):  # which gives its rows once
+            frame = frame.read_all()
         questions = _table(frame, questions=True)
         try:
             measured = None if history is None else _table(history)

@@ -99,4 +99,4 @@ class GenerateSettings(Settings):
     run: str = field(location=True)
     count: int = field(ge=1)
     history: str | None = field(default=None, location=True)
-    seed: int = field(default=0, ge=0)
+    seed: int = field(default=0, ge=0, lt=2**63)

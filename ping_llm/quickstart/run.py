@@ -8,7 +8,7 @@ from ping_llm.errors import ConfigError
 from ping_llm.extraction.run import extract_activations
 from ping_llm.ingest.prepare import prepare_data
 from ping_llm.inspection.dataset import inspect_data
-from ping_llm.outputs import claim, publish_json
+from ping_llm.outputs import Claim, claim, publish_json
 from ping_llm.prediction.evaluate import evaluate
 from ping_llm.quickstart.settings import QuickstartSettings
 from ping_llm.simulation.simulate import simulate
@@ -49,13 +49,13 @@ def quickstart(chosen: QuickstartSettings) -> QuickstartResult:
     output = Location.of(chosen.output)
     if output.is_file():
         raise ConfigError(f"{output} is a file; choose another output directory")
-    with claim(output, what="quickstart"):
+    with claim(output, what="quickstart") as held:
         if output.is_local:
             output.path.mkdir(exist_ok=True)
-        return _run_every_step(output, chosen.seed)
+        return _run_every_step(output, chosen.seed, held)
 
 
-def _run_every_step(output: Location, seed: int) -> QuickstartResult:
+def _run_every_step(output: Location, seed: int, held: Claim) -> QuickstartResult:
     raw, rows, run = (str(output / name) for name in ("measurements.parquet", "rows", "run"))
     report, scores = str(output / "data.html"), str(output / "evaluation.html")
     simulate(raw, probes=PROBES, days=DAYS, measurements=MEASUREMENTS, seed=seed)
@@ -64,7 +64,7 @@ def _run_every_step(output: Location, seed: int) -> QuickstartResult:
     train(rows, run, preset="tiny", steps=STEPS, batch_size=BATCH_SIZE, seq_len=SEQ_LEN, seed=seed)
     if not (output / "evaluation.json").exists():
         result = evaluate(run, rows, max_rows=SCORED, report=scores)
-        publish_json(output / "evaluation.json", result.to_json())
+        publish_json(output / "evaluation.json", result.to_json(), claim=held)
     activations = str(output / "activations")
     extract_activations(run, rows, activations, format="measurements", limit=EXTRACTED)
     metrics = (output / "run" / "metrics.jsonl").read_text().splitlines()

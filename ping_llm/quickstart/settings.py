@@ -16,4 +16,4 @@ class QuickstartSettings(Settings):
     """
 
     output: str = field(default="quickstart", location=True)
-    seed: int = field(default=0, ge=0)
+    seed: int = field(default=0, ge=0, lt=2**63)

@@ -56,11 +56,11 @@ def open_run(cfg: TrainSettings, data: Path, fingerprint: str) -> Iterator[RunDi
     output, remote = Location.of(cfg.output), None
     key = hashlib.sha256(output.url.encode()).hexdigest()[:24]
     path = output.path if output.is_local else storage.cache_root() / "runs" / key
-    made = not path.exists()
+    before = set(Location.of(path).names())
     with contextlib.ExitStack() as stack:
         with sharding.by_first_process() as is_first:
             if is_first:
-                stored = functools.partial(_stored_settings, output, fingerprint)
+                stored = functools.partial(_stored_settings, output, data, fingerprint)
                 claim = outputs.claim(output, what="train", settings=cfg, stored=stored)
                 claimed = stack.enter_context(claim)
                 if not output.is_local:
@@ -73,23 +73,27 @@ def open_run(cfg: TrainSettings, data: Path, fingerprint: str) -> Iterator[RunDi
             yield RunDirectory(path, remote, _config(cfg, data, fingerprint))
         except BaseException:
             if is_first:
-                _remove_unbegun(path, made)
+                _remove_unbegun(path, before)
             raise
 
 
-def _stored_settings(output: Location, fingerprint: str) -> Mapping[str, Any] | None:
+def _stored_settings(output: Location, data: Path, fingerprint: str) -> Mapping[str, Any] | None:
     """Returns the settings of the run in `output`, or None where no checkpoint binds to them."""
-    names = output.names()
+    names = outputs.contents(output)
     if "config.json" not in names:
-        if any(not name.startswith(".") for name in {*names} - _OWN):
+        # The only thing that a killed start leaves without it is an empty directory.
+        if names and (names != ["checkpoints"] or (output / "checkpoints").names()):
             raise ConfigError(f"{output} is not empty and holds no run; choose another output")
         return None
     config = read_config(output)
     if not whole_steps(output):
         return None
     check_language(output, config)
-    fact = "data.fingerprint"
-    refuse_changes({fact: config["data"]["fingerprint"]}, {fact: fingerprint}, output)
+    was = config["data"]
+    if was["fingerprint"] != fingerprint:
+        described = ((was["path"], was["fingerprint"]), (data, fingerprint))
+        before, now = ({"data": f"{path} (fingerprint {name})"} for path, name in described)
+        refuse_changes(before, now, output)
     return config["train"] | {"model": config["model"]}
 
 
@@ -105,13 +109,13 @@ def _config(cfg: TrainSettings, data: Path, fingerprint: str) -> dict[str, Any]:
     }
 
 
-def _remove_unbegun(path: Path, made: bool) -> None:
-    """Removes a run without a checkpoint and without a line about a step."""
+def _remove_unbegun(path: Path, before: set[str]) -> None:
+    """Removes what was made, beside what was there before, of a run that has logged no step."""
     run, metrics = Location.of(path), path / "metrics.jsonl"
     if (metrics.exists() and metrics.stat().st_size > 0) or whole_steps(run):
         return
-    for name in _OWN:
+    for name in _OWN - before:
         (run / name).remove()
-    if made:
+    if not before:
         with contextlib.suppress(OSError):  # something else is in it
             path.rmdir()

@@ -5,8 +5,7 @@ import json
 
 import numpy as np
 
-from ping_llm import settings
-from ping_llm.outputs import claim, publish_directory
+from ping_llm import outputs, settings
 from ping_llm.runs import EXPORTED, by_name, load_run
 from ping_llm.storage import Location
 from ping_llm.training.settings import ExportSettings
@@ -42,16 +41,16 @@ def export_run(chosen: ExportSettings) -> ExportResult:
     from safetensors.numpy import save
 
     output = Location.of(chosen.output)
-    with claim(output, what="export"):
+    with outputs.claim(output, what="export") as claim:
         run = load_run(chosen.run)
         tensors = {name: np.asarray(leaf) for name, leaf in by_name(run.params).items()}
         weights = save(tensors, metadata={"format": "ping-llm"})
         config = (json.dumps(run.config, indent=2) + "\n").encode()
         content = {EXPORTED: weights, "config.json": config}
-        if output.names() != sorted(content) or any(
+        if outputs.contents(output) != sorted(content) or any(
             (output / name).read_bytes() != data for name, data in content.items()
         ):
-            with publish_directory(output, last="config.json") as directory:
+            with outputs.publish_directory(output, last="config.json", claim=claim) as directory:
                 for name, data in content.items():
                     (directory / name).write_bytes(data)
     parameters = sum(tensor.size for tensor in tensors.values())

@@ -68,11 +68,11 @@ class TrainSettings(Settings):
     data: str = field(location=True, stored=False)
     output: str = field(location=True, stored=False)
     preset: Literal["tiny", "small", "base", "large"] = "tiny"
-    steps: int = field(default=1000, gt=0, changeable=True)
+    steps: int = field(default=1000, gt=0, lt=2**31, changeable=True)
     batch_size: int = field(default=8, gt=0)
     seq_len: int = field(default=1024, gt=0)
     mesh: str = field(default="data=-1,fsdp=1,tensor=1", changeable=True)
-    seed: int = field(default=0, ge=0)
+    seed: int = field(default=0, ge=0, lt=2**63)
     wandb: Literal["disabled", "offline", "online"] = field(default="disabled", changeable=True)
     profile: str | None = field(default=None, location=True, stored=False)
     coordinator: str | None = field(default=None, stored=False)

@@ -4,6 +4,7 @@ import pytest
 from click.testing import CliRunner
 from tiny_runs import write_run
 
+from ping_llm import outputs
 from ping_llm.cli import cli
 from ping_llm.ingest.prepare import prepare_data
 from ping_llm.simulation.simulate import simulate
@@ -95,3 +96,12 @@ def test_usage_errors_exit_with_2(made):
     refused = invoke(*given, "--baselines", "magic")
     assert refused.exit_code == 2
     assert "baselines='magic' is not one of all, none, global_median" in refused.stderr
+
+
+def test_a_report_that_another_process_writes_is_refused_at_once(made, tmp_path):
+    report = tmp_path / "report.html"
+    with outputs.claim(Location.of(report), what="test"):
+        result = invoke("--run", made / "run", "--data", made / "rows", "--report", report)
+    assert result.exit_code == 1
+    assert "is being written by another process" in result.stderr
+    assert not report.exists()

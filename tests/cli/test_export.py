@@ -28,3 +28,14 @@ def test_what_is_no_run_is_refused(tmp_path):
     assert result.exit_code == 1
     assert "is not a run" in result.stderr
     assert not (tmp_path / "export").exists()
+
+
+def test_exporting_again_what_is_there_changes_nothing(tmp_path):
+    run, output = write_run(tmp_path / "run"), tmp_path / "export"
+    output.mkdir()
+    (output / ".ping-llm.lock").write_text("")  # as on a mount point, beside its lost+found
+    (output / "lost+found").mkdir()
+    for _ in range(2):
+        result = invoke("export", "--run", run, "--output", output)
+        assert result.exit_code == 0, result.output
+    assert {"config.json", "model.safetensors"} < {path.name for path in output.iterdir()}

@@ -3,8 +3,10 @@ import json
 import pytest
 from click.testing import CliRunner
 
+from ping_llm import outputs
 from ping_llm.cli import cli
 from ping_llm.simulation.simulate import simulate
+from ping_llm.storage import Location
 
 
 @pytest.fixture(scope="module")
@@ -60,3 +62,12 @@ def test_bad_arguments_have_one_clear_line_and_an_exit_code(
     assert result.stdout == ""
     if code == 1:
         assert len(result.stderr.strip().splitlines()) == 1
+
+
+def test_a_report_that_another_process_writes_is_refused_at_once(raw, tmp_path):
+    report = tmp_path / "report.html"
+    with outputs.claim(Location.of(report), what="test"):
+        result = run(raw, "--report", report)
+    assert result.exit_code == 1
+    assert "is being written by another process" in result.stderr
+    assert not report.exists()

@@ -113,6 +113,33 @@ def test_a_finished_file_is_left_alone_and_other_pairs_are_refused_by_name(made)
     assert "again.parquet was begun with other settings: pairs='" in refused.stderr
 
 
+def test_blocks_that_a_killed_process_had_joined_are_not_taken_for_answers(made, tmp_path):
+    output = tmp_path / "answers.parquet"
+    blocks = tmp_path / "answers.parquet.parts"
+    given = ["--run", made / "run", "--output", output]
+    assert invoke(*given, "--pairs", made / "pairs.parquet").exit_code == 0
+    whole = output.read_bytes()
+    blocks.mkdir()  # killed while it removed them: the settings are gone, a block is not
+    (blocks / "000000.parquet").write_bytes(whole)
+    other = pq.read_table(made / "pairs.parquet").slice(10, 5)
+    pq.write_table(other, tmp_path / "other.parquet")
+    output.unlink()
+    assert invoke(*given, "--pairs", tmp_path / "other.parquet").exit_code == 0
+    assert len(pq.read_table(output)) == 5
+    assert not blocks.exists()
+
+
+def test_what_is_left_of_joined_blocks_goes_with_the_next_call(made, tmp_path):
+    given = ["--run", made / "run", "--pairs", made / "pairs.parquet"]
+    given += ["--output", tmp_path / "answers.parquet"]
+    assert invoke(*given).exit_code == 0
+    blocks = tmp_path / "answers.parquet.parts"
+    blocks.mkdir()
+    (blocks / "000000.parquet").write_text("left")
+    assert invoke(*given).exit_code == 0
+    assert not blocks.exists()
+
+
 def test_a_second_process_on_one_output_is_refused_at_once_in_one_line(made):
     output = made / "contended.parquet"
     given = ["--run", made / "run", "--pairs", made / "pairs.parquet", "--output", output]

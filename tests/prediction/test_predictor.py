@@ -77,6 +77,23 @@ def test_no_questions_have_no_answers(predictor):
     assert list(answers)[-len(ANSWERS) :] == ANSWERS
 
 
+def test_columns_that_nobody_asks_for_may_be_of_any_type(predictor):
+    frame = pd.DataFrame(PAIRS).assign(tags=[{"a": 1}, object()])
+    answered = predictor.predict(frame)
+    assert answered["rtt_p50"].tolist() == predictor.predict(PAIRS)["rtt_p50"].to_pylist()
+    assert answered["tags"].tolist() == frame["tags"].tolist()
+
+
+def test_a_stream_of_batches_is_a_table(predictor):
+    answered = predictor.predict(pa.table(PAIRS).to_reader())
+    assert answered.equals(predictor.predict(pa.table(PAIRS)))
+
+
+def test_numbers_that_no_column_holds_are_refused():
+    with pytest.raises(DataError, match="this is no table"):
+        MeasurementTable.from_arrow({**HISTORY, "rtt": [10**30] * 3})
+
+
 def test_a_bad_value_is_named_with_its_row_and_table(predictor):
     with pytest.raises(DataError, match=r"^row 2: dst_addr is '10\.0\.0'; expected an address"):
         predictor.predict({**PAIRS, "dst_addr": ["10.0.0.1", "10.0.0"]})

@@ -131,7 +131,9 @@ def test_other_data_on_the_same_output_are_refused(finished, probe_rows, tmp_pat
     other = shutil.copytree(probe_rows, tmp_path / "rows")
     metadata = json.loads((other / "dataset.json").read_text())
     (other / "dataset.json").write_text(json.dumps(metadata | {"seed": 5}))
-    with pytest.raises(ConfigError, match=r"was begun with other settings: data\.fingerprint="):
+    with pytest.raises(
+        ConfigError, match=r"was begun with other settings: data='.*rows \(fingerprint"
+    ):
         run(other, finished[0])
 
 
@@ -142,6 +144,29 @@ def test_an_output_that_holds_something_else_is_refused(probe_rows, tmp_path):
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(CheckpointError, match=r"config\.json is damaged"):
         run(probe_rows, tmp_path)
+
+
+@pytest.mark.parametrize("name", ["wandb/run-1/log", "checkpoints/mine/model.bin", "loss.png"])
+def test_files_of_a_user_are_refused_and_stay(probe_rows, tmp_path, name):
+    file = tmp_path / "own" / name
+    file.parent.mkdir(parents=True)
+    file.write_text("years of work")
+    with pytest.raises(ConfigError, match="is not empty and holds no run"):
+        run(probe_rows, tmp_path / "own")
+    assert file.read_text() == "years of work"
+
+
+def test_a_start_that_fails_removes_only_what_it_made(probe_rows, tmp_path, monkeypatch):
+    def fail(*_):
+        raise TrainingError("no")
+
+    output = tmp_path / "run"
+    output.mkdir()
+    (output / ".notes").write_text("mine")
+    monkeypatch.setattr("ping_llm.training.loop._valid_batches", fail)
+    with pytest.raises(TrainingError):
+        run(probe_rows, output)
+    assert [path.name for path in output.iterdir()] == [".notes"]
 
 
 def test_data_that_are_not_prepared_are_refused(tmp_path):
