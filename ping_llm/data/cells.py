@@ -11,12 +11,13 @@ import dataclasses
 
 import numpy as np
 
-from ping_llm.tokenizer import BYTE_0
+from ping_llm.tokenizer import BYTE_0, FAILED, RTT_START
 
 STEPS = 2900.0  # codes to one unit of asinh
 ZERO = 32768 + 128  # of no difference: the middle of a high byte
 # 0 of a byte in a grid: there is nothing to show.
 NOTHING = BYTE_0
+ANSWER_WEIGHTS = (1.0, 2.0, 1.0)  # of RTT_START, and of the two bytes that tell most and least
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,3 +80,21 @@ class Grids:
     weights: np.ndarray
     reference: np.ndarray
     scale: Scale
+
+
+def answered(grids: Grids, log_rtt: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Returns (tokens, weights) of grids with their answers [q, T + 3].
+
+    Args:
+        grids: The questions.
+        log_rtt: Log RTT that was measured [q], infinite where it failed.
+    """
+    failed = np.isinf(log_rtt)
+    code = grids.scale.encode(np.where(failed, 0, log_rtt - grids.reference))
+    answer = np.stack([high_byte(code), low_byte(code)], axis=1)
+    answer = np.where(failed[:, None], NOTHING, answer)
+    head = np.where(failed, FAILED, RTT_START)[:, None]
+    tokens = np.concatenate([grids.tokens, head, answer], axis=1).astype(np.uint16)
+    weight = np.where(failed[:, None], [1.0, 0.0, 0.0], ANSWER_WEIGHTS)
+    weights = np.concatenate([grids.weights, weight], axis=1).astype(np.float32)
+    return tokens, weights

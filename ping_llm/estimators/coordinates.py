@@ -20,18 +20,17 @@ BETA_1, BETA_2, EPSILON = 0.9, 0.98, 1e-4
 @between_nodes
 def fit_coordinates(train: Training) -> PredictPairs:
     """Returns distances plus heights in 3 dimensions, the mean of the logarithms of 3 fits."""
-    log_rtt = embed(train)
+    a, b, rtt = train.pairs
+    log_rtt = embed(a, b, np.log(rtt), hash_addresses(train.nodes.addresses))
     return lambda a, b: np.exp(log_rtt(a, b))
 
 
-def embed(train: Training) -> PredictPairs:
-    """Returns the same as log RTTs.
+def embed(a: np.ndarray, b: np.ndarray, log_rtt: np.ndarray, key: np.ndarray) -> PredictPairs:
+    """Returns the same as log RTTs, fitted to those of pairs (a, b) of n nodes.
 
-    Random numbers depend on addresses, so that how nodes are numbered does not matter.
+    Random numbers depend on the nodes' `key` [n], so that how they are numbered does not matter.
     """
-    a, b, rtt = train.pairs
-    y, n = np.log(rtt), len(train.nodes)
-    key = hash_addresses(train.nodes.addresses)
+    y, n = log_rtt, len(key)
     chosen = _choose(a, b, mix(np.minimum(key[a], key[b]), np.maximum(key[a], key[b])))
     a, b, center = a[chosen], b[chosen], np.median(y[chosen] if len(chosen) else y)
     y = y[chosen] - center
@@ -44,11 +43,11 @@ def embed(train: Training) -> PredictPairs:
         state[:-1] = SPREAD * np.sqrt(12) * (np.array(uniform) - 0.5)
         fits.append(_adam(state, a, b, y))
 
-    def log_rtt(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    def between(a: np.ndarray, b: np.ndarray) -> np.ndarray:
         logs = [np.log(_distances(state, a, b)[2]) for state in fits]
         return center + np.mean(logs, axis=0)
 
-    return log_rtt
+    return between
 
 
 def _choose(a: np.ndarray, b: np.ndarray, key: np.ndarray) -> np.ndarray:

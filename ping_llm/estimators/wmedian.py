@@ -41,7 +41,8 @@ class _Likeness:
         chosen = column[other] >= 0
         self.profile = np.full((n + 1, len(landmarks)), np.nan, np.float32)
         self.profile[one[chosen], column[other[chosen]]] = np.log(rtt[chosen])
-        log_rtt, order = embed(train), np.argsort(key)
+        a, b, median = train.pairs
+        log_rtt, order = embed(a, b, np.log(median), key), np.argsort(key)
         self.expected = np.full((n + 1, min(n, REFERENCES)), np.nan, np.float32)
         for i, reference in enumerate(order[:REFERENCES]):
             self.expected[:-1, i] = log_rtt(np.arange(n), np.full(n, reference))
