@@ -17,6 +17,7 @@ STEPS = 2900.0  # codes to one unit of asinh
 ZERO = 32768 + 128  # of no difference: the middle of a high byte
 # 0 of a byte in a grid: there is nothing to show.
 NOTHING = BYTE_0
+ANSWER_TOKENS = 3
 ANSWER_WEIGHTS = (1.0, 2.0, 1.0)  # of RTT_START, and of the two bytes that tell most and least
 
 

@@ -11,6 +11,7 @@ import numpy as np
 from ping_llm import addresses
 from ping_llm.estimators.coordinates import embed
 from ping_llm.estimators.pairs import MIN_RTT_MS, Nodes, runs
+from ping_llm.hashing import mix
 from ping_llm.measurements import MeasurementTable
 
 MEASUREMENTS_KEPT = 16  # of each pair
@@ -220,7 +221,9 @@ class World:
         np.fill_diagonal(total, 0)
         np.fill_diagonal(common, 0)
         typical = total.sum() / common.sum() if common.sum() > PREFIX_PRIOR else UNKNOWN_DIFFERENCE
-        references = self.estimate[:, np.argsort(key)[:REFERENCES]]
+        # Not nodes without a measurement, which may be anything that someone asks about.
+        measured = np.flatnonzero(self.degree)
+        references = self.estimate[:, measured[np.argsort(key[measured])[:REFERENCES]]]
         expected = np.array([np.abs(row - references).mean(axis=1) for row in references])
         unsure = 0.6 * typical / np.sqrt(1 + self.degree)
         prior = np.minimum(1.2 * typical, expected + unsure[:, None] + unsure)
@@ -347,19 +350,21 @@ def _residual_factors(residual: np.ndarray, known: np.ndarray, key: np.ndarray) 
     pairs = np.argwhere(np.triu(known, 1))
     if len(pairs) <= 60:
         return np.zeros_like(residual)
-    held = pairs[np.random.default_rng(int(key.min())).random(len(pairs)) < HELD_OUT]
-    one, other = held.T
+    low, high = (pick(key[pairs[:, 0]], key[pairs[:, 1]]) for pick in (np.minimum, np.maximum))
+    one, other = pairs[mix(low, high) < HELD_OUT * 2.0**64].T
     kept = known.copy()
     kept[one, other] = kept[other, one] = False
     errors = {}
     for penalty in FACTOR_PENALTIES:
-        fit = _alternate(np.where(kept, residual, 0), kept, penalty, FACTOR_SWEEPS // 2)
-        errors[penalty] = np.abs(fit[one, other] - residual[one, other]).mean() if len(held) else 0
+        fit = _alternate(np.where(kept, residual, 0), kept, key, penalty, FACTOR_SWEEPS // 2)
+        errors[penalty] = np.abs(fit[one, other] - residual[one, other]).sum()
     best = min(errors, key=errors.__getitem__)
-    return _alternate(residual, known, best, FACTOR_SWEEPS)
+    return _alternate(residual, known, key, best, FACTOR_SWEEPS)
 
 
-def _alternate(residual: np.ndarray, known: np.ndarray, penalty: float, sweeps: int) -> np.ndarray:
+def _alternate(
+    residual: np.ndarray, known: np.ndarray, key: np.ndarray, penalty: float, sweeps: int
+) -> np.ndarray:
     """Returns biases and factors by alternating ridge regression, made symmetric [n, n]."""
     n, seen = len(residual), known.astype(np.float32)
     count = seen.sum(axis=1)
@@ -369,7 +374,8 @@ def _alternate(residual: np.ndarray, known: np.ndarray, penalty: float, sweeps: 
     for _ in range(8):
         bias = 0.5 * bias + 0.5 * (target - seen * bias).sum(axis=1) / (count + 1)
     one, other = np.zeros((2, n, FACTORS + 1), np.float32)
-    other[:, :-1] = np.random.default_rng(0).normal(0, 0.3, (n, FACTORS))
+    for factor in range(FACTORS):
+        other[:, factor] = mix(key, np.array([factor])) / 2.0**64 - 0.5
     other[:, -1] = bias
     ridge = np.diag([penalty] * FACTORS + [BIAS_PENALTY]).astype(np.float32)
     for _ in range(2 * sweeps):

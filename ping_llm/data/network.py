@@ -1,0 +1,118 @@
+"""What a run knows of a network: its train measurements, as pairs, as series, and as worlds.
+
+It is kept with the run as probe rows, thinned: a run answers without its data set.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Iterator
+
+import numpy as np
+
+from ping_llm.data.history_grids import PairSeries
+from ping_llm.estimators.pairs import Nodes, pair_keys, runs
+from ping_llm.estimators.world import MEASUREMENTS_KEPT, Pairs, World
+from ping_llm.hashing import hash_addresses
+from ping_llm.measurements import MeasurementTable
+
+NEWEST_KEPT = 160  # measurements of each pair: as far back as a history grid looks
+WORLD_NODES = 2500  # matrices of so many nodes take 25 MB each
+PARTNERS = 500  # of an end, in a world around some questions
+LANDMARKS = 250  # nodes of most pairs that are in each world
+
+
+@dataclasses.dataclass(frozen=True)
+class Network:
+    """Measurements between numbered nodes.
+
+    Attributes:
+        measurements: The measurements.
+        nodes: Their addresses, numbered, and any others that may be asked about.
+    """
+
+    measurements: MeasurementTable
+    nodes: Nodes
+
+    @classmethod
+    def of(cls, measurements: MeasurementTable, *asked: np.ndarray) -> "Network":
+        """Returns the network of some measurements, with further addresses that are asked about."""
+        return cls(measurements, Nodes(measurements.src, measurements.dst, *asked))
+
+    @functools.cached_property
+    def pairs(self) -> Pairs:
+        """What was measured, by unordered pair."""
+        return Pairs.of(self.measurements, self.nodes)
+
+    @functools.cached_property
+    def key(self) -> np.ndarray:
+        """What names each node [n], uint64."""
+        return hash_addresses(self.nodes.addresses)
+
+    @functools.cached_property
+    def series(self) -> PairSeries:
+        """What was measured, by pair over time."""
+        return PairSeries.of(self.measurements)
+
+    @functools.cached_property
+    def _whole(self) -> World:
+        return World(self.pairs, self.key, self.nodes.addresses)
+
+    def worlds(
+        self, questions: MeasurementTable
+    ) -> Iterator[tuple[np.ndarray, World, np.ndarray, np.ndarray]]:
+        """Yields (questions, the world around them, their two ends in it) until all had their turn.
+
+        A network of up to `WORLD_NODES` nodes is one world. Of a larger one, a world holds the ends
+        of some questions, what these were measured to, and the nodes of most pairs.
+        """
+        a, b = self.nodes.lookup(questions.src), self.nodes.lookup(questions.dst)
+        if len(self.nodes) <= WORLD_NODES:
+            yield np.arange(len(a)), self._whole, a, b
+            return
+        order = np.lexsort((b, a))
+        while len(order):
+            chosen = self._around(a[order], b[order])
+            number = np.full(len(self.nodes), -1)
+            number[chosen] = np.arange(len(chosen))
+            rows = order[(number[a[order]] >= 0) & (number[b[order]] >= 0)]
+            pairs = self.pairs.renumbered(number)
+            world = World(pairs, self.key[chosen], self.nodes.addresses[chosen])
+            yield rows, world, number[a[rows]], number[b[rows]]
+            order = order[~np.isin(order, rows)]
+
+    @functools.cached_property
+    def _partners(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Returns (partners of all nodes, those of most pairs first; where each begins; degree)."""
+        one, other = np.r_[self.pairs.a, self.pairs.b], np.r_[self.pairs.b, self.pairs.a]
+        degree = np.bincount(one, minlength=len(self.nodes))
+        order = np.lexsort((-degree[other], one))
+        return other[order], np.cumsum(degree) - degree, degree
+
+    def _around(self, a: np.ndarray, b: np.ndarray) -> np.ndarray:
+        """Returns the nodes of a world that holds as many of the first questions as it can."""
+        partners, starts, degree = self._partners
+        nodes = set(np.argsort(-degree, kind="stable")[:LANDMARKS].tolist())
+        for ends in zip(a.tolist(), b.tolist(), strict=True):
+            around = set(ends)
+            for end in ends:
+                stop = starts[end] + min(int(degree[end]), PARTNERS)
+                around.update(partners[starts[end] : stop].tolist())
+            if len(nodes | around) > WORLD_NODES:
+                break
+            nodes |= around
+        return np.array(sorted(nodes))
+
+
+def thinned(measurements: MeasurementTable) -> MeasurementTable:
+    """Returns what a run keeps: of each pair the newest 160, and 16 spread over those before."""
+    key = pair_keys(measurements)
+    order = np.lexsort((measurements.time, key))
+    starts, counts = runs(key[order])
+    rank = np.arange(len(order)) - np.repeat(starts, counts)
+    left = np.repeat(counts, counts) - rank
+    older = np.repeat(np.maximum(counts - NEWEST_KEPT, 0), counts)
+    # Rank r of c older ones is kept where r * 16 / c passes a whole number.
+    step = MEASUREMENTS_KEPT / np.maximum(older, 1)
+    spread = np.floor((rank + 1) * step) > np.floor(rank * step)
+    kept = (left <= NEWEST_KEPT) | (spread | (older <= MEASUREMENTS_KEPT))
+    return measurements.take(np.sort(order[kept]))
