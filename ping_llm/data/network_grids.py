@@ -89,6 +89,16 @@ def network_grids(world: World, a: np.ndarray, b: np.ndarray) -> Grids:
     return Grids(tokens, weights.astype(np.float32), reference, BETWEEN_PAIRS)
 
 
+def measurements_shown(world: World, a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """Returns how many measurements the cells of the grids of questions stand for [q], int32."""
+    columns = np.concatenate([world.likes(a, b, COLUMNS), b[:, None]], axis=1)
+    rows = np.concatenate([world.likes(b, a, ROWS), a[:, None]], axis=1)
+    there = (rows >= 0)[:, :, None] & (columns >= 0)[:, None, :]
+    there[:, -1, -1] = False
+    answered = world.answered[np.maximum(rows, 0)[:, :, None], np.maximum(columns, 0)[:, None, :]]
+    return np.where(there, answered, 0).sum(axis=(1, 2)).astype(np.int32)
+
+
 # A row of log RTTs [2.0, -, 2.5] under one of [1.8, 1.9, -], "-" unknown: the first row is told as
 # [-, 0.1, -], for nothing precedes its first cell; the second as [0.2, -, 0.5], its first cell
 # against the one above, its last against the one known at its left.

@@ -1,29 +1,19 @@
-"""Distributions of RTTs over the codes of the token language.
-
-Several codes may decode to one value: what a distribution is over is the values, ascending.
-"""
+"""Distributions of RTTs and of failures, many at once."""
 
 import dataclasses
-from collections.abc import Sequence
 
 import numpy as np
 
-from ping_llm.tokenizer import decode_rtt
-
-# Every value a code decodes to, in ms, ascending; and which of them each of the 65,536 codes has.
-VALUES_MS, VALUE_OF_CODE = np.unique(decode_rtt(np.arange(2**16)), return_inverse=True)
-VALUE_OF_CODE = VALUE_OF_CODE.astype(np.int32)
-
-TAIL = 0.99
+TAIL = 0.99  # of an RTT, above which a mean takes it as that: whatever a model gives to absurd ones
 
 
 @dataclasses.dataclass(frozen=True)
 class Distribution:
-    """RTT distributions of n measurements, given that they are answered.
+    """Predictive distributions of n measurements.
 
     Attributes:
-        values_ms: Values that have any probability, ascending [U], float64.
-        probabilities: Probability of each; rows sum to 1 [n, U], float64.
+        values_ms: RTTs, ascending in each row [n, u], float64.
+        probabilities: Probability of each given that there is an answer, rows sum to 1 [n, u].
         p_failed: Probability that the measurement fails [n], float64.
     """
 
@@ -34,52 +24,21 @@ class Distribution:
     def __len__(self) -> int:
         return len(self.p_failed)
 
-    @classmethod
-    def of_codes(
-        cls, row: np.ndarray, code: np.ndarray, probability: np.ndarray, p_failed: np.ndarray
-    ) -> "Distribution":
-        """Returns distributions from probabilities of codes, normalised.
+    def recalibrated(self, levels: np.ndarray) -> "Distribution":
+        """Returns the distributions whose cumulative probabilities are read as actual ones.
 
         Args:
-            row: Which distribution each entry belongs to [m].
-            code: The codes, canonical or not; equal values add up [m].
-            probability: Their probabilities, up to a factor of each row [m].
-            p_failed: By row [n].
+            levels: At which levels of such distributions actual RTTs fell, ascending [m]; their
+                share up to a level is the probability that it gets.
         """
-        value = VALUE_OF_CODE[code]
-        first, n = int(value.min(initial=len(VALUES_MS) - 1)), len(p_failed)
-        width = int(value.max(initial=first)) - first + 1
-        sums = np.bincount(row * width + (value - first), probability, n * width).reshape(n, width)
-        sums /= sums.sum(axis=1, keepdims=True)
-        return cls(VALUES_MS[first : first + width], sums, p_failed)
-
-    @classmethod
-    def mixture(
-        cls, n: int, answers: Sequence[tuple[np.ndarray, "Distribution"]]
-    ) -> "Distribution":
-        """Returns the mean of the distributions that `answers` give to each of `n` measurements.
-
-        Args:
-            n: Number of measurements.
-            answers: (which of them, their distributions); each of them as often as the others.
-        """
-        firsts = np.searchsorted(VALUES_MS, [each.values_ms[0] for _, each in answers])
-        ends = firsts + [len(each.values_ms) for _, each in answers]
-        low, high = firsts.min(), ends.max()
-        sums, answered, count = np.zeros((n, high - low)), np.zeros(n), np.zeros(n)
-        for first, end, (rows, each) in zip(firsts - low, ends - low, answers, strict=True):
-            weight = 1 - each.p_failed
-            sums[rows, first:end] += weight[:, None] * each.probabilities
-            answered[rows] += weight
-            count[rows] += 1
-        return cls(VALUES_MS[low:high], sums / answered[:, None], 1 - answered / count)
+        cumulative = np.cumsum(self.probabilities, axis=1)
+        known = np.concatenate([[0.0], levels, [1.0]])
+        actual = np.linspace(0, 1, len(known))
+        bent = np.interp(cumulative / cumulative[:, -1:], known, actual)
+        return dataclasses.replace(self, probabilities=np.diff(bent, axis=1, prepend=0))
 
     def mean(self) -> np.ndarray:
-        """Returns the mean RTTs in ms, those above the `TAIL` quantile counted as that [n].
-
-        The codes reach to 51 days: what little probability a model gives to most of them would
-        otherwise outweigh all that it knows.
-        """
+        """Returns the mean RTTs in ms, those above the `TAIL` quantile counted as that [n]."""
         ceiling = self.quantiles(np.array([TAIL]))  # [n, 1]
         return np.einsum("nu,nu->n", self.probabilities, np.minimum(self.values_ms, ceiling))
 
@@ -94,20 +53,25 @@ class Distribution:
         """
         cumulative = np.cumsum(self.probabilities, axis=1)
         index = np.array([np.searchsorted(row, levels) for row in cumulative])
-        index = np.minimum(index.reshape(len(self), len(levels)), len(self.values_ms) - 1)
-        return self.values_ms[index]
+        last = self.values_ms.shape[1] - 1
+        index = np.minimum(index.reshape(len(self), len(levels)), last)
+        return np.take_along_axis(self.values_ms, index, axis=1)
 
     def below(self, rtt: np.ndarray) -> np.ndarray:
-        """Returns P(RTT < rtt) + P(RTT = rtt) / 2 [n], rtt rounded to its code [n].
+        """Returns P(RTT < rtt) + P(RTT = rtt) / 2 [n]; two RTTs within 1e-4 of each other equal.
 
         Over measurements that follow their distributions this is uniform on [0, 1].
         """
-        rows = np.arange(len(self))
-        padded = np.pad(np.cumsum(self.probabilities, axis=1), ((0, 0), (1, 0)))
-        # About half a step of the code to either side.
-        low = np.searchsorted(self.values_ms, rtt * (1 - 2.0**-12))
-        high = np.searchsorted(self.values_ms, rtt * (1 + 2.0**-12), side="right")
-        return (padded[rows, low] + padded[rows, high]) / 2
+        less, at_most = (
+            np.einsum("nu,nu->n", self.probabilities, self.values_ms <= (rtt * by)[:, None])
+            for by in (1 - 1e-4, 1 + 1e-4)
+        )
+        return (less + at_most) / 2
+
+    def within(self, rtt: np.ndarray, share: float) -> np.ndarray:
+        """Returns the probability of an RTT within `share` of `rtt` [n], given an answer."""
+        apart = np.abs(self.values_ms / rtt[:, None] - 1) if len(rtt) else self.values_ms
+        return np.einsum("nu,nu->n", self.probabilities, apart <= share)
 
     def crps(self, rtt: np.ndarray) -> np.ndarray:
         """Returns the continuous ranked probability score against `rtt` [n], in ms.
@@ -116,9 +80,11 @@ class Distribution:
         step at `rtt`; for a distribution on one value it is the absolute error.
         """
         cumulative = np.cumsum(self.probabilities, axis=1)[:, :-1]
-        gaps = np.diff(self.values_ms)
+        values, gaps = self.values_ms, np.diff(self.values_ms, axis=1)
         # The fraction of each gap that lies below rtt.
-        share = np.clip((rtt[:, None] - self.values_ms[:-1]) / gaps, 0.0, 1.0)
-        inside = (cumulative**2 * share + (1 - cumulative) ** 2 * (1 - share)) @ gaps
-        outside = np.maximum(self.values_ms[0] - rtt, 0) + np.maximum(rtt - self.values_ms[-1], 0)
-        return inside + outside
+        apart = (rtt[:, None] - values[:, :-1]) / np.maximum(gaps, 1e-300)
+        share = np.clip(apart, 0.0, 1.0)
+        integrand = cumulative**2 * share + (1 - cumulative) ** 2 * (1 - share)
+        inside = np.einsum("nu,nu->n", integrand, gaps)
+        first, last = values[:, 0], values[:, -1]
+        return inside + np.maximum(first - rtt, 0) + np.maximum(rtt - last, 0)

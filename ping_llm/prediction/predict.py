@@ -41,8 +41,8 @@ class PairAnswer:
         time: When, in seconds since 1970 UTC; None: at any time.
         rtt_ms: Quantiles `p5` to `p95` and `mean` of the RTT in ms, given that it is answered.
         p_failed: Probability that it is not.
-        unseen: Which of `src` and `dst` were not in training; None: not known.
-        history: Measurements that were read before the question.
+        unseen: Of which of `src` and `dst` nothing is known.
+        history: Measurements that the answer was drawn from.
     """
 
     src: str
@@ -50,7 +50,7 @@ class PairAnswer:
     time: int | None
     rtt_ms: dict[str, float]
     p_failed: float
-    unseen: list[str] | None
+    unseen: list[str]
     history: int
 
 
@@ -99,13 +99,8 @@ def predict(chosen: PredictSettings) -> PairAnswer | RankingResult | PairsResult
     questions, destinations = _read_questions(chosen)
     history = None if chosen.history is None else read_table([chosen.history])
     predictor = Predictor.load(chosen.run)
-    contexts = predictor.contexts(history, questions)
-    if history is not None and not contexts.lengths().any():
-        raise DataError(
-            f"{chosen.history} holds no measurement from {chosen.src}; give some of that source"
-        )
     when = None if questions.time[0] == NO_TIME else int(questions.time[0])
-    rows = zip(destinations, predictor.ask(questions, contexts).to_pylist(), strict=True)
+    rows = zip(destinations, predictor.ask(questions, history).to_pylist(), strict=True)
     answers = [
         PairAnswer(
             src=str(chosen.src),
@@ -113,9 +108,7 @@ def predict(chosen: PredictSettings) -> PairAnswer | RankingResult | PairsResult
             time=when,
             rtt_ms={name: row[f"rtt_{name}"] for name in (*LEVELS, "mean")},
             p_failed=row["p_failed"],
-            unseen=None
-            if row["unseen_src"] is None
-            else [end for end in ("src", "dst") if row[f"unseen_{end}"]],
+            unseen=[end for end in ("src", "dst") if row[f"unseen_{end}"]],
             history=row["history"],
         )
         for dst, row in sorted(rows, key=lambda each: each[1]["rtt_mean"])
@@ -175,7 +168,7 @@ def _predict_pairs(chosen: PredictSettings) -> PairsResult:
             for i, questions in enumerate(_read_blocks(files, pairs)):
                 if f"{i:06d}.parquet" not in finished:
                     started = time.monotonic()
-                    answers = predictor.ask(questions, predictor.contexts(history, questions))
+                    answers = predictor.ask(questions, history)
                     if "settings.json" not in finished:
                         outputs.publish_json(blocks / "settings.json", facts, claim=claim)
                         finished.add("settings.json")
