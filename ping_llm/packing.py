@@ -20,7 +20,8 @@ class Batch:
         targets: The ids that follow, [B, T], int32.
         segment_ids: Segment of each input, from 1 in each sequence [B, T], int32; 0 is padding.
         positions: Position of each input within its segment [B, T], int32.
-        mask: 1.0 where the target lies in its input's segment [B, T], float32.
+        mask: How much each target counts, 0 where it lies outside its input's segment [B, T],
+            float32.
     """
 
     inputs: np.ndarray
@@ -30,10 +31,26 @@ class Batch:
     mask: np.ndarray
 
 
-def next_token_batch(tokens: np.ndarray, segment_ids: np.ndarray, positions: np.ndarray) -> Batch:
-    """Returns the next-token examples in packed sequences, each [B, T + 1], int32."""
+def next_token_batch(
+    tokens: np.ndarray,
+    segment_ids: np.ndarray,
+    positions: np.ndarray,
+    weights: Sequence[np.ndarray] | None = None,
+) -> Batch:
+    """Returns the next-token examples in packed sequences, each [B, T + 1], int32.
+
+    Args:
+        tokens: Token ids.
+        segment_ids: Segment of each token.
+        positions: Its position there.
+        weights: How much predicting the tokens of each segment counts, in order; None: 1 each.
+    """
     here, after = segment_ids[:, :-1], segment_ids[:, 1:]
     mask = ((here == after) & (after != 0)).astype(np.float32)
+    if weights is not None:
+        dense = np.zeros(tokens.shape, np.float32)
+        dense[segment_ids > 0] = np.concatenate(weights)
+        mask *= dense[:, 1:]
     return Batch(tokens[:, :-1], tokens[:, 1:], here, positions[:, :-1], mask)
 
 

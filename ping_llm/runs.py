@@ -28,7 +28,9 @@ from ping_llm.outputs import Claim, publish_json
 from ping_llm.storage import Location
 
 EXPORTED = "model.safetensors"
-_FILES = ("config.json", "metrics.jsonl", "loss.png", "wandb/id.txt")  # beside the checkpoints
+KNOWN, CALIBRATION = "known.arrow", "calibration.json"  # what a run answers from
+# Beside the checkpoints.
+_FILES = ("config.json", "metrics.jsonl", "loss.png", KNOWN, CALIBRATION, "wandb/id.txt")
 _TRANSFERS = 8  # files at a time
 
 
@@ -287,5 +289,6 @@ class RemoteRun:
         """Copies the files beside the checkpoints."""
         self._claim.check()
         for name in _FILES:
-            if (path := self._directory / name).is_file():
-                (self._location / name).upload(path)
+            path, target = self._directory / name, self._location / name
+            if path.is_file() and not (name == KNOWN and target.is_file()):  # which never changes
+                target.upload(path)

@@ -83,19 +83,29 @@ class Grids:
     scale: Scale
 
 
+def answer_tokens(difference: np.ndarray, scale: Scale) -> tuple[np.ndarray, np.ndarray]:
+    """Returns (tokens of answers, their weights) [q, 3].
+
+    Args:
+        difference: Log RTT minus the reference [q], infinite where the measurement failed.
+        scale: How it is coded.
+    """
+    failed = np.isinf(difference)[:, None]
+    code = scale.encode(np.where(np.isinf(difference), 0, difference))
+    told = np.stack([np.full(len(code), RTT_START), high_byte(code), low_byte(code)], axis=1)
+    tokens = np.where(failed, [FAILED, NOTHING, NOTHING], told)
+    return tokens, np.where(failed, [1.0, 0.0, 0.0], ANSWER_WEIGHTS)
+
+
 def answered(grids: Grids, log_rtt: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Returns (tokens, weights) of grids with their answers [q, T + 3].
+    """Returns (tokens uint16, weights float32) of grids with their answers [q, T + 3].
 
     Args:
         grids: The questions.
         log_rtt: Log RTT that was measured [q], infinite where it failed.
     """
-    failed = np.isinf(log_rtt)
-    code = grids.scale.encode(np.where(failed, 0, log_rtt - grids.reference))
-    answer = np.stack([high_byte(code), low_byte(code)], axis=1)
-    answer = np.where(failed[:, None], NOTHING, answer)
-    head = np.where(failed, FAILED, RTT_START)[:, None]
-    tokens = np.concatenate([grids.tokens, head, answer], axis=1).astype(np.uint16)
-    weight = np.where(failed[:, None], [1.0, 0.0, 0.0], ANSWER_WEIGHTS)
-    weights = np.concatenate([grids.weights, weight], axis=1).astype(np.float32)
-    return tokens, weights
+    tokens, weights = answer_tokens(log_rtt - grids.reference, grids.scale)
+    return (
+        np.concatenate([grids.tokens, tokens], axis=1).astype(np.uint16),
+        np.concatenate([grids.weights, weights], axis=1).astype(np.float32),
+    )

@@ -1,31 +1,34 @@
 """Streams of training sequences that hold grids, as a pure function of stream and chunk number.
 
-A chunk of a stream is one world and some questions about it: a part of the network of the train
-rows, a simulated network, or moments of pairs over time.
+Chunk c of any stream asks about the same few worlds, number c * W to c * W + W - 1, each of which is
+made once: a part of the network of the train rows, a simulated network, or pairs over time.
 """
 
 import dataclasses
+import functools
+from typing import ClassVar
 
 import numpy as np
 
 from ping_llm.data import cells, history_grids, network_grids, worlds
+from ping_llm.data.cells import Grids
 from ping_llm.data.network import Network
-from ping_llm.data.rows import ProbeRows
-from ping_llm.estimators.world import FAILED, Pairs, World
+from ping_llm.estimators.world import Pairs, World
 from ping_llm.hashing import mix
-from ping_llm.measurements import MeasurementTable
 from ping_llm.simulation.random_networks import random_network
 from ping_llm.simulation.random_series import random_series
 
-SEQUENCES_PER_CHUNK = 6  # a world costs more than the grids drawn from it
+WORLDS_PER_CHUNK = 4  # so that a batch is of several
+SEQUENCES_PER_CHUNK = 12  # of each stream: a world costs as much as a thousand grids drawn from it
+WORLDS_KEPT = 8
 SIMULATED_FRACTION = 0.1  # of the worlds, and of the series
-SIMULATED_SERIES = 8  # in a chunk of simulated series
+SIMULATED_SERIES, SERIES_LENGTH = 20, 1000
 SIMULATED_MEASUREMENTS = 16  # of each pair of a simulated network
 SHARES_OF_SERIES = 0.25, 0.75  # of the chunks: of networks of many pairs a node, and of few
 PAIRS_A_NODE = 3  # "many"
 LONG_SERIES = 10  # measurements of a pair that make it worth asking over time
+FORGETFUL_FRACTION = 0.25  # of the questions over time, so that short pasts are learnt
 TRIES = 20  # worlds drawn until one has enough of everything
-EVAL_SEED = 20_130_101
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,22 +36,46 @@ class GridChunk:
     """Some sequences of grids, answers included.
 
     Attributes:
-        tokens: Token ids of every grid [g, T], uint16.
-        weights: How much each token's prediction counts [g, T], float32.
-        per_sequence: Grids in a sequence.
+        sequences: (Tokens, how much predicting each counts) of the grids of each sequence, both
+            [g, T].
     """
 
-    tokens: np.ndarray
-    weights: np.ndarray
-    per_sequence: int
+    sequences: list[tuple[np.ndarray, np.ndarray]]
 
     def __len__(self) -> int:
-        return len(self.tokens) // self.per_sequence
+        return len(self.sequences)
 
     def segments(self, sequence: int) -> tuple[list[np.ndarray], list[np.ndarray]]:
         """Returns (tokens, weights) of each grid of one sequence."""
-        own = slice(sequence * self.per_sequence, (sequence + 1) * self.per_sequence)
-        return list(self.tokens[own]), list(self.weights[own])
+        tokens, weights = self.sequences[sequence]
+        return list(tokens), list(weights)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Static:
+    """A world, and the pairs that may be asked of it."""
+
+    world: World
+    asked: Pairs
+    grid_tokens: ClassVar[int] = network_grids.GRID_TOKENS
+
+    def draw(self, count: int, rng: np.random.Generator) -> tuple[Grids, np.ndarray]:
+        a, b, log_rtt = worlds.draw_questions(self.world, self.asked, count, rng)
+        return network_grids.network_grids(self.world, a, b), log_rtt
+
+
+@dataclasses.dataclass(frozen=True)
+class _Series:
+    """Pairs over time, and the moments that may be asked of them."""
+
+    series: history_grids.PairSeries
+    moments: np.ndarray
+    grid_tokens: ClassVar[int] = history_grids.HISTORY_TOKENS
+
+    def draw(self, count: int, rng: np.random.Generator) -> tuple[Grids, np.ndarray]:
+        position = self.moments[rng.integers(len(self.moments), size=count)]
+        forgotten = _forgotten(position, self.series, rng)
+        return history_grids.at_moments(self.series, position, forgotten)
 
 
 class GridStreams:
@@ -56,47 +83,37 @@ class GridStreams:
 
     def __init__(self, network: Network, *, length: int, seed: int):
         self._network, self._length, self._seed = network, length, seed
-        self._moments = history_grids.moments(network.series, min_past=1)
-        counts = np.array([len(network.pairs.a), len(network.nodes)])
-        many = counts[0] >= PAIRS_A_NODE * counts[1]
-        timed = len(self._moments) > 0 and network.series.mean_length() >= LONG_SERIES
+        self._own = _Series(network.series, history_grids.moments(network.series))
+        many = len(network.pairs.a) >= PAIRS_A_NODE * len(network.nodes)
+        timed = len(self._own.moments) > 0 and network.series.mean_length() >= LONG_SERIES
         self._series_share = SHARES_OF_SERIES[0 if many else 1] if timed else 0.0
+        self._world = functools.lru_cache(WORLDS_KEPT)(self._make_world)
 
     def chunk(self, stream: int, number: int) -> GridChunk:
         """Returns one chunk of one stream."""
-        rng = np.random.default_rng([self._seed, stream, number])
-        if rng.random() < self._series_share:
-            return self._of_series(rng)
-        for _ in range(TRIES):
-            drawn = self._draw_world(rng)
-            if drawn is not None:
-                return self._of_world(*drawn, rng)
-        return self._of_world(*_simulated_world(rng), rng)
+        rng, sequences = np.random.default_rng([self._seed, stream, number]), []
+        for i in range(SEQUENCES_PER_CHUNK):
+            world = self._world(number * WORLDS_PER_CHUNK + (stream + i) % WORLDS_PER_CHUNK)
+            count = self._length // (world.grid_tokens + cells.ANSWER_TOKENS)
+            sequences.append(cells.answered(*world.draw(count, rng)))
+        return GridChunk(sequences)
 
-    def _draw_world(self, rng: np.random.Generator) -> tuple[World, Pairs] | None:
-        if rng.random() < SIMULATED_FRACTION:
-            return _simulated_world(rng)
-        network = self._network
-        return worlds.draw_world(network.pairs, network.key, network.nodes.addresses, rng)
+    def _make_world(self, number: int) -> _Static | _Series:
+        rng, network = np.random.default_rng([self._seed, number]), self._network
+        over_time, simulated = rng.random() < self._series_share, rng.random() < SIMULATED_FRACTION
+        if over_time:
+            return _simulated_series(rng) if simulated else self._own
+        for _ in range(0 if simulated else TRIES):
+            addresses = network.nodes.addresses
+            if (drawn := worlds.draw_world(network.pairs, network.key, addresses, rng)) is not None:
+                return _Static(*drawn)
+        return _Static(*_simulated_world(rng))
 
-    def _of_world(self, world: World, asked: Pairs, rng: np.random.Generator) -> GridChunk:
-        per_sequence = self._length // (network_grids.GRID_TOKENS + cells.ANSWER_TOKENS)
-        count = SEQUENCES_PER_CHUNK * per_sequence
-        a, b, log_rtt = worlds.draw_questions(world, asked, count, rng)
-        grids = network_grids.network_grids(world, a, b)
-        return GridChunk(*cells.answered(grids, log_rtt), per_sequence)
 
-    def _of_series(self, rng: np.random.Generator) -> GridChunk:
-        per_sequence = self._length // (history_grids.HISTORY_TOKENS + cells.ANSWER_TOKENS)
-        count = SEQUENCES_PER_CHUNK * per_sequence
-        series, moments = self._network.series, self._moments
-        if rng.random() < SIMULATED_FRACTION:
-            drawn = [random_series(rng, 400) for _ in range(SIMULATED_SERIES)]
-            series = history_grids.PairSeries.of_series(drawn)
-            moments = history_grids.moments(series, min_past=1)
-        position = moments[rng.integers(len(moments), size=count)]
-        grids, log_rtt = history_grids.at_moments(series, position)
-        return GridChunk(*cells.answered(grids, log_rtt), per_sequence)
+def _simulated_series(rng: np.random.Generator) -> _Series:
+    drawn = [random_series(rng, SERIES_LENGTH) for _ in range(SIMULATED_SERIES)]
+    series = history_grids.PairSeries.of_series(drawn)
+    return _Series(series, history_grids.moments(series))
 
 
 def _simulated_world(rng: np.random.Generator) -> tuple[World, Pairs]:
@@ -105,8 +122,16 @@ def _simulated_world(rng: np.random.Generator) -> tuple[World, Pairs]:
         a, b = np.triu_indices(network.n, 1)
         pairs = Pairs(a, b, network.measure(a, b, SIMULATED_MEASUREMENTS, rng))
         key = mix(rng.integers(2**63, size=network.n).astype(np.uint64), np.arange(network.n))
-        if (drawn := worlds.draw_world(pairs, key, network.addresses, rng)) is not None:
+        if (drawn := worlds.draw_world(pairs, key, None, rng)) is not None:
             return drawn
 
 
-__all__ = ["EVAL_SEED", "FAILED", "MeasurementTable", "ProbeRows"]
+def _forgotten(
+    position: np.ndarray, series: history_grids.PairSeries, rng: np.random.Generator
+) -> np.ndarray:
+    """Returns how many measurements before `position` are not shown: of a quarter, all but few."""
+    pair = np.searchsorted(series.start, position, side="right") - 1
+    past = position - series.start[pair]
+    left = np.exp(rng.uniform(0, np.log(history_grids.LONGEST), len(past))).astype(np.int64)
+    few = rng.random(len(past)) < FORGETFUL_FRACTION
+    return np.where(few, np.maximum(past - left, 0), 0)

@@ -6,14 +6,20 @@ It is kept with the run as probe rows, thinned: a run answers without its data s
 import dataclasses
 import functools
 from collections.abc import Iterator
+from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 
 from ping_llm.data.history_grids import PairSeries
+from ping_llm.data.rows import MEASURED, ROW_SCHEMA, RowBatch
+from ping_llm.errors import CheckpointError
 from ping_llm.estimators.pairs import Nodes, pair_keys, runs
 from ping_llm.estimators.world import MEASUREMENTS_KEPT, Pairs, World
 from ping_llm.hashing import hash_addresses
 from ping_llm.measurements import MeasurementTable
+from ping_llm.runs import KNOWN
+from ping_llm.storage import Location
 
 NEWEST_KEPT = 160  # measurements of each pair: as far back as a history grid looks
 WORLD_NODES = 2500  # matrices of so many nodes take 25 MB each
@@ -116,3 +122,33 @@ def thinned(measurements: MeasurementTable) -> MeasurementTable:
     spread = np.floor((rank + 1) * step) > np.floor(rank * step)
     kept = (left <= NEWEST_KEPT) | (spread | (older <= MEASUREMENTS_KEPT))
     return measurements.take(np.sort(order[kept]))
+
+
+def write_known(path: Path, measurements: MeasurementTable) -> None:
+    """Writes measurements as one file of probe rows."""
+    order = np.lexsort((measurements.time, hash_addresses(measurements.src)))
+    table = measurements.take(order)
+    starts = np.flatnonzero(table.src[1:] != table.src[:-1]) + 1
+    source = np.zeros(len(table), np.int64)
+    source[starts] = 1
+    sources = table.src[np.append(0, starts)] if len(table) else table.src
+    measured = {name: getattr(table, name) for name in MEASURED}
+    rows = RowBatch.grouped(np.cumsum(source), sources, measured)
+    with pa.ipc.new_file(str(path), ROW_SCHEMA) as writer:
+        writer.write_batch(rows.to_arrow())
+
+
+def read_known(run: Location) -> MeasurementTable:
+    """Returns what the run in a directory keeps of its train rows.
+
+    Raises:
+        CheckpointError: It keeps nothing, or the file is damaged.
+    """
+    file = run / KNOWN
+    if not file.is_file():
+        raise CheckpointError(f"{run} lacks {KNOWN}, what it knows of its network; train it again")
+    with file.open_input() as source, pa.ipc.open_file(source) as reader:
+        batches = [
+            RowBatch.from_arrow(reader.get_batch(i)) for i in range(reader.num_record_batches)
+        ]
+    return MeasurementTable.concat([batch.to_table() for batch in batches])

@@ -1,23 +1,26 @@
 """From probe rows to training batches.
 
-A global batch of B sequences comes from B streams, one each. Stream j reads windows j, j + B,
-j + 2B, ... in chunks. A chunk is selected, tokenised and packed in one go, by itself, so the
-position of a stream is one whole number: which sequence of which chunk comes next. Nothing else is
-remembered, so a batch depends on the data, the seed, B, the length and the step, and not on
-processes or restarts.
+A global batch of B sequences comes from B streams, one each; some of them give grids, the others
+windows. Of W streams of windows, stream j reads windows j, j + W, j + 2W, ... in chunks. A chunk is
+selected, tokenised and packed in one go, by itself, so the position of a stream is one whole
+number: which sequence of which chunk comes next. Nothing else is remembered, so a batch depends on
+the data, the seed, B, the length and the step, and not on processes or restarts.
 """
 
 import collections
 import contextlib
 import dataclasses
+import itertools
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
 from ping_llm.data import windows
+from ping_llm.data.grid_streams import GridStreams
+from ping_llm.data.network import Network
 from ping_llm.data.rows import ProbeRows, data_fingerprint
 from ping_llm.data.windows import WindowConfig
 from ping_llm.errors import ConfigError, DataError
@@ -48,10 +51,14 @@ class _PackedWindows:
     offsets: np.ndarray
     sequences: list[list[int]]
 
-    def segments(self, sequence: int) -> list[np.ndarray]:
-        """Returns the tokens of each window of one sequence."""
+    def __len__(self) -> int:
+        return len(self.sequences)
+
+    def segments(self, sequence: int) -> tuple[list[np.ndarray], list[np.ndarray]]:
+        """Returns (the tokens of each window of one sequence, how much predicting each counts)."""
         offsets = self.offsets
-        return [self.tokens[offsets[w] : offsets[w + 1]] for w in self.sequences[sequence]]
+        tokens = [self.tokens[offsets[w] : offsets[w + 1]] for w in self.sequences[sequence]]
+        return tokens, [np.ones(len(each), np.float32) for each in tokens]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,6 +89,16 @@ class _Packer:
         return _PackedWindows(tokens, offsets, [sequences[i] for i in order])
 
 
+class _Chunk(Protocol):
+    """Some sequences of one stream."""
+
+    def __len__(self) -> int: ...
+
+    def segments(self, sequence: int) -> tuple[list[np.ndarray], list[np.ndarray]]:
+        """Returns (the tokens of each segment of one sequence, how much predicting each counts)."""
+        ...
+
+
 class _Streams:
     """The sequences of all streams, as a pure function of stream and position.
 
@@ -89,34 +106,50 @@ class _Streams:
     """
 
     def __init__(
-        self, data: str | Path, *, batch_size: int, seq_len: int, seed: int, config: WindowConfig
+        self,
+        data: str | Path,
+        *,
+        batch_size: int,
+        seq_len: int,
+        seed: int,
+        config: WindowConfig,
+        grid_fraction: float,
     ):
         windows.check_length(seq_len + 1)
         rows = ProbeRows(data, "train")
+        if len(rows) == 0:
+            raise DataError(f"{data} has no train rows; prepare it again from more measurements")
         self._packer, self.length = _Packer(rows, seq_len + 1, seed, config), seq_len + 1
         self._order = windows.WindowOrder(rows.n_measurements, seed)
-        self._batch_size = batch_size
-        if self._order.per_epoch == 0:
-            raise DataError(f"{data} has no train rows; prepare it again from more measurements")
-        self._chunk_windows = self._choose_chunk_windows()
+        self._grid_streams = round(grid_fraction * batch_size)  # the first ones
+        self._window_streams = batch_size - self._grid_streams
+        if self._grid_streams:
+            network = Network.of(rows.to_table())
+            self._grids = GridStreams(network, length=self.length, seed=seed)
+        if self._window_streams:
+            self._chunk_windows = self._choose_chunk_windows()
 
     def _choose_chunk_windows(self) -> int:
         """Returns how many windows make a chunk of the size wanted, about."""
         _, offsets = self._packer.encode(self._order[np.arange(min(self._order.per_epoch, 512))])
         least, most = CHUNK_SEQUENCES
-        sequences = BUFFERED_TOKENS // (self._batch_size * self.length)
+        sequences = BUFFERED_TOKENS // (self._window_streams * self.length)
         tokens = min(max(sequences, least), most) * self.length
         return min(int(tokens * (len(offsets) - 1) / offsets[-1]), MAX_CHUNK_WINDOWS)
 
-    def chunk(self, stream: int, number: int) -> _PackedWindows:
+    def chunk(self, stream: int, number: int) -> _Chunk:
         """Returns one chunk of one stream, its sequences in a random order."""
-        size = self._chunk_windows
+        if stream < self._grid_streams:
+            return self._grids.chunk(stream, number)
+        stream, size = stream - self._grid_streams, self._chunk_windows
         # First chunks differ in size from stream to stream, so that later ones do not fall due all
         # at the same step.
-        first = max(size * (stream + 1) // self._batch_size, -(-size // 8))
+        first = max(size * (stream + 1) // self._window_streams, -(-size // 8))
         stop = first + number * size
         numbers = np.arange(stop - size if number else 0, stop)
-        return self._packer.pack(self._order[numbers * self._batch_size + stream], stream, number)
+        return self._packer.pack(
+            self._order[numbers * self._window_streams + stream], stream, number
+        )
 
 
 class _Reader:
@@ -124,25 +157,30 @@ class _Reader:
 
     def __init__(self, streams: _Streams, numbers: range, positions: Sequence[int]):
         self._streams, self._numbers, self._positions = streams, numbers, list(positions)
-        self._chunks: list[_PackedWindows | None] = [None] * len(numbers)
+        self._chunks: list[_Chunk | None] = [None] * len(numbers)
 
     def read(self) -> tuple[Batch, list[int]]:
         """Returns (a batch of the next sequence of each stream, the positions after it)."""
-        sequences = [self._next_of(i) for i in range(len(self._numbers))]
-        batch = next_token_batch(*pack(sequences, self._streams.length))
-        return batch, list(self._positions)
+        read = [self._next_of(i) for i in range(len(self._numbers))]
+        return _batch(read, self._streams.length), list(self._positions)
 
-    def _next_of(self, i: int) -> list[np.ndarray]:
+    def _next_of(self, i: int) -> tuple[list[np.ndarray], list[np.ndarray]]:
         """Returns the segments of the next sequence of stream i, and moves it on."""
         number, sequence = divmod(self._positions[i], MAX_CHUNK_WINDOWS)
         chunk = self._chunks[i]
         if chunk is None:
             chunk = self._chunks[i] = self._streams.chunk(self._numbers[i], number)
         self._positions[i] += 1
-        if sequence + 1 == len(chunk.sequences):
+        if sequence + 1 == len(chunk):
             self._positions[i] = (number + 1) * MAX_CHUNK_WINDOWS
             self._chunks[i] = None
         return chunk.segments(sequence)
+
+
+def _batch(sequences: Sequence[tuple[list[np.ndarray], list[np.ndarray]]], length: int) -> Batch:
+    """Returns the batch of sequences as `_Chunk.segments` gives them."""
+    tokens, weights = zip(*sequences, strict=True)
+    return next_token_batch(*pack(tokens, length), list(itertools.chain(*weights)))
 
 
 class TrainLoader(contextlib.AbstractContextManager):
@@ -162,6 +200,7 @@ class TrainLoader(contextlib.AbstractContextManager):
         seq_len: int,
         seed: int,
         window_config: WindowConfig = windows.DEFAULTS,
+        grid_fraction: float = 0.0,
         process_index: int = 0,
         process_count: int = 1,
     ):
@@ -173,6 +212,7 @@ class TrainLoader(contextlib.AbstractContextManager):
             seq_len: Tokens of an example, T.
             seed: Names the order and the form of all windows.
             window_config: What windows are like.
+            grid_fraction: Part of the sequences that hold grids, rounded to whole ones.
             process_index: Which process this is.
             process_count: How many processes make a global batch together.
 
@@ -183,7 +223,8 @@ class TrainLoader(contextlib.AbstractContextManager):
         if batch_size < 1 or batch_size % process_count:
             raise ConfigError(f"{batch_size=} must be a positive multiple of {process_count=}")
         settings = {"batch_size": batch_size, "seq_len": seq_len, "seed": seed}
-        self._source = _Streams(data, config=window_config, **settings)
+        self._source = _Streams(data, config=window_config, grid_fraction=grid_fraction, **settings)
+        settings["grid_fraction"] = grid_fraction
         windows_like = dataclasses.asdict(window_config)
         self._settings = {"data": data_fingerprint(data), **settings, **windows_like}
         share = batch_size // process_count
@@ -299,12 +340,11 @@ def eval_batches(
         turn, index = np.divmod(np.arange(tried), len(with_any))
         row = with_any[windows.permuted(index, len(with_any), windows.make_keys(EVAL_SEED, turn))]
         chunk = packer.pack(windows.Windows(turn, row, np.zeros_like(row)))
-        made = len(chunk.sequences)
+        made = len(chunk)
         tried = max(tried + 1, int(1.05 * tried * needed / made))
     sequences = [chunk.segments(i) for i in range(needed)]
     return [
-        next_token_batch(*pack(sequences[i : i + batch_size], seq_len + 1))
-        for i in range(0, needed, batch_size)
+        _batch(sequences[i : i + batch_size], seq_len + 1) for i in range(0, needed, batch_size)
     ]
 
 

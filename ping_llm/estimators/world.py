@@ -35,6 +35,11 @@ NEIGHBOURS = 64  # of most weight, in a weighted median
 FAILURE_RIDGE, FAILURE_SWEEPS = 0.3, 12
 
 
+def log_rtt_of(rtt: np.ndarray) -> np.ndarray:
+    """Returns the log of RTTs in ms, `FAILED` where they are below 0, float32."""
+    return np.where(rtt < 0, FAILED, np.log(np.maximum(rtt, MIN_RTT_MS))).astype(np.float32)
+
+
 @dataclasses.dataclass(frozen=True)
 class Pairs:
     """What was measured between numbered nodes, by unordered pair, each pair once.
@@ -77,8 +82,7 @@ class Pairs:
         spread = ((column + 0.5) * counts[:, None] / width).astype(np.int64)
         few = counts[:, None] <= width
         index = starts[:, None] + np.where(few, np.minimum(column, counts[:, None] - 1), spread)
-        rtt = measurements.rtt[order].astype(np.float32)
-        log_rtt = np.where(rtt < 0, FAILED, np.log(np.maximum(rtt, MIN_RTT_MS)))
+        log_rtt = log_rtt_of(measurements.rtt[order])
         samples = log_rtt[index] if len(index) else np.zeros((0, 1))
         samples = np.where(few & (column >= counts[:, None]), np.nan, samples)
         first = key[order][starts]

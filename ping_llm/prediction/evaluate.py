@@ -168,7 +168,7 @@ def _evaluate(chosen: EvaluateSettings) -> EvaluationResult:
         ranking=scores.rankings(rows, predicted),
         by=scores.breakdowns(rows, model.shown, predicted),
         history=by_history or None,
-        calibrated_on=predictor.calibration and predictor.calibration.counts(),
+        calibrated_on=predictor.answerer.calibration and predictor.answerer.calibration.counts(),
         loss_per_field=_loss_per_field(predictor, data) if prepared else None,
         seconds=round(time.monotonic() - started, 1),
     )
@@ -195,7 +195,7 @@ def _ask(
 ) -> ModelAnswers:
     n, levels, actual = len(rows), np.array(PINBALL_LEVELS), scores.actual_rtt(rows)
     answers = ModelAnswers(np.zeros((n, len(levels))), *np.zeros((4, n)))
-    asked = predictor.distributions(condition.questions, condition.train, history)
+    asked = predictor.answers(condition.questions, condition.train, history)
     with progress(title, total=n, unit="measurements") as bar:
         for index, distribution, shown in asked:
             answers.quantiles[index] = distribution.quantiles(levels)
@@ -222,7 +222,7 @@ def _ask_baselines(
 
 def _loss_per_field(predictor: Predictor, data: Location) -> dict[str, float]:
     """Returns the loss in nats a token on fixed batches of the test rows, in all and by field."""
-    eval_step = make_eval_step(predictor.graphdef)
+    eval_step = make_eval_step(predictor.answerer.graphdef)
     batches = eval_batches(
         data.url,
         "test",
@@ -230,7 +230,7 @@ def _loss_per_field(predictor: Predictor, data: Location) -> dict[str, float]:
         seq_len=predictor.max_tokens,
         count=FIELD_BATCHES,
     )
-    sums = [jax.device_get(eval_step(predictor.params, vars(batch))) for batch in batches]
+    sums = [jax.device_get(eval_step(predictor.answerer.params, vars(batch))) for batch in batches]
     nll, count = np.array(sums, np.float64).sum(axis=0)
     losses = {"all": float(nll.sum() / count.sum()), **by_field("", nll, count)}
     return {name: loss for name, loss in losses.items() if loss is not None}

@@ -185,7 +185,7 @@ def _predict_pairs(chosen: PredictSettings) -> PairsResult:
 
 
 def _model_digest(predictor: Predictor) -> str:
-    leaves = jax.tree.leaves(predictor.params)
+    leaves = jax.tree.leaves(predictor.answerer.params)
     return digest([hashlib.sha256(np.asarray(leaf).tobytes()).hexdigest() for leaf in leaves])
 
 

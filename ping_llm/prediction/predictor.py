@@ -1,25 +1,23 @@
 """`Predictor`: what a trained run says of round trips, for tables of any library."""
 
 import dataclasses
-from collections.abc import Iterator, Mapping
+import json
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
-from ping_llm.data import history_grids, network_grids
-from ping_llm.data.network import Network
+from ping_llm.answers.calibration import Calibration, calibrate
+from ping_llm.answers.questions import Answerer, Answers
+from ping_llm.data.network import read_known
 from ping_llm.errors import DataError
 from ping_llm.estimators.pairs import Nodes
 from ping_llm.measurements import MeasurementTable
-from ping_llm.prediction import answers
-from ping_llm.prediction.calibration import Calibration, calibrate
-from ping_llm.prediction.distribution import Distribution
-from ping_llm.runs import load_run
+from ping_llm.runs import CALIBRATION, load_run
 from ping_llm.storage import Location
 
 LEVELS = {"p5": 0.05, "p25": 0.25, "p50": 0.5, "p75": 0.75, "p95": 0.95}
-AT_ONCE = 512  # questions whose grids are made at once
 
 
 @dataclasses.dataclass(eq=False, repr=False)
@@ -29,20 +27,16 @@ class Predictor:
     An answer depends on its question and what is known, not on what else is asked with it.
 
     Attributes:
-        graphdef: The decoder's static part.
-        params: Its parameters.
+        answerer: Its decoder.
         max_tokens: Tokens of the longest sequence that it was trained on.
         known: The measurements that it answers from: those its run keeps of the train rows.
-        calibration: How its levels are read; None: as they are.
         trained_on: The run's data set, its `path` and `fingerprint`; empty where there is none.
     """
 
-    graphdef: Any
-    params: Any
+    answerer: Answerer
     _: dataclasses.KW_ONLY
     max_tokens: int
     known: MeasurementTable = dataclasses.field(default_factory=MeasurementTable.empty)
-    calibration: Calibration | None = None
     trained_on: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     @classmethod
@@ -54,15 +48,17 @@ class Predictor:
         Raises:
             CheckpointError: `run` is no run, or has no checkpoint.
         """
-        loaded = load_run(run)
-        config = loaded.config
+        location = Location.of(run)
+        loaded = load_run(location)
+        stored = location / CALIBRATION
+        calibration = (
+            Calibration.from_json(json.loads(stored.read_text())) if stored.is_file() else None
+        )
         return cls(
-            loaded.graphdef,
-            loaded.params,
-            max_tokens=config["train"]["seq_len"],
-            known=loaded.known,
-            calibration=loaded.calibration and Calibration.from_json(loaded.calibration),
-            trained_on=config["data"],
+            Answerer(loaded.graphdef, loaded.params, calibration),
+            max_tokens=loaded.config["train"]["seq_len"],
+            known=read_known(location),
+            trained_on=loaded.config["data"],
         )
 
     # --- tables of any library ---------------------------------------------------------------
@@ -110,7 +106,7 @@ class Predictor:
         """
         measured = _table(frame)
         surprise = np.zeros(len(measured))
-        for rows, distribution, _ in self.distributions(measured, history=measured):
+        for rows, distribution, _ in self.answers(measured, history=measured):
             rtt, p_failed = measured.rtt[rows], distribution.p_failed
             near = distribution.within(np.maximum(rtt, 0), 0.01)
             probability = np.where(rtt < 0, p_failed, (1 - p_failed) * near)
@@ -127,7 +123,7 @@ class Predictor:
         n = len(questions)
         quantiles, mean, p_failed = np.zeros((n, len(LEVELS))), np.zeros(n), np.zeros(n)
         shown = np.zeros(n, np.int32)
-        for rows, answer, count in self.distributions(questions, known):
+        for rows, answer, count in self.answers(questions, known):
             quantiles[rows] = answer.quantiles(np.array([*LEVELS.values()]))
             mean[rows], p_failed[rows] = answer.mean(), answer.p_failed
             shown[rows] = count
@@ -145,56 +141,26 @@ class Predictor:
         seen = Nodes(known.src, known.dst)
         return np.stack([seen.lookup(end) < 0 for end in (questions.src, questions.dst)], axis=1)
 
-    def distributions(
+    def answers(
         self,
         questions: MeasurementTable,
         known: MeasurementTable | None = None,
         history: MeasurementTable | None = None,
-    ) -> Iterator[tuple[np.ndarray, Distribution, np.ndarray]]:
-        """Yields (rows, their distributions, measurements shown) until every question was answered.
+    ) -> Answers:
+        """Yields (questions, their distributions, measurements shown), as `Answerer.answer` does.
 
         Args:
             questions: What to predict.
             known: What the network is known by; None: `self.known`.
-            history: Measurements of which a pair's own, before the question, are shown; None:
-                `known`.
-
-        Raises:
-            DataError: Nothing is known.
+            history: Measurements of pairs before the questions; None: `known`.
         """
-        network = Network.of(self.known if known is None else known, questions.src, questions.dst)
-        if not (network.measurements.rtt >= 0).any():
-            raise DataError("no measurement is known to answer from; give a history")
-        series = network.series if history is None else history_grids.PairSeries.of(history)
-        pair, stop, time = history_grids.lookup(series, questions)
-        own = pair >= 0
-        for rows in _blocks(np.flatnonzero(own)):
-            grids = history_grids.history_grids(series, pair[rows], stop[rows], time[rows])
-            for chosen, answer in answers.distributions(self.graphdef, self.params, grids):
-                shown = np.minimum(stop[rows[chosen]], history_grids.LONGEST)
-                yield rows[chosen], self._calibrated(answer, "history"), shown
-        others = np.flatnonzero(~own)
-        for rows, world, a, b in network.worlds(questions.take(others)):
-            a, b = world.oriented(a, b)
-            for some in _blocks(np.arange(len(rows))):
-                grids = network_grids.network_grids(world, a[some], b[some])
-                shown = network_grids.measurements_shown(world, a[some], b[some])
-                for chosen, answer in answers.distributions(self.graphdef, self.params, grids):
-                    at = others[rows[some[chosen]]]
-                    yield at, self._calibrated(answer, "network"), shown[chosen]
-
-    def _calibrated(self, answer: Distribution, kind: str) -> Distribution:
-        return answer if self.calibration is None else self.calibration.apply(answer, kind)
+        return self.answerer.answer(questions, self.known if known is None else known, history)
 
     def calibrated_on(self, known: MeasurementTable) -> "Predictor":
         """Returns the predictor that answers from `known`, calibrated on pairs left out of it."""
-        plain = dataclasses.replace(self, known=known, calibration=None)
-        return dataclasses.replace(plain, calibration=calibrate(plain.distributions, known))
-
-
-def _blocks(rows: np.ndarray) -> Iterator[np.ndarray]:
-    for start in range(0, len(rows), AT_ONCE):
-        yield rows[start : start + AT_ONCE]
+        plain = dataclasses.replace(self.answerer, calibration=None)
+        answerer = dataclasses.replace(plain, calibration=calibrate(plain.answer, known))
+        return dataclasses.replace(self, answerer=answerer, known=known)
 
 
 def _table(frame: Any, *, questions: bool = False) -> MeasurementTable:

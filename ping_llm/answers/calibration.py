@@ -1,8 +1,8 @@
 """Self-calibration: what a model's levels mean on the network that it is asked about.
 
 Some of the known pairs are left out and asked about. Where the actual RTTs fell in the answers says
-how each level is to be read: if 70 % of them lie below the answers' 60 % quantiles, that is the 70 %
-quantile from then on.
+how each level is to be read: if 70 % of them lie below the 60 % quantiles of the answers, those are
+the 70 % quantiles from then on.
 """
 
 import dataclasses
@@ -11,11 +11,11 @@ from typing import Any
 
 import numpy as np
 
+from ping_llm.answers.distribution import Distribution
 from ping_llm.data import history_grids
 from ping_llm.estimators.pairs import pair_keys
 from ping_llm.hashing import scramble
 from ping_llm.measurements import NO_TIME, MeasurementTable
-from ping_llm.prediction.distribution import Distribution
 
 SHARE, PAIRS = 10, 400  # one pair in ten is left out, up to so many
 UNIFORM = 20  # levels added as if the model were calibrated
@@ -56,7 +56,7 @@ def calibrate(ask: Callable[..., Answers], known: MeasurementTable) -> Calibrati
     """Returns the calibration of a model on what is known of a network.
 
     Args:
-        ask: `Predictor.distributions`, uncalibrated.
+        ask: `Answerer.answer`, uncalibrated.
         known: What is known of the network.
     """
     levels = {}

@@ -1,0 +1,1 @@
+"""From what is known about a question to a distribution of RTTs."""
