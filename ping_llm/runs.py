@@ -28,9 +28,9 @@ from ping_llm.outputs import Claim, publish_json
 from ping_llm.storage import Location
 
 EXPORTED = "model.safetensors"
-KNOWN, CALIBRATION = "known.arrow", "calibration.json"  # what a run answers from
+KNOWN = "known.arrow"  # what a run answers from
 # Beside the checkpoints.
-_FILES = ("config.json", "metrics.jsonl", "loss.png", KNOWN, CALIBRATION, "wandb/id.txt")
+_FILES = ("config.json", "metrics.jsonl", "loss.png", KNOWN, "wandb/id.txt")
 _TRANSFERS = 8  # files at a time
 
 

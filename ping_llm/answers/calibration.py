@@ -32,7 +32,7 @@ class Calibration:
         levels: Ascending levels of "network" and "history" grids; a kind without enough is absent.
     """
 
-    levels: Mapping[str, np.ndarray]
+    levels: Mapping[str, np.ndarray] = dataclasses.field(default_factory=dict)
 
     def apply(self, answer: Distribution, kind: str) -> Distribution:
         """Returns answers to grids of one kind, their levels read as they have proved to be."""

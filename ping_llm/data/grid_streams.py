@@ -1,20 +1,25 @@
 """Streams of training sequences that hold grids, as a pure function of stream and chunk number.
 
-Chunk c of any stream asks about the same few worlds, number c * W to c * W + W - 1, each of which is
-made once: a part of the network of the train rows, a simulated network, or pairs over time.
+Chunk c of any stream asks about the same few worlds, each of which is made once: a part of the
+network of the train rows, a simulated network, or pairs over time.
 """
 
 import dataclasses
 import functools
-from typing import ClassVar
+from pathlib import Path
+from typing import Any, ClassVar
 
 import numpy as np
 
 from ping_llm.data import cells, history_grids, network_grids, worlds
 from ping_llm.data.cells import Grids
 from ping_llm.data.network import Network
-from ping_llm.estimators.world import Pairs, World
+from ping_llm.data.questions import question_grids
+from ping_llm.data.rows import ProbeRows
+from ping_llm.estimators.pairs import pair_keys
+from ping_llm.estimators.world import Pairs, World, log_rtt_of
 from ping_llm.hashing import mix
+from ping_llm.measurements import NO_TIME, MeasurementTable
 from ping_llm.simulation.random_networks import random_network
 from ping_llm.simulation.random_series import random_series
 
@@ -28,6 +33,7 @@ SHARES_OF_SERIES = 0.25, 0.75  # of the chunks: of networks of many pairs a node
 PAIRS_A_NODE = 3  # "many"
 LONG_SERIES = 10  # measurements of a pair that make it worth asking over time
 FORGETFUL_FRACTION = 0.25  # of the questions over time, so that short pasts are learnt
+EVAL_SEED = 20_130_101
 TRIES = 20  # worlds drawn until one has enough of everything
 
 
@@ -135,3 +141,42 @@ def _forgotten(
     left = np.exp(rng.uniform(0, np.log(history_grids.LONGEST), len(past))).astype(np.int64)
     few = rng.random(len(past)) < FORGETFUL_FRACTION
     return np.where(few, np.maximum(past - left, 0), 0)
+
+
+def eval_sequences(
+    rows: ProbeRows, data: str | Path, *, length: int, count: int
+) -> list[tuple[list[np.ndarray], list[np.ndarray]]]:
+    """Returns `count` fixed sequences of grids about measurements of a split.
+
+    What is known are the train rows; and of data split by time what came before each question, of
+    data split by probe half of the new sources' pairs.
+
+    Args:
+        rows: The split.
+        data: The data set.
+        length: Tokens of a sequence.
+        count: How many sequences.
+    """
+    rng, asked = np.random.default_rng(EVAL_SEED), rows.to_table()
+    known, history = ProbeRows(data, "train").to_table(), None
+    split = rows.metadata.get("split")
+    if split == "time":
+        history = MeasurementTable.concat([known, asked])
+    elif split == "probe":
+        given = pair_keys(asked) % np.uint64(2) == 0
+        known = MeasurementTable.concat([known, asked.take(given)])
+        asked = asked.take(~given)
+    longest = max(network_grids.GRID_TOKENS, history_grids.HISTORY_TOKENS) + cells.ANSWER_TOKENS
+    each = length // longest
+    if not count or not len(asked):
+        return []
+    asked = asked.take(rng.integers(len(asked), size=count * each))
+    if split != "time":
+        asked = dataclasses.replace(asked, time=np.full(len(asked), NO_TIME))
+    segments: list[Any] = [None] * len(asked)
+    log_rtt = log_rtt_of(asked.rtt)
+    for index, _, grids, _ in question_grids(asked, known, history):
+        for i, *segment in zip(index, *cells.answered(grids, log_rtt[index]), strict=True):
+            segments[i] = segment
+    parts = [segments[i : i + each] for i in range(0, len(segments), each)]
+    return [tuple(map(list, zip(*part, strict=True))) for part in parts]

@@ -19,7 +19,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from ping_llm.data import windows
-from ping_llm.data.grid_streams import GridStreams
+from ping_llm.data.grid_streams import GridStreams, eval_sequences
 from ping_llm.data.network import Network
 from ping_llm.data.rows import ProbeRows, data_fingerprint
 from ping_llm.data.windows import WindowConfig
@@ -304,6 +304,7 @@ def eval_batches(
     batch_size: int,
     seq_len: int,
     count: int,
+    grid_fraction: float = 0.0,
     hide_unseen: bool = False,
 ) -> list[Batch]:
     """Returns `count` fixed batches of a split, the same for every run on that data.
@@ -319,6 +320,7 @@ def eval_batches(
         batch_size: Sequences in a batch.
         seq_len: Tokens in a sequence.
         count: Number of batches.
+        grid_fraction: Part of the sequences that hold grids about measurements of the split.
         hide_unseen: Whether those sources are hidden, as `predict` does for runs that were trained
             on hidden ones.
     """
@@ -334,7 +336,8 @@ def eval_batches(
     if len(with_any) == 0:
         return []
     packer = _Packer(rows, seq_len + 1, EVAL_SEED, config)
-    made, needed = 0, batch_size * count
+    of_grids = round(grid_fraction * batch_size) * count
+    made, needed = 0, batch_size * count - of_grids
     tried = needed
     while made < needed:
         turn, index = np.divmod(np.arange(tried), len(with_any))
@@ -342,10 +345,9 @@ def eval_batches(
         chunk = packer.pack(windows.Windows(turn, row, np.zeros_like(row)))
         made = len(chunk)
         tried = max(tried + 1, int(1.05 * tried * needed / made))
-    sequences = [chunk.segments(i) for i in range(needed)]
-    return [
-        _batch(sequences[i : i + batch_size], seq_len + 1) for i in range(0, needed, batch_size)
-    ]
+    sequences = [chunk.segments(i) for i in range(needed)] if needed else []
+    sequences += eval_sequences(rows, data, length=seq_len + 1, count=of_grids)
+    return [_batch(sequences[i::count], seq_len + 1) for i in range(count)]
 
 
 def _sources(rows: ProbeRows) -> np.ndarray:

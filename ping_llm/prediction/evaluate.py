@@ -10,7 +10,7 @@ import numpy as np
 
 from ping_llm import outputs, settings
 from ping_llm.data.pipeline import eval_batches
-from ping_llm.data.rows import data_fingerprint, is_dataset
+from ping_llm.data.rows import ProbeRows, data_fingerprint, is_dataset
 from ping_llm.errors import ConfigError, DataError
 from ping_llm.estimators.pairs import Training, pair_keys
 from ping_llm.measurements import MeasurementTable
@@ -128,6 +128,10 @@ def _evaluate(chosen: EvaluateSettings) -> EvaluationResult:
     data = Location.of(chosen.data)
     predictor = Predictor.load(chosen.run)
     task = load_task(data, known=predictor.known, max_rows=chosen.max_rows)
+    prepared = is_dataset(data)
+    own = prepared and data_fingerprint(data) == predictor.trained_on.get("fingerprint")
+    if prepared and not own:
+        predictor = predictor.knowing(ProbeRows(data, "train").to_table())
     names, rows = _baselines(chosen.baselines, task.protocol), task.rows
     n = int(np.count_nonzero(rows.rtt >= 0))
     if n == 0:
@@ -136,7 +140,7 @@ def _evaluate(chosen: EvaluateSettings) -> EvaluationResult:
     for history, make_condition in task.conditions.items():
         condition = make_condition()
         note = "" if history is None else f", {history} measurements of the source"
-        asked = {"model": None}
+        asked: dict[str, MeasurementTable | None] = {"model": None}
         if condition.history is not None:
             asked["model_online"] = condition.history
         answers = {
@@ -149,8 +153,7 @@ def _evaluate(chosen: EvaluateSettings) -> EvaluationResult:
         if history is not None:
             by_history[str(history)] = methods
     # All but `history` is about the last condition, where most is known.
-    model, prepared = answers["model"], is_dataset(data)
-    unseen = predictor.unseen(rows, condition.train)
+    model, unseen = answers["model"], predictor.unseen(rows, condition.train)
     return EvaluationResult(
         protocol=task.protocol,
         n=n,
@@ -158,8 +161,7 @@ def _evaluate(chosen: EvaluateSettings) -> EvaluationResult:
         rows_available=task.available,
         pairs=len(np.unique(pair_keys(rows))),
         context=task.context,
-        trained_on_this_data=prepared
-        and data_fingerprint(data) == predictor.trained_on["fingerprint"],
+        trained_on_this_data=own,
         unseen_fraction=float(unseen.any(axis=1).mean()),
         methods=methods,
         calibration=scores.calibration(rows, model.quantiles, model.below, model.crps),
@@ -168,7 +170,7 @@ def _evaluate(chosen: EvaluateSettings) -> EvaluationResult:
         ranking=scores.rankings(rows, predicted),
         by=scores.breakdowns(rows, model.shown, predicted),
         history=by_history or None,
-        calibrated_on=predictor.answerer.calibration and predictor.answerer.calibration.counts(),
+        calibrated_on=predictor.answerer(condition.train).calibration.counts(),
         loss_per_field=_loss_per_field(predictor, data) if prepared else None,
         seconds=round(time.monotonic() - started, 1),
     )
@@ -222,7 +224,7 @@ def _ask_baselines(
 
 def _loss_per_field(predictor: Predictor, data: Location) -> dict[str, float]:
     """Returns the loss in nats a token on fixed batches of the test rows, in all and by field."""
-    eval_step = make_eval_step(predictor.answerer.graphdef)
+    eval_step = make_eval_step(predictor.model.graphdef)
     batches = eval_batches(
         data.url,
         "test",
@@ -230,7 +232,7 @@ def _loss_per_field(predictor: Predictor, data: Location) -> dict[str, float]:
         seq_len=predictor.max_tokens,
         count=FIELD_BATCHES,
     )
-    sums = [jax.device_get(eval_step(predictor.answerer.params, vars(batch))) for batch in batches]
+    sums = [jax.device_get(eval_step(predictor.model.params, vars(batch))) for batch in batches]
     nll, count = np.array(sums, np.float64).sum(axis=0)
     losses = {"all": float(nll.sum() / count.sum()), **by_field("", nll, count)}
     return {name: loss for name, loss in losses.items() if loss is not None}

@@ -117,7 +117,7 @@ def _sample_sequences(
     position = np.count_nonzero(positions >= 0, axis=1)
     if position.max() + longest > length:
         raise ConfigError(f"the model's sequences of {length} tokens are too short to sample in")
-    decoder, column = (predictor.answerer.graphdef, predictor.answerer.params), prefixes.shape[1]
+    decoder, column = (predictor.model.graphdef, predictor.model.params), prefixes.shape[1]
     cache, grammar = _start(*decoder, prefixes, positions, column + length), _grammar(prefixes)
     ids, alive = np.full(len(position), tokenizer.MEASUREMENT_START), np.ones(len(position), bool)
     sampled: list[np.ndarray] = []

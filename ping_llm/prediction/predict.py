@@ -2,21 +2,17 @@
 
 import contextlib
 import dataclasses
-import hashlib
 import json
 import time
 from collections.abc import Iterator
 from typing import Any
 
-import jax
-import numpy as np
 import pyarrow as pa
 import pyarrow.csv as pa_csv
 import pyarrow.parquet as pq
 
 from ping_llm import outputs, settings
 from ping_llm.errors import ConfigError, DataError
-from ping_llm.hashing import digest
 from ping_llm.ingest.files import READ_ERRORS, InputFile, find_files
 from ping_llm.ingest.formats.lines import open_text
 from ping_llm.ingest.sources import read_table
@@ -143,7 +139,7 @@ def _predict_pairs(chosen: PredictSettings) -> PairsResult:
     history = None if chosen.history is None else read_table([chosen.history])
     predictor = Predictor.load(chosen.run)
     facts = {
-        "model": _model_digest(predictor),
+        "model": predictor.model.digest(),
         "pairs": outputs.content_fingerprint(pairs),
         "history": chosen.history and outputs.content_fingerprint(Location.of(chosen.history)),
         "block_pairs": BLOCK_PAIRS,
@@ -182,11 +178,6 @@ def _predict_pairs(chosen: PredictSettings) -> PairsResult:
         result = PairsResult(done, str(output), rate)
         _join(blocks, output, {"settings": facts, "result": dataclasses.asdict(result)}, claim)
         return result
-
-
-def _model_digest(predictor: Predictor) -> str:
-    leaves = jax.tree.leaves(predictor.answerer.params)
-    return digest([hashlib.sha256(np.asarray(leaf).tobytes()).hexdigest() for leaf in leaves])
 
 
 def _read_metadata(output: Location) -> dict[str, Any]:

@@ -1,20 +1,18 @@
 """`Predictor`: what a trained run says of round trips, for tables of any library."""
 
 import dataclasses
-import json
 from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
-from ping_llm.answers.calibration import Calibration, calibrate
 from ping_llm.answers.questions import Answerer, Answers
 from ping_llm.data.network import read_known
 from ping_llm.errors import DataError
 from ping_llm.estimators.pairs import Nodes
 from ping_llm.measurements import MeasurementTable
-from ping_llm.runs import CALIBRATION, load_run
+from ping_llm.runs import load_run
 from ping_llm.storage import Location
 
 LEVELS = {"p5": 0.05, "p25": 0.25, "p50": 0.5, "p75": 0.75, "p95": 0.95}
@@ -27,17 +25,18 @@ class Predictor:
     An answer depends on its question and what is known, not on what else is asked with it.
 
     Attributes:
-        answerer: Its decoder.
+        model: Its decoder.
         max_tokens: Tokens of the longest sequence that it was trained on.
         known: The measurements that it answers from: those its run keeps of the train rows.
         trained_on: The run's data set, its `path` and `fingerprint`; empty where there is none.
     """
 
-    answerer: Answerer
+    model: Answerer
     _: dataclasses.KW_ONLY
     max_tokens: int
     known: MeasurementTable = dataclasses.field(default_factory=MeasurementTable.empty)
     trained_on: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    _calibrated: Answerer | None = None
 
     @classmethod
     def load(cls, run: str | Location) -> "Predictor":
@@ -50,12 +49,8 @@ class Predictor:
         """
         location = Location.of(run)
         loaded = load_run(location)
-        stored = location / CALIBRATION
-        calibration = (
-            Calibration.from_json(json.loads(stored.read_text())) if stored.is_file() else None
-        )
         return cls(
-            Answerer(loaded.graphdef, loaded.params, calibration),
+            Answerer(loaded.graphdef, loaded.params),
             max_tokens=loaded.config["train"]["seq_len"],
             known=read_known(location),
             trained_on=loaded.config["data"],
@@ -154,13 +149,18 @@ class Predictor:
             known: What the network is known by; None: `self.known`.
             history: Measurements of pairs before the questions; None: `known`.
         """
-        return self.answerer.answer(questions, self.known if known is None else known, history)
+        known = self.known if known is None else known
+        return self.answerer(known).answer(questions, known, history)
 
-    def calibrated_on(self, known: MeasurementTable) -> "Predictor":
-        """Returns the predictor that answers from `known`, calibrated on pairs left out of it."""
-        plain = dataclasses.replace(self.answerer, calibration=None)
-        answerer = dataclasses.replace(plain, calibration=calibrate(plain.answer, known))
-        return dataclasses.replace(self, answerer=answerer, known=known)
+    def answerer(self, known: MeasurementTable) -> Answerer:
+        """Returns the decoder calibrated on `self.known`, or where that is nothing, on `known`."""
+        if self._calibrated is None or not len(self.known):
+            self._calibrated = self.model.calibrated(self.known if len(self.known) else known)
+        return self._calibrated
+
+    def knowing(self, known: MeasurementTable) -> "Predictor":
+        """Returns the predictor of the same decoder for another network."""
+        return dataclasses.replace(self, known=known, _calibrated=None)
 
 
 def _table(frame: Any, *, questions: bool = False) -> MeasurementTable:

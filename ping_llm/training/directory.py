@@ -12,13 +12,13 @@ import jax
 
 from ping_llm import outputs, sharding, storage, tokenizer
 from ping_llm.errors import ConfigError
-from ping_llm.runs import CALIBRATION, KNOWN, RemoteRun, check_language, read_config, whole_steps
+from ping_llm.runs import KNOWN, RemoteRun, check_language, read_config, whole_steps
 from ping_llm.settings import refuse_changes, to_json
 from ping_llm.storage import Location
 from ping_llm.training.settings import TrainSettings
 
 SCHEMA_VERSION = 1
-_OWN = {"config.json", "metrics.jsonl", "loss.png", "checkpoints", "wandb", KNOWN, CALIBRATION}
+_OWN = {"config.json", "metrics.jsonl", "loss.png", "checkpoints", "wandb", KNOWN}
 
 
 @dataclasses.dataclass(frozen=True)

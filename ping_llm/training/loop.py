@@ -15,11 +15,14 @@ from jax.sharding import Mesh, NamedSharding
 
 from ping_llm import report, settings, sharding, tokenizer
 from ping_llm.data import pipeline
+from ping_llm.data.network import thinned, write_known
+from ping_llm.data.rows import ProbeRows
 from ping_llm.data.windows import WindowConfig
 from ping_llm.errors import ConfigError, Stopped, StorageError
 from ping_llm.outputs import publish_file, publish_json
 from ping_llm.packing import Batch
 from ping_llm.progress import progress
+from ping_llm.runs import KNOWN
 from ping_llm.storage import Location
 from ping_llm.training.directory import RunDirectory, open_run
 from ping_llm.training.metrics import Meter, RunLog, by_field
@@ -103,6 +106,9 @@ def train(cfg: TrainSettings) -> TrainResult:
             is_first = jax.process_index() == 0
             if is_first:
                 publish_json(Location.of(run.path) / "config.json", run.config)
+                if not (run.path / KNOWN).is_file():
+                    with publish_file(Location.of(run.path) / KNOWN) as path:
+                        write_known(path, thinned(ProbeRows(data, "train").to_table()))
                 log.cut()
             valid = _valid_batches(cfg, data, mesh)
             mode = cfg.wandb if is_first else "disabled"
@@ -125,6 +131,7 @@ def _open_loader(cfg: TrainSettings, data: Path, mesh: Mesh) -> pipeline.TrainLo
         seq_len=cfg.seq_len,
         seed=cfg.seed,
         window_config=WindowConfig.of(vars(cfg)),
+        grid_fraction=cfg.grid_fraction,
         process_index=index,
         process_count=count,
     )
@@ -149,6 +156,7 @@ def _valid_batches(cfg: TrainSettings, data: Path, mesh: Mesh) -> list[Batch]:
         batch_size=cfg.batch_size,
         seq_len=cfg.seq_len,
         count=cfg.eval_batches,
+        grid_fraction=cfg.grid_fraction,
         hide_unseen=cfg.hidden_source_fraction > 0,
     )
     return [Batch(**{name: each[own] for name, each in vars(b).items()}) for b in batches]
