@@ -19,6 +19,7 @@ import jax
 from flax import nnx
 
 from ping_llm import settings, tokenizer
+from ping_llm.data.network import KNOWN
 from ping_llm.errors import CheckpointError, ConfigError, DataError
 from ping_llm.hashing import file_digest
 from ping_llm.models.config import DecoderConfig
@@ -28,7 +29,6 @@ from ping_llm.outputs import Claim, publish_json
 from ping_llm.storage import Location
 
 EXPORTED = "model.safetensors"
-KNOWN = "known.arrow"  # what a run answers from
 # Beside the checkpoints.
 _FILES = ("config.json", "metrics.jsonl", "loss.png", KNOWN, "wandb/id.txt")
 _TRANSFERS = 8  # files at a time

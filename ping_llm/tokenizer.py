@@ -20,7 +20,7 @@ from ping_llm.errors import DataError
 from ping_llm.measurements import NO_TIME, MeasurementTable
 
 # Counts up when the same measurements become other tokens: no model reads two versions.
-LANGUAGE_VERSION = 3
+LANGUAGE_VERSION = 2
 
 MEASUREMENT_START, SRC_IPV4, SRC_IPV6, DST_IPV4, DST_IPV6 = range(5)
 TIMESTAMP_ABS, TIMESTAMP_DELTA1, TIMESTAMP_DELTA4 = range(5, 8)
@@ -29,8 +29,8 @@ VOCAB_SIZE = BYTE_0 + 256
 
 # What a token is about, for the loss per field. An id below BYTE_0 is structure; a byte is of the
 # field of the last id below BYTE_0 before it.
-FIELDS = ("structure", "source", "destination", "time", "rtt", "cell")
-STRUCTURE, SOURCE, DESTINATION, TIME, RTT, CELL = range(6)
+FIELDS = ("structure", "source", "destination", "time", "rtt")
+STRUCTURE, SOURCE, DESTINATION, TIME, RTT = range(5)
 
 # Of each id below BYTE_0: its name, how many bytes follow it, and the field that they are of.
 TOKEN_NAMES, PAYLOAD_BYTES, FIELD_OF_PAYLOAD = zip(
@@ -43,7 +43,7 @@ TOKEN_NAMES, PAYLOAD_BYTES, FIELD_OF_PAYLOAD = zip(
     ("TIMESTAMP_DELTA1", 1, TIME),
     ("TIMESTAMP_DELTA4", 4, TIME),
     ("RTT_START", 2, RTT),
-    ("GRID", 0, CELL),
+    ("GRID", 0, RTT),
     ("FAILED", 0, RTT),
     strict=True,
 )

@@ -366,7 +366,7 @@ GOOD = [0, *SRC4, *DST4, *RTT]
         ([0, *SRC4, *DST4, *DELTA, *RTT], 11, "TIMESTAMP_DELTA1 without a timestamp before it"),
         ([0, *SRC4, *DST4, 5, 11 + 128, *[11] * 7, *RTT], 11, "TIMESTAMP_ABS is no time"),
         ([0, *SRC4, *DST4, 50, *RTT], 11, "byte 27 where a field should start"),
-        ([0, *SRC4, *DST4, 9, 15, 16], 11, "THROUGHPUT_START where a field should start"),
+        ([0, *SRC4, *DST4, 9, 15, 16], 11, "GRID where a field should start"),
         ([0, *SRC4, *DST4, 400, *RTT], 11, "unknown id 400 where a field should start"),
         (
             [0, *SRC4, *DST4, 5, 11 + 127, *[266] * 7, *RTT, 0, *SRC4, *DST4, *DELTA, *RTT],

@@ -17,7 +17,7 @@ from ping_llm.data.network import Network
 from ping_llm.data.questions import question_grids
 from ping_llm.data.rows import ProbeRows
 from ping_llm.estimators.pairs import pair_keys
-from ping_llm.estimators.world import Pairs, World, log_rtt_of
+from ping_llm.estimators.world import MeasuredWorld, Pairs, log_rtt_of
 from ping_llm.hashing import mix
 from ping_llm.measurements import NO_TIME, MeasurementTable
 from ping_llm.simulation.random_networks import random_network
@@ -61,7 +61,7 @@ class GridChunk:
 class _Static:
     """A world, and the pairs that may be asked of it."""
 
-    world: World
+    world: MeasuredWorld
     asked: Pairs
     grid_tokens: ClassVar[int] = network_grids.GRID_TOKENS
 
@@ -122,7 +122,7 @@ def _simulated_series(rng: np.random.Generator) -> _Series:
     return _Series(series, history_grids.moments(series))
 
 
-def _simulated_world(rng: np.random.Generator) -> tuple[World, Pairs]:
+def _simulated_world(rng: np.random.Generator) -> tuple[MeasuredWorld, Pairs]:
     while True:
         network = random_network(rng)
         a, b = np.triu_indices(network.n, 1)
@@ -173,10 +173,10 @@ def eval_sequences(
     asked = asked.take(rng.integers(len(asked), size=count * each))
     if split != "time":
         asked = dataclasses.replace(asked, time=np.full(len(asked), NO_TIME))
-    segments: list[Any] = [None] * len(asked)
+    tokens: list[Any] = [None] * len(asked)
+    weights = tokens.copy()
     log_rtt = log_rtt_of(asked.rtt)
     for index, _, grids, _ in question_grids(asked, known, history):
         for i, *segment in zip(index, *cells.answered(grids, log_rtt[index]), strict=True):
-            segments[i] = segment
-    parts = [segments[i : i + each] for i in range(0, len(segments), each)]
-    return [tuple(map(list, zip(*part, strict=True))) for part in parts]
+            tokens[i], weights[i] = segment
+    return [(tokens[i : i + each], weights[i : i + each]) for i in range(0, len(tokens), each)]

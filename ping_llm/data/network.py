@@ -15,12 +15,12 @@ from ping_llm.data.history_grids import PairSeries
 from ping_llm.data.rows import MEASURED, ROW_SCHEMA, RowBatch
 from ping_llm.errors import CheckpointError
 from ping_llm.estimators.pairs import Nodes, pair_keys, runs
-from ping_llm.estimators.world import MEASUREMENTS_KEPT, Pairs, World
+from ping_llm.estimators.world import MEASUREMENTS_KEPT, MeasuredWorld, Pairs
 from ping_llm.hashing import hash_addresses
 from ping_llm.measurements import MeasurementTable
-from ping_llm.runs import KNOWN
 from ping_llm.storage import Location
 
+KNOWN = "known.arrow"  # in a run directory: what the run answers from
 NEWEST_KEPT = 160  # measurements of each pair: as far back as a history grid looks
 WORLD_NODES = 2500  # matrices of so many nodes take 25 MB each
 PARTNERS = 500  # of an end, in a world around some questions
@@ -60,12 +60,12 @@ class Network:
         return PairSeries.of(self.measurements)
 
     @functools.cached_property
-    def _whole(self) -> World:
-        return World(self.pairs, self.key, self.nodes.addresses)
+    def _whole(self) -> MeasuredWorld:
+        return MeasuredWorld(self.pairs, self.key, self.nodes.addresses)
 
     def worlds(
         self, questions: MeasurementTable
-    ) -> Iterator[tuple[np.ndarray, World, np.ndarray, np.ndarray]]:
+    ) -> Iterator[tuple[np.ndarray, MeasuredWorld, np.ndarray, np.ndarray]]:
         """Yields (questions, the world around them, their two ends in it) until all had their turn.
 
         A network of up to `WORLD_NODES` nodes is one world. Of a larger one, a world holds the ends
@@ -82,7 +82,7 @@ class Network:
             number[chosen] = np.arange(len(chosen))
             rows = order[(number[a[order]] >= 0) & (number[b[order]] >= 0)]
             pairs = self.pairs.renumbered(number)
-            world = World(pairs, self.key[chosen], self.nodes.addresses[chosen])
+            world = MeasuredWorld(pairs, self.key[chosen], self.nodes.addresses[chosen])
             yield rows, world, number[a[rows]], number[b[rows]]
             order = order[~np.isin(order, rows)]
 

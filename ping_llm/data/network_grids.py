@@ -16,7 +16,7 @@ weighted median.
 import numpy as np
 
 from ping_llm.data.cells import BETWEEN_PAIRS, NOTHING, Grids, high_byte, level, low_byte
-from ping_llm.estimators.world import World
+from ping_llm.estimators.world import MeasuredWorld
 from ping_llm.tokenizer import BYTE_0, GRID
 
 KIND = BYTE_0 + 1
@@ -31,7 +31,7 @@ LANDMARK_CLASSES = (1, 4, 16)  # common partners: 0, 1-3, 4-15, 16 and more
 ONLY_FAILED = NOTHING + 255  # the marker of a pair that never answered
 
 
-def network_grids(world: World, a: np.ndarray, b: np.ndarray) -> Grids:
+def network_grids(world: MeasuredWorld, a: np.ndarray, b: np.ndarray) -> Grids:
     """Returns the grids of questions about the pairs (a, b) of a world's nodes [q].
 
     What was measured of a pair itself is not shown.
@@ -89,7 +89,7 @@ def network_grids(world: World, a: np.ndarray, b: np.ndarray) -> Grids:
     return Grids(tokens, weights.astype(np.float32), reference, BETWEEN_PAIRS)
 
 
-def measurements_shown(world: World, a: np.ndarray, b: np.ndarray) -> np.ndarray:
+def measurements_shown(world: MeasuredWorld, a: np.ndarray, b: np.ndarray) -> np.ndarray:
     """Returns how many measurements the cells of the grids of questions stand for [q], int32."""
     columns = np.concatenate([world.likes(a, b, COLUMNS), b[:, None]], axis=1)
     rows = np.concatenate([world.likes(b, a, ROWS), a[:, None]], axis=1)
@@ -128,7 +128,9 @@ def _differences(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return codes, np.nan_to_num(reference)
 
 
-def _markers(world: World, cell: tuple[np.ndarray, np.ndarray], there: np.ndarray) -> np.ndarray:
+def _markers(
+    world: MeasuredWorld, cell: tuple[np.ndarray, np.ndarray], there: np.ndarray
+) -> np.ndarray:
     """Returns the marker of each cell: how many measurements, and how much they vary."""
     answered, spread = world.answered[cell], world.spread[cell]
     steps = 1 + np.rint(3 * np.log2(np.maximum(np.nan_to_num(spread), 1e-9) / 5e-4))
@@ -138,7 +140,7 @@ def _markers(world: World, cell: tuple[np.ndarray, np.ndarray], there: np.ndarra
     return np.where(there, marker, NOTHING)
 
 
-def _likeness(world: World, node: np.ndarray, likes: np.ndarray) -> np.ndarray:
+def _likeness(world: MeasuredWorld, node: np.ndarray, likes: np.ndarray) -> np.ndarray:
     """Returns a byte of how alike `likes` [q, k] are to `node` [q], and on how many partners."""
     other = np.maximum(likes, 0)
     difference = np.maximum(world.difference[node[:, None], other], 1e-4)
@@ -151,7 +153,7 @@ def _count(number: np.ndarray) -> np.ndarray:
     return NOTHING + 1 + np.minimum(np.rint(8 * np.log2(1.0 + number)), 254)
 
 
-def _failures(world: World, node: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def _failures(world: MeasuredWorld, node: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     share, count = world.failures[:, node]
     return NOTHING + 1 + np.rint(64 * np.sqrt(share)), _count(count)
 

@@ -224,9 +224,9 @@ class TrainLoader(contextlib.AbstractContextManager):
             raise ConfigError(f"{batch_size=} must be a positive multiple of {process_count=}")
         settings = {"batch_size": batch_size, "seq_len": seq_len, "seed": seed}
         self._source = _Streams(data, config=window_config, grid_fraction=grid_fraction, **settings)
-        settings["grid_fraction"] = grid_fraction
+        more = {"grid_fraction": grid_fraction} if grid_fraction else {}
         windows_like = dataclasses.asdict(window_config)
-        self._settings = {"data": data_fingerprint(data), **settings, **windows_like}
+        self._settings = {"data": data_fingerprint(data), **settings, **windows_like, **more}
         share = batch_size // process_count
         self.streams = range(process_index * share, (process_index + 1) * share)
         self._positions = [0] * share

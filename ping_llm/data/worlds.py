@@ -6,7 +6,7 @@ answers about a network that it has never seen.
 
 import numpy as np
 
-from ping_llm.estimators.world import Pairs, World
+from ping_llm.estimators.world import MeasuredWorld, Pairs
 
 LARGEST, DENSE_FROM = 450, 230  # nodes
 SMALLEST = 40
@@ -18,12 +18,12 @@ TURNED_FRACTION = 0.15  # of the questions asked from either end, whichever know
 
 def draw_world(
     pairs: Pairs, key: np.ndarray, address: np.ndarray | None, rng: np.random.Generator
-) -> tuple[World, Pairs] | None:
+) -> tuple[MeasuredWorld, Pairs] | None:
     """Returns (a random world of a network, the pairs that may be asked of it); None: too few.
 
     Args:
         pairs: What was measured in the network.
-        key: Names of its nodes, as for `World` [n].
+        key: Names of its nodes, as for `MeasuredWorld` [n].
         address: Their addresses [n]; None: they say nothing.
         rng: All that is random.
     """
@@ -39,7 +39,7 @@ def draw_world(
     if np.count_nonzero(known) < FEWEST_KNOWN or len(asked.a) < FEWEST_ASKED:
         return None
     shown = _some_measurements(pairs.take(known), dense, rng)
-    return World(shown, key[nodes], None if address is None else address[nodes]), asked
+    return MeasuredWorld(shown, key[nodes], None if address is None else address[nodes]), asked
 
 
 def _some_nodes(pairs: Pairs, n: int, dense: bool, rng: np.random.Generator) -> np.ndarray:
@@ -91,7 +91,7 @@ def _between(low: float, high: float, rng: np.random.Generator) -> float:
 
 
 def draw_questions(
-    world: World, asked: Pairs, count: int, rng: np.random.Generator
+    world: MeasuredWorld, asked: Pairs, count: int, rng: np.random.Generator
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Returns (a, b, log RTT measured, `FAILED` where it failed) of random questions [count]."""
     index = rng.integers(len(asked.a), size=count)

@@ -133,7 +133,7 @@ class Summary:
         return cls(*(column.astype(np.float32) for column in columns))
 
 
-class World:
+class MeasuredWorld:
     """Some nodes and what was measured between them.
 
     Attributes:
@@ -159,17 +159,15 @@ class World:
         """
         n = self.n = len(key)
         summary = Summary.of(pairs.samples)
-        for name, missing in (
-            ("median", np.nan),
-            ("spread", np.nan),
-            ("low", np.nan),
-            ("high", np.nan),
-            ("answered", 0.0),
-            ("failed", 0.0),
-        ):
-            matrix = np.full((n, n), missing, np.float32)
-            matrix[pairs.a, pairs.b] = matrix[pairs.b, pairs.a] = getattr(summary, name)
-            setattr(self, "log_rtt" if name == "median" else name, matrix)
+
+        def matrix(values: np.ndarray, missing: float) -> np.ndarray:
+            square = np.full((n, n), missing, np.float32)
+            square[pairs.a, pairs.b] = square[pairs.b, pairs.a] = values
+            return square
+
+        self.log_rtt, self.spread = (matrix(x, np.nan) for x in (summary.median, summary.spread))
+        self.low, self.high = matrix(summary.low, np.nan), matrix(summary.high, np.nan)
+        self.answered, self.failed = matrix(summary.answered, 0), matrix(summary.failed, 0)
         some = summary.answered > 0
         answered = pairs.a[some], pairs.b[some], summary.median[some].astype(np.float64)
         known = np.isfinite(self.log_rtt)

@@ -10,11 +10,11 @@ import numpy as np
 from flax import nnx
 
 from ping_llm import addresses, settings, tokenizer
-from ping_llm.answers import decode
 from ping_llm.errors import ConfigError
 from ping_llm.hashing import hash_addresses
 from ping_llm.ingest.sources import read_table
 from ping_llm.measurements import MeasurementTable
+from ping_llm.prediction import decode
 from ping_llm.prediction.contexts import dense, encode_prompts, same_source
 from ping_llm.prediction.grammar import TIMES, Grammar
 from ping_llm.prediction.predictor import Predictor
@@ -117,7 +117,7 @@ def _sample_sequences(
     position = np.count_nonzero(positions >= 0, axis=1)
     if position.max() + longest > length:
         raise ConfigError(f"the model's sequences of {length} tokens are too short to sample in")
-    decoder, column = (predictor.model.graphdef, predictor.model.params), prefixes.shape[1]
+    decoder, column = (predictor.graphdef, predictor.params), prefixes.shape[1]
     cache, grammar = _start(*decoder, prefixes, positions, column + length), _grammar(prefixes)
     ids, alive = np.full(len(position), tokenizer.MEASUREMENT_START), np.ones(len(position), bool)
     sampled: list[np.ndarray] = []

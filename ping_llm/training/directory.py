@@ -11,8 +11,9 @@ from typing import Any
 import jax
 
 from ping_llm import outputs, sharding, storage, tokenizer
+from ping_llm.data.network import KNOWN
 from ping_llm.errors import ConfigError
-from ping_llm.runs import KNOWN, RemoteRun, check_language, read_config, whole_steps
+from ping_llm.runs import RemoteRun, check_language, read_config, whole_steps
 from ping_llm.settings import refuse_changes, to_json
 from ping_llm.storage import Location
 from ping_llm.training.settings import TrainSettings

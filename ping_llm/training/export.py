@@ -6,6 +6,7 @@ import json
 import numpy as np
 
 from ping_llm import outputs, settings
+from ping_llm.data.network import KNOWN
 from ping_llm.runs import EXPORTED, by_name, load_run
 from ping_llm.storage import Location
 from ping_llm.training.settings import ExportSettings
@@ -28,7 +29,7 @@ class ExportResult:
 
 @settings.takes(ExportSettings)
 def export_run(chosen: ExportSettings) -> ExportResult:
-    """Writes a run's best decoder as one safetensors file beside its config.
+    """Writes a run's best decoder as one safetensors file beside its config and what it knows.
 
     The directory can stand for the run wherever one is read: `predict`, `evaluate`, `generate`,
     `extract-activations`. Exporting again what is there already changes nothing.
@@ -47,6 +48,9 @@ def export_run(chosen: ExportSettings) -> ExportResult:
         weights = save(tensors, metadata={"format": "ping-llm"})
         config = (json.dumps(run.config, indent=2) + "\n").encode()
         content = {EXPORTED: weights, "config.json": config}
+        known = Location.of(chosen.run) / KNOWN
+        if known.is_file():
+            content[KNOWN] = known.read_bytes()
         if outputs.contents(output) != sorted(content) or any(
             (output / name).read_bytes() != data for name, data in content.items()
         ):

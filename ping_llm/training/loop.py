@@ -15,14 +15,13 @@ from jax.sharding import Mesh, NamedSharding
 
 from ping_llm import report, settings, sharding, tokenizer
 from ping_llm.data import pipeline
-from ping_llm.data.network import thinned, write_known
+from ping_llm.data.network import KNOWN, thinned, write_known
 from ping_llm.data.rows import ProbeRows
 from ping_llm.data.windows import WindowConfig
 from ping_llm.errors import ConfigError, Stopped, StorageError
 from ping_llm.outputs import publish_file, publish_json
 from ping_llm.packing import Batch
 from ping_llm.progress import progress
-from ping_llm.runs import KNOWN
 from ping_llm.storage import Location
 from ping_llm.training.directory import RunDirectory, open_run
 from ping_llm.training.metrics import Meter, RunLog, by_field
@@ -106,7 +105,7 @@ def train(cfg: TrainSettings) -> TrainResult:
             is_first = jax.process_index() == 0
             if is_first:
                 publish_json(Location.of(run.path) / "config.json", run.config)
-                if not (run.path / KNOWN).is_file():
+                if cfg.grid_fraction and not (run.path / KNOWN).is_file():
                     with publish_file(Location.of(run.path) / KNOWN) as path:
                         write_known(path, thinned(ProbeRows(data, "train").to_table()))
                 log.cut()

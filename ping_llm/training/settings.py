@@ -34,13 +34,13 @@ class TrainSettings(Settings):
         num_processes: Several processes: how many.
         process_id: Several processes: which one this is, from 0.
         model: Shape of the decoder; the preset sets its fields.
-        grid_fraction: Fraction of the sequences of a batch that hold grids, what RTTs are predicted
-            from; the others hold windows, which teach the whole language.
+        grid_fraction: Fraction of the sequences that hold grids, which show what was measured
+            around a pair; a run that learns them answers from them.
         result_last_fraction: Fraction of windows that end a measurement with its result; others
             shuffle it.
         untimed_fraction: Fraction of the windows that show no time.
         hidden_source_fraction: Fraction of windows that hide their source, to teach locating it.
-        loss_weights: Weights of targets by field: structure, source, destination, time, RTT, cell.
+        loss_weights: Weights of targets by field: structure, source, destination, time, RTT.
         z_loss: Weight of the mean squared log of the softmax's denominator.
         optimizer: AdamW, or Muon for the kernels and AdamW for the rest.
         learning_rate: Peak learning rate.
@@ -81,11 +81,11 @@ class TrainSettings(Settings):
     num_processes: int | None = field(default=None, stored=False)
     process_id: int | None = field(default=None, stored=False)
     model: DecoderConfig = field(default=PRESETS["tiny"], default_text="that of the preset")
-    grid_fraction: float = field(default=0.875, **_FRACTION)
+    grid_fraction: float = field(default=0.0, **_FRACTION)
     result_last_fraction: float = field(default=0.0, **_FRACTION)
     untimed_fraction: float = field(default=0.3, **_FRACTION)
     hidden_source_fraction: float = field(default=0.0, **_FRACTION)
-    loss_weights: tuple[float, ...] = field(default=(1.0,) * 6, **_WEIGHT)
+    loss_weights: tuple[float, ...] = field(default=(1.0, 1.0, 1.0, 1.0, 1.0), **_WEIGHT)
     z_loss: float = field(default=0.0, **_WEIGHT)
     optimizer: Literal["adamw", "muon"] = field(default="adamw", flag=False)
     learning_rate: float = field(default=1e-3, **_POSITIVE)
@@ -130,10 +130,10 @@ class TrainSettings(Settings):
 
         parse_mesh(self.mesh)
         weights = self.loss_weights
-        if len(weights) != 6 or not any(weights):
+        if len(weights) != 5 or not any(weights):
             raise ConfigError(
-                f"loss_weights={weights} must be 6 numbers, not all 0: structure, source, "
-                "destination, time, RTT, cell"
+                f"loss_weights={weights} must be 5 numbers, not all 0: structure, source, "
+                "destination, time, RTT"
             )
         batch_size, accumulate_steps = self.batch_size, self.accumulate_steps
         if batch_size % accumulate_steps:

@@ -10,11 +10,11 @@ import jax
 import numpy as np
 
 from ping_llm import outputs, storage
-from ping_llm.answers import reading
-from ping_llm.answers.calibration import Calibration, calibrate
-from ping_llm.answers.distribution import Distribution
 from ping_llm.data.questions import question_grids
 from ping_llm.measurements import MeasurementTable
+from ping_llm.prediction import reading
+from ping_llm.prediction.calibration import UNCALIBRATED, Calibration, calibrate
+from ping_llm.prediction.distribution import Distribution
 from ping_llm.storage import Location
 
 # Questions by number, their answers, and how many measurements each was drawn from.
@@ -33,7 +33,7 @@ class Answerer:
 
     graphdef: Any
     params: Any
-    calibration: Calibration = Calibration()
+    calibration: Calibration = UNCALIBRATED
 
     def answer(
         self,
@@ -55,7 +55,7 @@ class Answerer:
         for column in (known.time, known.src, known.dst, known.rtt):
             name.update(np.ascontiguousarray(column).data)
         cached = Location.of(storage.cache_root()) / "calibrations" / f"{name.hexdigest()}.json"
-        plain = dataclasses.replace(self, calibration=Calibration())
+        plain = dataclasses.replace(self, calibration=UNCALIBRATED)
         if cached.is_file():
             calibration = Calibration.from_json(json.loads(cached.read_text()))
         else:

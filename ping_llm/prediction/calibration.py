@@ -11,11 +11,11 @@ from typing import Any
 
 import numpy as np
 
-from ping_llm.answers.distribution import Distribution
 from ping_llm.data import history_grids
 from ping_llm.estimators.pairs import pair_keys
 from ping_llm.hashing import scramble
 from ping_llm.measurements import NO_TIME, MeasurementTable
+from ping_llm.prediction.distribution import Distribution
 
 SHARE, PAIRS = 10, 400  # one pair in ten is left out, up to so many
 UNIFORM = 20  # levels added as if the model were calibrated
@@ -32,7 +32,7 @@ class Calibration:
         levels: Ascending levels of "network" and "history" grids; a kind without enough is absent.
     """
 
-    levels: Mapping[str, np.ndarray] = dataclasses.field(default_factory=dict)
+    levels: Mapping[str, np.ndarray]
 
     def apply(self, answer: Distribution, kind: str) -> Distribution:
         """Returns answers to grids of one kind, their levels read as they have proved to be."""
@@ -50,6 +50,9 @@ class Calibration:
     def from_json(cls, stored: Mapping[str, Any]) -> "Calibration":
         """Returns what `to_json` returned."""
         return cls({kind: np.array(levels) for kind, levels in stored.items()})
+
+
+UNCALIBRATED = Calibration({})
 
 
 def calibrate(ask: Callable[..., Answers], known: MeasurementTable) -> Calibration:

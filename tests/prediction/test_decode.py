@@ -7,7 +7,7 @@ import pytest
 from flax import nnx
 from tiny_runs import decoder
 
-from ping_llm.answers import decode
+from ping_llm.prediction import decode
 
 
 def random_tokens(*shape, seed=0):

@@ -14,9 +14,9 @@ import numpy as np
 from flax import nnx
 
 from ping_llm import tokenizer
-from ping_llm.answers import decode
-from ping_llm.answers.distribution import Distribution
 from ping_llm.data.cells import Grids
+from ping_llm.prediction import decode
+from ping_llm.prediction.distribution import Distribution
 
 FIRST_BYTES = 4  # of which second bytes are computed
 STEPS = 16  # that stand for the 256 second bytes of the others

@@ -3,7 +3,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ping_llm.answers.distribution import VALUE_OF_CODE, VALUES_MS, Distribution
+from ping_llm.prediction.distribution import VALUE_OF_CODE, VALUES_MS, Distribution
 from ping_llm.tokenizer import decode_rtt, encode_rtt
 
 ALL_CODES = np.arange(2**16)

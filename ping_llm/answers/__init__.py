@@ -1,1 +1,0 @@
-"""From what is known about a question to a distribution of RTTs."""
