@@ -73,14 +73,21 @@ class Predictor:
         loaded = load_run(run)
         config = loaded.config
         learnt_grids = config["train"].get("grid_fraction", 0) > 0
+        if learnt_grids:
+            known = read_known(Location.of(run))
+            seen = Nodes(known.src, known.dst)
+        else:
+            known, seen = None, _trained_addresses(config["data"])
         return cls(
             loaded.graphdef,
             loaded.params,
             max_tokens=config["train"]["seq_len"],
-            seen=_trained_addresses(config["data"]),
+            seen=_trained_addresses(config["data"])
+            if known is None
+            else Nodes(known.src, known.dst),
             hide_unseen=config["train"]["hidden_source_fraction"] > 0,
             trained_on=config["data"],
-            known=read_known(Location.of(run)) if learnt_grids else None,
+            known=known,
         )
 
     # --- tables of any library ---------------------------------------------------------------

@@ -17,8 +17,19 @@ from ping_llm.training.loop import train
 
 # Small enough for two cores and minutes; enough to learn the language and some geography.
 PROBES, DAYS, MEASUREMENTS = 100, 7.0, 200_000
-STEPS, BATCH_SIZE, SEQ_LEN = 150, 8, 512
-SCORED, EXTRACTED = 200, 200
+SCORED, EXTRACTED = 2000, 200
+TRAINING = {
+    "preset": "tiny",
+    "steps": 1200,
+    "batch_size": 8,
+    "seq_len": 208,  # two grids
+    "grid_fraction": 0.875,
+    "optimizer": "muon",
+    "learning_rate": 5e-3,
+    "schedule": "wsd",
+    "decay_fraction": 0.5,
+    "weight_decay": 0.0,
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,7 +72,7 @@ def _run_every_step(output: Location, seed: int, held: Claim) -> QuickstartResul
     simulate(raw, probes=PROBES, days=DAYS, measurements=MEASUREMENTS, seed=seed)
     prepare_data([raw], output=rows, seed=seed)
     inspect_data(rows, samples=4, report=report)
-    train(rows, run, preset="tiny", steps=STEPS, batch_size=BATCH_SIZE, seq_len=SEQ_LEN, seed=seed)
+    train(rows, run, seed=seed, **TRAINING)
     if not (output / "evaluation.json").exists():
         result = evaluate(run, rows, max_rows=SCORED, report=scores)
         publish_json(output / "evaluation.json", result.to_json(), claim=held)

@@ -10,9 +10,10 @@ from ping_llm.quickstart import run
 
 @pytest.mark.slow
 def test_every_step_runs_once_and_a_second_run_changes_nothing(tmp_path, monkeypatch):
-    sizes = {"MEASUREMENTS": 3000, "PROBES": 20, "STEPS": 2, "SCORED": 5, "EXTRACTED": 5}
+    sizes = {"MEASUREMENTS": 3000, "PROBES": 20, "SCORED": 5, "EXTRACTED": 5}
     for name, size in sizes.items():
         monkeypatch.setattr(run, name, size)
+    monkeypatch.setitem(run.TRAINING, "steps", 2)
     output = tmp_path / "out"
     results = []
     for _ in range(2):

@@ -1,0 +1,215 @@
+import dataclasses
+
+import numpy as np
+import pytest
+
+from ping_llm.data import cells, history_grids, network_grids, worlds
+from ping_llm.data.grid_streams import GridStreams
+from ping_llm.data.history_grids import PairSeries
+from ping_llm.data.network import Network, read_known, thinned, write_known
+from ping_llm.data.questions import question_grids
+from ping_llm.estimators.pairs import pair_keys
+from ping_llm.estimators.world import MeasuredWorld, Pairs
+from ping_llm.measurements import MeasurementTable
+from ping_llm.simulation.random_networks import random_network
+from ping_llm.simulation.random_series import random_series
+from ping_llm.storage import Location
+from ping_llm.tokenizer import BYTE_0, GRID, VOCAB_SIZE
+
+
+def measured(n=400, hosts=12, seed=0, scale=1.0) -> MeasurementTable:
+    """Returns measurements between hosts on a line, the farther the slower, some failed."""
+    rng = np.random.default_rng(seed)
+    ends = rng.integers(hosts, size=(n, 2))
+    rtt = scale * (1 + np.abs(ends[:, 0] - ends[:, 1])) * np.exp(rng.normal(0, 0.02, n))
+    rtt[rng.random(n) < 0.05] = -1
+    src, dst = ([f"192.0.{i}.1" for i in end] for end in ends.T)
+    time = 1_600_000_000 + np.sort(rng.integers(100_000, size=n))
+    columns = {"src_addr": src, "dst_addr": dst, "event_time": time, "rtt": rtt}
+    return MeasurementTable.from_arrow(columns)
+
+
+def world_of(table: MeasurementTable) -> tuple[MeasuredWorld, Network]:
+    network = Network.of(table)
+    return MeasuredWorld(network.pairs, network.key, network.nodes.addresses), network
+
+
+def test_differences_come_back_finest_near_nothing():
+    difference = np.array([0.0, 1e-5, -3e-3, 0.2, -4.0])
+    for scale in (cells.OVER_TIME, cells.BETWEEN_PAIRS):
+        code = scale.encode(difference)
+        error = np.abs(scale.decode(code) - difference)
+        assert (error <= np.maximum(scale.unit, np.abs(difference)) / cells.STEPS).all()
+        assert (code >> 8).min() > 0  # byte 0 stands for nothing
+
+
+@pytest.mark.parametrize("scale", [0.5, 10.0])
+def test_the_grids_of_a_network_do_not_change_with_the_unit_of_its_rtts(scale):
+    # Away from the smallest RTT and with the same noise, only differences of logs are told.
+    a, b = np.array([0, 3, 5]), np.array([7, 2, 11])
+    grids = [
+        network_grids.network_grids(world_of(measured(scale=each))[0], a, b)
+        for each in (10.0, 10.0 * scale)
+    ]
+    apart = np.abs(grids[0].tokens.astype(int) - grids[1].tokens)
+    assert (apart > 1).mean() < 0.01
+    shift = grids[1].reference - grids[0].reference
+    np.testing.assert_allclose(shift, np.log(scale), atol=1e-3)
+
+
+def test_a_grid_does_not_show_its_own_pair():
+    table = measured()
+    world, network = world_of(table)
+    a, b = network.pairs.a[:5], network.pairs.b[:5]
+    shown = network_grids.network_grids(world, a, b)
+    for i in range(5):
+        others = np.arange(len(network.pairs.a)) != i
+        doubled = network.pairs.samples.copy()
+        doubled[i] += 0.5
+        changed = Pairs(network.pairs.a, network.pairs.b, doubled)
+        assert np.isfinite(network.pairs.samples[others]).any()
+        again = MeasuredWorld(changed, network.key, network.nodes.addresses)
+        # What else depends on the pair (coordinates, likeness) may move; its cell is not there.
+        last = network_grids.network_grids(again, a[i : i + 1], b[i : i + 1])
+        assert (last.tokens[0, -1] == cells.NOTHING) == (shown.tokens[i, -1] == cells.NOTHING)
+        assert world.weighted_median(a[i : i + 1], b[i : i + 1])[0].shape == (1,)
+
+
+def test_how_differently_nodes_measure_is_the_mean_over_their_common_partners():
+    table = measured()
+    world, network = world_of(table)
+    known = np.isfinite(world.log_rtt)
+    for i, j in ((0, 1), (2, 9), (4, 5)):
+        common = known[i] & known[j]
+        assert world.common[i, j] == common.sum()
+        total = np.abs(world.log_rtt[i] - world.log_rtt[j])[common].sum()
+        prior = world.difference[i, j] * (common.sum() + 1) - total
+        assert 0 < prior < 2  # one more partner differs as the estimates say
+    assert len(network.nodes) == world.n
+
+
+def test_the_estimate_and_the_neighbours_know_a_line_of_hosts():
+    table = measured(2000)
+    world, network = world_of(table)
+    a, b = network.pairs.a, network.pairs.b
+    actual = np.nanmedian(
+        np.where(np.isfinite(network.pairs.samples), network.pairs.samples, np.nan), 1
+    )
+    error = np.abs(world.estimate[a, b] - actual)
+    assert np.median(error) < 0.15
+
+
+def test_nothing_at_or_after_the_question_changes_a_history_grid():
+    table = measured(600, hosts=3)
+    asked = table.take(np.arange(300, 320))
+    whole = list(question_grids(asked, table))
+    before = table.take(table.time < asked.time.min())
+    changed = MeasurementTable.concat(
+        [before, dataclasses.replace(table, rtt=table.rtt * 7).take(table.time >= asked.time.max())]
+    )
+    first = asked.take(np.arange(1))
+    one = next(iter(question_grids(first, table)))[2]
+    other = next(iter(question_grids(first, changed)))[2]
+    np.testing.assert_array_equal(one.tokens, other.tokens)
+    assert sum(len(rows) for rows, *_ in whole) == len(asked)
+
+
+def test_a_history_grid_tells_the_median_of_three_and_the_last_value():
+    rtt = np.array([10.0, 12, 11, -1, 13])
+    series = PairSeries.of_series([(np.arange(5) * 60, rtt)])
+    grids = history_grids.history_grids(series, np.zeros(1, int), np.array([5]), np.array([300]))
+    assert grids.tokens.shape == (1, history_grids.HISTORY_TOKENS)
+    assert grids.reference[0] == pytest.approx(np.log(12), abs=1e-6)  # of 12, 11 and 13
+    row = grids.tokens[0, -(history_grids.ROW_TOKENS - cells.ANSWER_TOKENS) :].astype(int) - BYTE_0
+    last = row[4 + history_grids.SHORT : 6 + history_grids.SHORT]
+    told = cells.OVER_TIME.decode(last[0] * 256 + last[1])
+    assert told == pytest.approx(np.log(13 / 12), rel=1e-3)
+    assert row[3] == 1  # the newest was answered: none failed in a row
+
+
+def test_short_and_empty_pasts_are_told_as_far_as_they_go():
+    series = PairSeries.of_series([(np.arange(3) * 60, np.array([5.0, 6, 7]))])
+    for stop in (1, 2, 3):
+        grids = history_grids.history_grids(
+            series, np.zeros(1, int), np.array([stop]), np.array([999])
+        )
+        assert np.isfinite(grids.reference).all()
+        assert grids.tokens.min() >= GRID
+        assert grids.tokens.max() < VOCAB_SIZE
+    question = MeasurementTable.from_arrow(
+        {"src_addr": ["1.2.3.4"], "dst_addr": ["4.3.2.1"]}, questions=True
+    )
+    assert history_grids.lookup(PairSeries.of(measured(50)), question)[0].tolist() == [-1]
+
+
+def test_streams_are_a_pure_function_of_stream_and_number():
+    table = measured(3000, hosts=40)
+    one, other = (GridStreams(Network.of(table), length=260, seed=3) for _ in range(2))
+    for stream, number in ((0, 0), (1, 2), (0, 1)):
+        chunk, again = one.chunk(stream, number), other.chunk(stream, number)
+        for i in range(len(chunk)):
+            for got, wanted in zip(chunk.segments(i), again.segments(i), strict=True):
+                np.testing.assert_array_equal(got, wanted)
+            tokens, weights = chunk.segments(i)
+            assert all(len(t) == len(w) for t, w in zip(tokens, weights, strict=True))
+            assert sum(map(len, tokens)) <= 260
+            assert all(w[-3:].max() >= 1 for w in weights)
+
+
+def test_worlds_ask_only_about_pairs_that_they_do_not_know():
+    table = measured(4000, hosts=60)
+    network, rng = Network.of(table), np.random.default_rng(0)
+    drawn = 0
+    for _ in range(20):
+        world = worlds.draw_world(network.pairs, network.key, network.nodes.addresses, rng)
+        if world is not None:
+            drawn += 1
+            known, asked = world
+            assert not (known.answered + known.failed)[asked.a, asked.b].any()
+            a, b, log_rtt = worlds.draw_questions(known, asked, 10, rng)
+            assert a.shape == b.shape == log_rtt.shape
+            assert not np.isnan(log_rtt).any()
+    assert drawn > 10
+
+
+def test_what_a_run_keeps_comes_back_and_is_thinned_evenly(tmp_path):
+    table = measured(3000, hosts=3)
+    kept = thinned(table)
+    counts = np.unique(pair_keys(kept), return_counts=True)[1]
+    whole = np.unique(pair_keys(table), return_counts=True)[1]
+    assert (counts <= 160 + 16).all()
+    assert (counts >= np.minimum(whole, 160)).all()
+    write_known(tmp_path / "known.arrow", kept)
+    back = read_known(Location.of(tmp_path))
+    order = [np.lexsort((t.rtt, t.time)) for t in (kept, back)]
+    for name in ("time", "rtt", "src", "dst"):
+        one, other = (getattr(t, name)[o] for t, o in zip((kept, back), order, strict=True))
+        np.testing.assert_array_equal(one, other)
+
+
+def test_random_networks_are_symmetric_finite_and_of_many_scales():
+    medians = []
+    for seed in range(30):
+        rng = np.random.default_rng(seed)
+        network = random_network(rng)
+        assert 40 <= network.n <= 230
+        np.testing.assert_allclose(network.level, network.level.T, atol=1e-9)
+        a, b = np.triu_indices(network.n, 1)
+        log_rtt = network.measure(a, b, 4, rng)
+        assert not np.isnan(log_rtt).any()
+        medians.append(np.median(log_rtt[np.isfinite(log_rtt)]))
+    assert np.log(0.05) < min(medians) < max(medians) < np.log(5000)
+    assert np.std(medians) > 0.5
+    again = random_network(np.random.default_rng(29))
+    np.testing.assert_array_equal(again.level, network.level)
+
+
+def test_random_series_are_in_time_order_with_failures_below_zero():
+    failed = 0
+    for seed in range(30):
+        time, rtt = random_series(np.random.default_rng(seed), 500)
+        assert len(time) == len(rtt) > 300
+        assert (np.diff(time) > 0).all()
+        assert ((rtt > 0) | (rtt == -1)).all()
+        failed += (rtt < 0).sum()
+    assert failed > 0
