@@ -82,9 +82,7 @@ class Predictor:
             loaded.graphdef,
             loaded.params,
             max_tokens=config["train"]["seq_len"],
-            seen=_trained_addresses(config["data"])
-            if known is None
-            else Nodes(known.src, known.dst),
+            seen=seen,
             hide_unseen=config["train"]["hidden_source_fraction"] > 0,
             trained_on=config["data"],
             known=known,
