@@ -20,7 +20,7 @@ PROBES, DAYS, MEASUREMENTS = 100, 7.0, 200_000
 SCORED, EXTRACTED = 2000, 200
 TRAINING = {
     "preset": "tiny",
-    "steps": 1200,
+    "steps": 400,
     "batch_size": 8,
     "seq_len": 208,  # two grids
     "grid_fraction": 0.875,

@@ -7,12 +7,15 @@ from ping_llm.data import cells, history_grids, network_grids, worlds
 from ping_llm.data.grid_streams import GridStreams
 from ping_llm.data.history_grids import PairSeries
 from ping_llm.data.network import Network, read_known, thinned, write_known
+from ping_llm.data.pipeline import TrainLoader, eval_batches
 from ping_llm.data.questions import question_grids
 from ping_llm.estimators.pairs import pair_keys
 from ping_llm.estimators.world import MeasuredWorld, Pairs
+from ping_llm.ingest.prepare import prepare_data
 from ping_llm.measurements import MeasurementTable
 from ping_llm.simulation.random_networks import random_network
 from ping_llm.simulation.random_series import random_series
+from ping_llm.simulation.simulate import simulate
 from ping_llm.storage import Location
 from ping_llm.tokenizer import BYTE_0, GRID, VOCAB_SIZE
 
@@ -213,3 +216,39 @@ def test_random_series_are_in_time_order_with_failures_below_zero():
         assert ((rtt > 0) | (rtt == -1)).all()
         failed += (rtt < 0).sum()
     assert failed > 0
+
+
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("rows")
+    pings = directory / "pings.parquet"
+    simulate(str(pings), probes=12, days=2.0, measurements=3000)
+    prepare_data([str(pings)], output=str(directory / "rows"))
+    return directory / "rows"
+
+
+def test_batches_with_grids_go_on_where_they_stopped_on_any_number_of_processes(rows):
+    settings = {"batch_size": 4, "seq_len": 256, "seed": 3, "grid_fraction": 0.5}
+    with TrainLoader(rows, **settings) as loader:
+        whole = [next(loader) for _ in range(3)]
+        state = loader.get_state()
+        whole += [next(loader) for _ in range(3)]
+    assert any((batch.inputs == GRID).any() for batch in whole)
+    assert any((batch.mask == 2).any() for batch in whole)  # what tells most of an answer
+    for process in range(2):
+        with TrainLoader(rows, **settings, process_index=process, process_count=2) as loader:
+            loader.set_state(state)
+            for wanted in whole[3:]:
+                got, own = next(loader), slice(2 * process, 2 * process + 2)
+                for name in ("inputs", "segment_ids", "mask"):
+                    np.testing.assert_array_equal(getattr(got, name), getattr(wanted, name)[own])
+
+
+def test_fixed_batches_ask_about_a_split_from_the_train_rows(rows):
+    settings = {"batch_size": 4, "seq_len": 256, "count": 2, "grid_fraction": 0.5}
+    batches = eval_batches(rows, "test", **settings)
+    again = eval_batches(rows, "test", **settings)
+    assert len(batches) == 2
+    for one, other in zip(batches, again, strict=True):
+        np.testing.assert_array_equal(one.inputs, other.inputs)
+        assert (one.inputs == GRID).any(axis=1).sum() == 2
