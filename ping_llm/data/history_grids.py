@@ -12,6 +12,7 @@ what came before a moment is known at it.
 """
 
 import dataclasses
+import functools
 
 import numpy as np
 
@@ -93,25 +94,34 @@ class PairSeries:
         counts = np.diff(self.start).astype(float)
         return float((counts**2).sum() / max(counts.sum(), 1))
 
-    def first_at(self, pair: np.ndarray, time: np.ndarray, among: np.ndarray | None) -> np.ndarray:
+    @functools.cached_property
+    def _bounds(self) -> tuple[int, int]:
+        """Returns the first and the last known time; of none, one second."""
+        known = self.time[self.time != NO_TIME]
+        return (int(known.min()), int(known.max())) if len(known) else (0, 0)
+
+    def _ranked(self, pair: np.ndarray, time: np.ndarray) -> np.ndarray:
+        """Returns numbers that order measurements by pair and time, unknown times first."""
+        oldest, newest = self._bounds
+        known = np.clip(time, oldest, newest + 1) - oldest + 1
+        return pair * (newest - oldest + 3) + np.where(time == NO_TIME, 0, known)
+
+    @functools.cached_property
+    def _ranks(self) -> tuple[np.ndarray, np.ndarray]:
+        """Returns the ranks of all measurements, and of the answered ones."""
+        owner = np.repeat(np.arange(len(self.key)), np.diff(self.start))
+        ranks = self._ranked(owner, self.time)
+        return ranks, ranks[self.answer]
+
+    def first_at(self, pair: np.ndarray, time: np.ndarray, *, answered: bool) -> np.ndarray:
         """Returns the first measurement of each pair at `time` or later [q], or where it would be.
 
         Args:
             pair: Which pairs [q].
             time: When [q].
-            among: Indices of those that count, ascending; None: all. The result is one of these.
+            answered: Whether only answered ones count; the result is then an index in `answer`.
         """
-        index = np.arange(len(self.time)) if among is None else among
-        oldest = self.time[self.time != NO_TIME].min(initial=2**62)
-        newest = max(int(self.time.max(initial=0)), int(oldest))
-        span = newest - int(oldest) + 3
-
-        def ranked(pair: np.ndarray, time: np.ndarray) -> np.ndarray:
-            known = np.clip(time, oldest, newest + 1) - oldest + 1
-            return pair * span + np.where(time == NO_TIME, 0, known)
-
-        owner = np.searchsorted(self.start, index, side="right") - 1
-        return np.searchsorted(ranked(owner, self.time[index]), ranked(pair, time))
+        return np.searchsorted(self._ranks[answered], self._ranked(pair, time))
 
 
 def lookup(
@@ -127,7 +137,7 @@ def lookup(
     if not len(series.key):
         return pair, pair, questions.time
     end = series.start[there + 1]
-    stop = np.where(questions.has_time, series.first_at(there, questions.time, None), end)
+    stop = np.where(questions.has_time, series.first_at(there, questions.time, answered=False), end)
     answered = series.answered[stop] > series.answered[series.start[there]]
     return np.where(answered, pair, -1), stop - series.start[there], questions.time
 
@@ -277,7 +287,7 @@ def _lagged(series, pair, low, high, when, lag: int, either_side: int) -> np.nda
     if not len(series.answer) or not len(some):
         return result
     wanted = when[some] - lag
-    at = series.first_at(pair[some], wanted, series.answer)
+    at = series.first_at(pair[some], wanted, answered=True)
     inside = (at - either_side >= low[some]) & (at + either_side < high[some])
     at = np.where(inside, at, either_side)
     off = np.abs(series.time[series.answer[np.minimum(at, len(series.answer) - 1)]] - wanted)

@@ -147,8 +147,14 @@ def read_known(run: Location) -> MeasurementTable:
     file = run / KNOWN
     if not file.is_file():
         raise CheckpointError(f"{run} lacks {KNOWN}, what it knows of its network; train it again")
-    with file.open_input() as source, pa.ipc.open_file(source) as reader:
-        batches = [
-            RowBatch.from_arrow(reader.get_batch(i)) for i in range(reader.num_record_batches)
-        ]
+    try:
+        batches = _read_batches(file)
+    except (pa.ArrowInvalid, OSError) as error:
+        raise CheckpointError(f"{file} is damaged ({error}); train the run again") from None
     return MeasurementTable.concat([batch.to_table() for batch in batches])
+
+
+def _read_batches(file: Location) -> list[RowBatch]:
+    with file.open_input() as source, pa.ipc.open_file(source) as reader:
+        batches = map(reader.get_batch, range(reader.num_record_batches))
+        return [RowBatch.from_arrow(batch) for batch in batches]

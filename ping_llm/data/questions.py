@@ -12,7 +12,6 @@ from ping_llm.errors import DataError
 from ping_llm.measurements import MeasurementTable
 
 AT_ONCE = 512  # questions whose grids are made at once
-KINDS = ("network", "history")
 
 
 def question_grids(

@@ -29,6 +29,9 @@ from ping_llm.training.step import make_eval_step
 
 FIELD_BATCHES, FIELD_BATCH_SIZE = 4, 8
 
+# What a run that learnt grids is given.
+GRIDS = "grids of what the other methods know; `model_online`: of all that came before"
+
 Scores = dict[str, dict[str, Any]]
 
 
@@ -163,7 +166,7 @@ def _evaluate(chosen: EvaluateSettings) -> EvaluationResult:
         n_failed=len(rows) - n,
         rows_available=task.available,
         pairs=len(np.unique(pair_keys(rows))),
-        context=task.context,
+        context=task.context if predictor.known is None else GRIDS,
         trained_on_this_data=prepared
         and data_fingerprint(data) == predictor.trained_on["fingerprint"],
         unseen_fraction=None if unseen is None else float(unseen.any(axis=1).mean()),
