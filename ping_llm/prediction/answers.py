@@ -3,7 +3,6 @@
 import dataclasses
 import hashlib
 import json
-from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -13,12 +12,8 @@ from ping_llm import outputs, storage
 from ping_llm.data.questions import question_grids
 from ping_llm.measurements import MeasurementTable
 from ping_llm.prediction import reading
-from ping_llm.prediction.calibration import UNCALIBRATED, Calibration, calibrate
-from ping_llm.prediction.distribution import Distribution
+from ping_llm.prediction.calibration import UNCALIBRATED, Answers, Calibration, calibrate
 from ping_llm.storage import Location
-
-# Questions by number, their answers, and how many measurements each was drawn from.
-Answers = Iterator[tuple[np.ndarray, Distribution, np.ndarray]]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -21,6 +21,7 @@ SHARE, PAIRS = 10, 400  # one pair in ten is left out, up to so many
 UNIFORM = 20  # levels added as if the model were calibrated
 FEWEST = 20  # pairs
 
+# Questions by number, their answers, and how many measurements each was drawn from.
 Answers = Iterator[tuple[np.ndarray, Distribution, np.ndarray]]
 
 
