@@ -140,7 +140,10 @@ def _forgotten(
     past = position - series.start[pair]
     left = np.exp(rng.uniform(0, np.log(history_grids.LONGEST), len(past))).astype(np.int64)
     few = rng.random(len(past)) < FORGETFUL_FRACTION
-    return np.where(few, np.maximum(past - left, 0), 0)
+    forgotten = np.where(few, np.maximum(past - left, 0), 0)
+    # Something that was answered must be left to tell the answer against.
+    told = series.answered[position] > series.answered[series.start[pair] + forgotten]
+    return np.where(told, forgotten, 0)
 
 
 def eval_sequences(

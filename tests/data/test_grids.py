@@ -3,7 +3,7 @@ import dataclasses
 import numpy as np
 import pytest
 
-from ping_llm.data import cells, history_grids, network_grids, worlds
+from ping_llm.data import cells, grid_streams, history_grids, network_grids, worlds
 from ping_llm.data.grid_streams import GridStreams
 from ping_llm.data.history_grids import PairSeries
 from ping_llm.data.network import Network, read_known, thinned, write_known
@@ -252,3 +252,15 @@ def test_fixed_batches_ask_about_a_split_from_the_train_rows(rows):
     for one, other in zip(batches, again, strict=True):
         np.testing.assert_array_equal(one.inputs, other.inputs)
         assert (one.inputs == GRID).any(axis=1).sum() == 2
+
+
+def test_series_that_often_fail_have_something_to_tell_each_answer_against():
+    rng = np.random.default_rng(0)
+    drawn = [(np.arange(200) * 60, np.where(rng.random(200) < 0.8, -1, 5.0)) for _ in range(5)]
+    series = PairSeries.of_series(drawn)
+    position = history_grids.moments(series)
+    for _ in range(5):
+        forgotten = grid_streams._forgotten(position, series, rng)
+        assert forgotten.any()
+        grids, _ = history_grids.at_moments(series, position, forgotten)
+        assert np.isfinite(grids.reference).all()
