@@ -75,12 +75,14 @@ class Grids:
         weights: How much predicting each token counts in training [q, T], float32.
         reference: The log RTT that the answer is told as a difference to [q], float64.
         scale: How that difference is coded.
+        shown: How many measurements the cells stand for [q].
     """
 
     tokens: np.ndarray
     weights: np.ndarray
     reference: np.ndarray
     scale: Scale
+    shown: np.ndarray
 
 
 def answer_tokens(difference: np.ndarray, scale: Scale) -> tuple[np.ndarray, np.ndarray]:

@@ -16,6 +16,7 @@ from ping_llm.data.cells import Grids
 from ping_llm.data.network import Network
 from ping_llm.data.questions import question_grids
 from ping_llm.data.rows import ProbeRows
+from ping_llm.errors import ConfigError
 from ping_llm.estimators.pairs import pair_keys
 from ping_llm.estimators.world import MeasuredWorld, Pairs, log_rtt_of
 from ping_llm.hashing import mix
@@ -35,6 +36,11 @@ LONG_SERIES = 10  # measurements of a pair that make it worth asking over time
 FORGETFUL_FRACTION = 0.25  # of the questions over time, so that short pasts are learnt
 EVAL_SEED = 20_130_101
 TRIES = 20  # worlds drawn until one has enough of everything
+# Of either kind, answered.
+LONGEST_GRID = max(network_grids.GRID_TOKENS, history_grids.HISTORY_TOKENS) + cells.ANSWER_TOKENS
+
+# The tokens of each segment of a sequence; how much predicting each token counts, None: 1.
+Segments = tuple[list[np.ndarray], list[np.ndarray] | None]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,8 +57,8 @@ class GridChunk:
     def __len__(self) -> int:
         return len(self.sequences)
 
-    def segments(self, sequence: int) -> tuple[list[np.ndarray], list[np.ndarray]]:
-        """Returns (tokens, weights) of each grid of one sequence."""
+    def segments(self, sequence: int) -> Segments:
+        """Returns the grids of one sequence."""
         tokens, weights = self.sequences[sequence]
         return list(tokens), list(weights)
 
@@ -82,6 +88,19 @@ class _Series:
         position = self.moments[rng.integers(len(self.moments), size=count)]
         forgotten = _forgotten(position, self.series, rng)
         return history_grids.at_moments(self.series, position, forgotten)
+
+
+def check_length(length: int) -> None:
+    """Checks that sequences of `length` tokens hold any one grid.
+
+    Raises:
+        ConfigError: They do not.
+    """
+    if length < LONGEST_GRID:
+        raise ConfigError(
+            f"seq_len={length - 1} is too short for a grid; set it to {LONGEST_GRID - 1} or more, "
+            "or grid_fraction to 0"
+        )
 
 
 class GridStreams:
@@ -142,13 +161,12 @@ def _forgotten(
     few = rng.random(len(past)) < FORGETFUL_FRACTION
     forgotten = np.where(few, np.maximum(past - left, 0), 0)
     # Something that was answered must be left to tell the answer against.
-    told = series.answered[position] > series.answered[series.start[pair] + forgotten]
+    end = series.first_at(pair, series.time[position], answered=False)
+    told = series.answered[end] > series.answered[np.minimum(series.start[pair] + forgotten, end)]
     return np.where(told, forgotten, 0)
 
 
-def eval_sequences(
-    rows: ProbeRows, data: str | Path, *, length: int, count: int
-) -> list[tuple[list[np.ndarray], list[np.ndarray]]]:
+def eval_sequences(rows: ProbeRows, data: str | Path, *, length: int, count: int) -> list[Segments]:
     """Returns `count` fixed sequences of grids about measurements of a split.
 
     What is known are the train rows; and of data split by time what came before each question, of
@@ -169,8 +187,7 @@ def eval_sequences(
         given = pair_keys(asked) % np.uint64(2) == 0
         known = MeasurementTable.concat([known, asked.take(given)])
         asked = asked.take(~given)
-    longest = max(network_grids.GRID_TOKENS, history_grids.HISTORY_TOKENS) + cells.ANSWER_TOKENS
-    each = length // longest
+    each = length // LONGEST_GRID
     if not count or not len(asked):
         return []
     asked = asked.take(rng.integers(len(asked), size=count * each))
@@ -179,7 +196,7 @@ def eval_sequences(
     tokens: list[Any] = [None] * len(asked)
     weights = tokens.copy()
     log_rtt = log_rtt_of(asked.rtt)
-    for index, _, grids, _ in question_grids(asked, known, history):
+    for index, _, grids in question_grids(asked, known, history):
         for i, *segment in zip(index, *cells.answered(grids, log_rtt[index]), strict=True):
             tokens[i], weights[i] = segment
     return [(tokens[i : i + each], weights[i : i + each]) for i in range(0, len(tokens), each)]

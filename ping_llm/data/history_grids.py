@@ -27,7 +27,7 @@ from ping_llm.data.cells import (
     low_byte,
 )
 from ping_llm.estimators.pairs import lookup as find
-from ping_llm.estimators.pairs import pair_keys, runs
+from ping_llm.estimators.pairs import pair_keys, runs, without_repeats
 from ping_llm.estimators.world import log_rtt_of
 from ping_llm.measurements import NO_TIME, MeasurementTable
 from ping_llm.tokenizer import BYTE_0, GRID
@@ -68,11 +68,10 @@ class PairSeries:
     @classmethod
     def of(cls, measurements: MeasurementTable) -> "PairSeries":
         """Returns the series of all pairs of a table, either direction in one."""
+        measurements = without_repeats(measurements)
         key = pair_keys(measurements)
-        order = np.lexsort((measurements.time, key))
-        starts, _ = runs(key[order])
-        log_rtt = log_rtt_of(measurements.rtt[order])
-        return cls._made(key[order][starts], starts, measurements.time[order], log_rtt)
+        starts, _ = runs(key)
+        return cls._made(key[starts], starts, measurements.time, log_rtt_of(measurements.rtt))
 
     @classmethod
     def of_series(cls, series: list[tuple[np.ndarray, np.ndarray]]) -> "PairSeries":
@@ -143,10 +142,17 @@ def lookup(
 
 
 def moments(series: PairSeries) -> np.ndarray:
-    """Returns the measurements that came after an answered one of their pair [k]."""
-    owner = np.repeat(np.arange(len(series.key)), np.diff(series.start))
-    before = series.answered[:-1] - series.answered[series.start[owner]]
-    return np.flatnonzero(before > 0)
+    """Returns the measurements at a known time that an earlier one of their pair answered [k]."""
+    position = np.arange(len(series.time))
+    pair, stop = _before(series, position)
+    told = series.answered[stop] > series.answered[series.start[pair]]
+    return np.flatnonzero(told & (series.time != NO_TIME))
+
+
+def _before(series: PairSeries, position: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Returns (the pair of each measurement, the first of it that is not strictly earlier) [q]."""
+    pair = np.searchsorted(series.start, position, side="right") - 1
+    return pair, series.first_at(pair, series.time[position], answered=False)
 
 
 def at_moments(
@@ -159,9 +165,9 @@ def at_moments(
         position: Which measurements.
         forgotten: How many of the oldest measurements are not known [q]; None: 0.
     """
-    pair = np.searchsorted(series.start, position, side="right") - 1
-    stop, time = position - series.start[pair], series.time[position]
-    return history_grids(series, pair, stop, time, forgotten), series.log_rtt[position]
+    pair, end = _before(series, position)
+    grids = history_grids(series, pair, end - series.start[pair], series.time[position], forgotten)
+    return grids, series.log_rtt[position]
 
 
 def history_grids(
@@ -205,7 +211,8 @@ def history_grids(
             answer = answer_tokens(series.log_rtt[at[told]] - reference[told], OVER_TIME)
             row[told, -ANSWER_TOKENS:], weight[told, -ANSWER_TOKENS:] = answer
     tokens, weights = tokens[:, :-ANSWER_TOKENS], weights[:, :-ANSWER_TOKENS]
-    return Grids(tokens.astype(np.uint16), weights, reference, OVER_TIME)
+    shown = np.minimum(end - first, LONGEST)
+    return Grids(tokens.astype(np.uint16), weights, reference, OVER_TIME, shown)
 
 
 def _row(

@@ -12,7 +12,7 @@ import numpy as np
 import pyarrow as pa
 
 from ping_llm.data.history_grids import PairSeries
-from ping_llm.data.rows import MEASURED, ROW_SCHEMA, RowBatch
+from ping_llm.data.rows import MEASURED, ROW_SCHEMA, RowBatch, checked
 from ping_llm.errors import CheckpointError
 from ping_llm.estimators.pairs import Nodes, pair_keys, runs
 from ping_llm.estimators.world import MEASUREMENTS_KEPT, MeasuredWorld, Pairs
@@ -156,5 +156,6 @@ def read_known(run: Location) -> MeasurementTable:
 
 def _read_batches(file: Location) -> list[RowBatch]:
     with file.open_input() as source, pa.ipc.open_file(source) as reader:
-        batches = map(reader.get_batch, range(reader.num_record_batches))
-        return [RowBatch.from_arrow(batch) for batch in batches]
+        if reader.schema != ROW_SCHEMA:
+            raise pa.ArrowInvalid("it holds other columns than probe rows have")
+        return [checked(reader.get_batch(i)) for i in range(reader.num_record_batches)]

@@ -86,17 +86,8 @@ def network_grids(world: MeasuredWorld, a: np.ndarray, b: np.ndarray) -> Grids:
 
     tokens = np.concatenate([header, body.reshape(q, -1)[:, :-3]], axis=1).astype(np.uint16)
     weights = np.concatenate([np.zeros(header.shape), weight.reshape(q, -1)[:, :-3]], axis=1)
-    return Grids(tokens, weights.astype(np.float32), reference, BETWEEN_PAIRS)
-
-
-def measurements_shown(world: MeasuredWorld, a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """Returns how many measurements the cells of the grids of questions stand for [q], int32."""
-    columns = np.concatenate([world.likes(a, b, COLUMNS), b[:, None]], axis=1)
-    rows = np.concatenate([world.likes(b, a, ROWS), a[:, None]], axis=1)
-    there = (rows >= 0)[:, :, None] & (columns >= 0)[:, None, :]
-    there[:, -1, -1] = False
-    answered = world.answered[np.maximum(rows, 0)[:, :, None], np.maximum(columns, 0)[:, None, :]]
-    return np.where(there, answered, 0).sum(axis=(1, 2)).astype(np.int32)
+    shown = np.where(there, world.answered[cell], 0).sum(axis=(1, 2))
+    return Grids(tokens, weights.astype(np.float32), reference, BETWEEN_PAIRS, shown)
 
 
 # A row of log RTTs [2.0, -, 2.5] under one of [1.8, 1.9, -], "-" unknown: the first row is told as

@@ -19,7 +19,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from ping_llm.data import windows
-from ping_llm.data.grid_streams import GridStreams, eval_sequences
+from ping_llm.data.grid_streams import GridStreams, Segments, check_length, eval_sequences
 from ping_llm.data.network import Network
 from ping_llm.data.rows import ProbeRows, data_fingerprint
 from ping_llm.data.windows import WindowConfig
@@ -54,11 +54,10 @@ class _PackedWindows:
     def __len__(self) -> int:
         return len(self.sequences)
 
-    def segments(self, sequence: int) -> tuple[list[np.ndarray], list[np.ndarray]]:
-        """Returns (the tokens of each window of one sequence, how much predicting each counts)."""
+    def segments(self, sequence: int) -> Segments:
+        """Returns the tokens of each window of one sequence, all of which count alike."""
         offsets = self.offsets
-        tokens = [self.tokens[offsets[w] : offsets[w + 1]] for w in self.sequences[sequence]]
-        return tokens, [np.ones(len(each), np.float32) for each in tokens]
+        return [self.tokens[offsets[w] : offsets[w + 1]] for w in self.sequences[sequence]], None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,8 +93,8 @@ class _Chunk(Protocol):
 
     def __len__(self) -> int: ...
 
-    def segments(self, sequence: int) -> tuple[list[np.ndarray], list[np.ndarray]]:
-        """Returns (the tokens of each segment of one sequence, how much predicting each counts)."""
+    def segments(self, sequence: int) -> Segments:
+        """Returns one sequence."""
         ...
 
 
@@ -124,6 +123,7 @@ class _Streams:
         self._grid_streams = round(grid_fraction * batch_size)  # the first ones
         self._window_streams = batch_size - self._grid_streams
         if self._grid_streams:
+            check_length(self.length)
             network = Network.of(rows.to_table())
             self._grids = GridStreams(network, length=self.length, seed=seed)
         if self._window_streams:
@@ -164,7 +164,7 @@ class _Reader:
         read = [self._next_of(i) for i in range(len(self._numbers))]
         return _batch(read, self._streams.length), list(self._positions)
 
-    def _next_of(self, i: int) -> tuple[list[np.ndarray], list[np.ndarray]]:
+    def _next_of(self, i: int) -> Segments:
         """Returns the segments of the next sequence of stream i, and moves it on."""
         number, sequence = divmod(self._positions[i], MAX_CHUNK_WINDOWS)
         chunk = self._chunks[i]
@@ -177,10 +177,16 @@ class _Reader:
         return chunk.segments(sequence)
 
 
-def _batch(sequences: Sequence[tuple[list[np.ndarray], list[np.ndarray]]], length: int) -> Batch:
-    """Returns the batch of sequences as `_Chunk.segments` gives them."""
-    tokens, weights = zip(*sequences, strict=True)
-    return next_token_batch(*pack(tokens, length), list(itertools.chain(*weights)))
+def _batch(sequences: Sequence[Segments], length: int) -> Batch:
+    """Returns the batch of some sequences of segments."""
+    packed = pack([tokens for tokens, _ in sequences], length)
+    if all(weights is None for _, weights in sequences):
+        return next_token_batch(*packed)
+    weights = [
+        [np.ones(len(each), np.float32) for each in tokens] if weights is None else weights
+        for tokens, weights in sequences
+    ]
+    return next_token_batch(*packed, list(itertools.chain(*weights)))
 
 
 class TrainLoader(contextlib.AbstractContextManager):
@@ -224,9 +230,10 @@ class TrainLoader(contextlib.AbstractContextManager):
             raise ConfigError(f"{batch_size=} must be a positive multiple of {process_count=}")
         settings = {"batch_size": batch_size, "seq_len": seq_len, "seed": seed}
         self._source = _Streams(data, config=window_config, grid_fraction=grid_fraction, **settings)
-        more = {"grid_fraction": grid_fraction} if grid_fraction else {}
         windows_like = dataclasses.asdict(window_config)
-        self._settings = {"data": data_fingerprint(data), **settings, **windows_like, **more}
+        self._settings = {"data": data_fingerprint(data), **settings, **windows_like}
+        if grid_fraction:  # checkpoints from before there were grids do not name it
+            self._settings["grid_fraction"] = grid_fraction
         share = batch_size // process_count
         self.streams = range(process_index * share, (process_index + 1) * share)
         self._positions = [0] * share

@@ -5,9 +5,9 @@ from collections.abc import Iterator
 import numpy as np
 
 from ping_llm.data.cells import Grids
-from ping_llm.data.history_grids import LONGEST, PairSeries, history_grids, lookup
+from ping_llm.data.history_grids import PairSeries, history_grids, lookup
 from ping_llm.data.network import Network
-from ping_llm.data.network_grids import measurements_shown, network_grids
+from ping_llm.data.network_grids import network_grids
 from ping_llm.errors import DataError
 from ping_llm.measurements import MeasurementTable
 
@@ -16,8 +16,8 @@ AT_ONCE = 512  # questions whose grids are made at once
 
 def question_grids(
     questions: MeasurementTable, known: MeasurementTable, history: MeasurementTable | None = None
-) -> Iterator[tuple[np.ndarray, str, Grids, np.ndarray]]:
-    """Yields (questions, kind, their grids, measurements shown) until all have had their turn.
+) -> Iterator[tuple[np.ndarray, str, Grids]]:
+    """Yields (questions, kind, their grids) until all have had their turn.
 
     A pair that was measured before the question is shown over time, another one among the sources
     and destinations that are most like its own.
@@ -36,15 +36,12 @@ def question_grids(
     series = network.series if history is None else PairSeries.of(history)
     pair, stop, time = lookup(series, questions)
     for rows in _blocks(np.flatnonzero(pair >= 0)):
-        grids = history_grids(series, pair[rows], stop[rows], time[rows])
-        yield rows, "history", grids, np.minimum(stop[rows], LONGEST)
+        yield rows, "history", history_grids(series, pair[rows], stop[rows], time[rows])
     others = np.flatnonzero(pair < 0)
     for rows, world, a, b in network.worlds(questions.take(others)):
         a, b = world.oriented(a, b)
         for block in _blocks(np.arange(len(rows))):
-            ends = a[block], b[block]
-            shown = measurements_shown(world, *ends)
-            yield others[rows[block]], "network", network_grids(world, *ends), shown
+            yield others[rows[block]], "network", network_grids(world, a[block], b[block])
 
 
 def _blocks(rows: np.ndarray) -> Iterator[np.ndarray]:

@@ -265,14 +265,14 @@ def read_rows(path: Path) -> list[RowBatch]:
             if reader.schema != ROW_SCHEMA:
                 found = ", ".join(f"{field.name} {field.type}" for field in reader.schema)
                 raise DataError(f"{path} does not hold probe rows, but columns {found}")
-            return [_checked(reader.get_batch(i)) for i in range(reader.num_record_batches)]
+            return [checked(reader.get_batch(i)) for i in range(reader.num_record_batches)]
     except (pa.ArrowInvalid, OSError) as error:
         raise DataError(
             f"{path} is not a readable Arrow file: {error}; prepare the data again"
         ) from None
 
 
-def _checked(batch: pa.RecordBatch) -> RowBatch:
+def checked(batch: pa.RecordBatch) -> RowBatch:
     """Returns the rows of a batch whose file may be damaged: Arrow aborts on impossible offsets."""
     batch.validate(full=True)  # looks at offsets only, not at every value
     if any(column.null_count for column in batch.columns):

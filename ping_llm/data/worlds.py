@@ -7,6 +7,7 @@ answers about a network that it has never seen.
 import numpy as np
 
 from ping_llm.estimators.world import MeasuredWorld, Pairs
+from ping_llm.simulation.random_series import log_uniform
 
 LARGEST, DENSE_FROM = 450, 230  # nodes
 SMALLEST = 40
@@ -55,7 +56,7 @@ def _some_nodes(pairs: Pairs, n: int, dense: bool, rng: np.random.Generator) -> 
 
 def _some_pairs(pairs: Pairs, n: int, dense: bool, rng: np.random.Generator) -> np.ndarray:
     """Returns which pairs are known: a share of all, of popular nodes more, of some nodes few."""
-    share = rng.uniform(0.8, 0.95) if dense or rng.random() < 0.35 else _between(0.03, 0.9, rng)
+    share = rng.uniform(0.8, 0.95) if dense or rng.random() < 0.35 else log_uniform(rng, 0.03, 0.9)
     if dense and rng.random() < 0.6:
         return rng.random(len(pairs.a)) < share
     uneven = rng.choice([0.0, 0.0, 0.5, 1.0])
@@ -84,10 +85,6 @@ def _some_measurements(pairs: Pairs, dense: bool, rng: np.random.Generator) -> P
     samples = np.take_along_axis(pairs.samples, index, axis=1)
     repeated = np.diff(index, axis=1, prepend=-1) == 0
     return Pairs(pairs.a, pairs.b, np.where(repeated, np.nan, samples).astype(np.float32))
-
-
-def _between(low: float, high: float, rng: np.random.Generator) -> float:
-    return float(np.exp(rng.uniform(np.log(low), np.log(high))))
 
 
 def draw_questions(

@@ -32,6 +32,20 @@ def pair_keys(measurements: MeasurementTable) -> np.ndarray:
     return mix(np.minimum(src, dst), np.maximum(src, dst))
 
 
+def without_repeats(measurements: MeasurementTable) -> MeasurementTable:
+    """Returns measurements each once, in the order of their pairs and times.
+
+    Rows prepared with both ends hold each twice, turned round. What has the same pair, time and RTT
+    is one measurement; those without a time are all kept.
+    """
+    key = pair_keys(measurements)
+    order = np.lexsort((measurements.rtt, measurements.time, key))
+    columns = (key[order], measurements.time[order], measurements.rtt[order])
+    same = np.all([each[1:] == each[:-1] for each in columns], axis=0)
+    repeated = np.append(False, same)[: len(order)] & measurements.has_time[order]
+    return measurements.take(order[~repeated])
+
+
 def runs(ordered: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Returns (where each run of equal values starts in a sorted array, its length)."""
     starts = np.flatnonzero(np.r_[True, ordered[1:] != ordered[:-1]][: len(ordered)])

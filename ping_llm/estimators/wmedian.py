@@ -57,7 +57,7 @@ class _Likeness:
         steps = [step for step in 2 ** np.arange(8) if step < len(order)]
         one = np.concatenate([order[:0], *(order[:-step] for step in steps)])
         other = np.concatenate([order[:0], *(order[step:] for step in steps)])
-        band = _prefix_class(self.addresses[one], self.addresses[other])
+        band = prefix_class(self.addresses[one], self.addresses[other])
         total, common = (
             np.bincount(band, each, len(PREFIX_DIFFERENCE)) for each in self._compare(one, other)
         )
@@ -86,13 +86,13 @@ class _Likeness:
             apart = np.abs(self.expected[one[rows]] - self.expected[other[rows]])
             prior[rows] = apart.mean(axis=1)
         prior = np.fmin(1.2 * self.typical, prior + unsure[one] + unsure[other])
-        band = _prefix_class(address, self.addresses[other])
+        band = prefix_class(address, self.addresses[other])
         prior = np.where(band >= 2, np.minimum(prior, self.by_prefix[band]), prior)
         prior += 1e-5 * (len(PREFIX_BITS) - band)  # of nodes as near, that of the longer prefix
         return np.where(one == other, NEAREST, np.maximum((total + prior) / (common + 1), NEAREST))
 
 
-def _prefix_class(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+def prefix_class(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     """Returns how many of `PREFIX_BITS` addresses share [n]."""
     bits = addresses.common_prefix_length(a, b)
     bits = np.where(addresses.family(a) == 4, bits, bits // 2)

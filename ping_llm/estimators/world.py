@@ -8,9 +8,16 @@ import dataclasses
 
 import numpy as np
 
-from ping_llm import addresses
 from ping_llm.estimators.coordinates import embed
-from ping_llm.estimators.pairs import MIN_RTT_MS, Nodes, runs
+from ping_llm.estimators.pairs import MIN_RTT_MS, Nodes, runs, without_repeats
+from ping_llm.estimators.wmedian import (
+    PREFIX_BITS,
+    PREFIX_DIFFERENCE,
+    PREFIX_PRIOR,
+    REFERENCES,
+    UNKNOWN_DIFFERENCE,
+    prefix_class,
+)
 from ping_llm.hashing import mix
 from ping_llm.measurements import MeasurementTable
 
@@ -23,12 +30,6 @@ FACTOR_SWEEPS = 6
 BIAS_PENALTY = 0.5
 HELD_OUT = 0.1
 
-REFERENCES = 64  # nodes to which the factor model says how alike two others measure
-UNKNOWN_DIFFERENCE = 0.5  # in log RTT, where no two nodes have partners in common
-# Of 32 bits; those of IPv6 count half. Sharing fewer than 16 says nothing.
-PREFIX_BITS = (12, 16, 20, 24, 28)
-PREFIX_DIFFERENCE = np.array([1, 0.9, 0.7, 0.5, 0.3, 0.2])  # of the usual one, until measured
-PREFIX_PRIOR = 20  # common partners that say so
 SHARPNESS = 4.0  # how much more a more alike node counts
 USUAL_DIFFERENCE = 0.03  # of weight 1
 NEIGHBOURS = 64  # of most weight, in a weighted median
@@ -72,6 +73,7 @@ class Pairs:
 
         Of more than 16 those are kept that divide the pair's measurements, in time order, evenly.
         """
+        measurements = without_repeats(measurements)
         src, dst = nodes.lookup(measurements.src), nodes.lookup(measurements.dst)
         key = np.minimum(src, dst) * len(nodes) + np.maximum(src, dst)
         order = np.lexsort((measurements.time, key))
@@ -226,6 +228,8 @@ class MeasuredWorld:
         # Not nodes without a measurement, which may be anything that someone asks about.
         measured = np.flatnonzero(self.degree)
         references = self.estimate[:, measured[np.argsort(key[measured])[:REFERENCES]]]
+        if not len(measured):
+            references = np.zeros((n, 1))
         expected = np.array([np.abs(row - references).mean(axis=1) for row in references])
         unsure = 0.6 * typical / np.sqrt(1 + self.degree)
         prior = np.minimum(1.2 * typical, expected + unsure[:, None] + unsure)
@@ -246,7 +250,7 @@ class MeasuredWorld:
         address: np.ndarray,
     ) -> np.ndarray:
         """Returns `prior`, smaller where addresses share so long a prefix that it says more."""
-        band = np.array([_prefix_class(np.broadcast_to(each, self.n), address) for each in address])
+        band = np.array([prefix_class(np.broadcast_to(each, self.n), address) for each in address])
         classes = len(PREFIX_DIFFERENCE)
         sums, counts = (
             np.bincount(band.ravel(), each.ravel(), classes) for each in (total, common)
@@ -266,7 +270,7 @@ class MeasuredWorld:
             row = np.full(self.n, np.median(medians), np.float32)
             row[measured] = medians
             if address is not None:
-                band = _prefix_class(
+                band = prefix_class(
                     np.broadcast_to(address[node], len(measured)), address[measured]
                 )
                 if band.max() >= 2:
@@ -335,13 +339,6 @@ class MeasuredWorld:
     def _nearest(self, fixed: np.ndarray, moved: np.ndarray) -> np.ndarray:
         known = np.isfinite(self.log_rtt[fixed])
         return np.where(known, self.difference[moved], np.inf).min(axis=1)
-
-
-def _prefix_class(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """Returns how many of `PREFIX_BITS` addresses share [n]."""
-    bits = addresses.common_prefix_length(a, b)
-    bits = np.where(addresses.family(a) == 4, bits, bits // 2)
-    return np.searchsorted(PREFIX_BITS, bits, side="right")
 
 
 def _residual_factors(residual: np.ndarray, known: np.ndarray, key: np.ndarray) -> np.ndarray:

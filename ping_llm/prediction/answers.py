@@ -1,5 +1,6 @@
 """From questions to answers: what a model says from what is known about each."""
 
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -10,6 +11,7 @@ import numpy as np
 
 from ping_llm import outputs, storage
 from ping_llm.data.questions import question_grids
+from ping_llm.errors import StorageError
 from ping_llm.measurements import MeasurementTable
 from ping_llm.prediction import reading
 from ping_llm.prediction.calibration import UNCALIBRATED, Answers, Calibration, calibrate
@@ -37,9 +39,9 @@ class Answerer:
         history: MeasurementTable | None = None,
     ) -> Answers:
         """Yields answers until every question has had its turn; see `question_grids`."""
-        for rows, kind, grids, shown in question_grids(questions, known, history):
+        for rows, kind, grids in question_grids(questions, known, history):
             for some, answer in reading.distributions(self.graphdef, self.params, grids):
-                yield rows[some], self.calibration.apply(answer, kind), shown[some]
+                yield rows[some], self.calibration.apply(answer, kind), grids.shown[some]
 
     def calibrated(self, known: MeasurementTable) -> "Answerer":
         """Returns the same, calibrated on pairs that are left out of what is known.
@@ -51,11 +53,13 @@ class Answerer:
             name.update(np.ascontiguousarray(column).data)
         cached = Location.of(storage.cache_root()) / "calibrations" / f"{name.hexdigest()}.json"
         plain = dataclasses.replace(self, calibration=UNCALIBRATED)
-        if cached.is_file():
+        try:
             calibration = Calibration.from_json(json.loads(cached.read_text()))
-        else:
+        except (StorageError, ValueError):  # not there yet, or damaged
             calibration = calibrate(plain.answer, known)
-            outputs.publish_json(cached, calibration.to_json())
+            # Where nothing can be cached, each start costs those questions again, and no more.
+            with contextlib.suppress(StorageError):
+                outputs.publish_json(cached, calibration.to_json())
         return dataclasses.replace(plain, calibration=calibration)
 
     def digest(self) -> str:

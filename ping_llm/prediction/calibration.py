@@ -41,7 +41,7 @@ class Calibration:
 
     def to_json(self) -> dict[str, list[float]]:
         """Returns the levels for JSON."""
-        return {kind: levels.round(5).tolist() for kind, levels in self.levels.items()}
+        return {kind: levels.tolist() for kind, levels in self.levels.items()}
 
     @classmethod
     def from_json(cls, stored: Mapping[str, Any]) -> "Calibration":

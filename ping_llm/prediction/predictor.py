@@ -177,7 +177,7 @@ class Predictor:
         known: MeasurementTable,
         history: MeasurementTable | None = None,
     ) -> Answers:
-        """Yields answers as `Answerer.answer` does, calibrated on what the run knows."""
+        """Yields answers as `Answerer.answer` does, calibrated on what is known."""
         answerer = Answerer(self.graphdef, self.params).calibrated(known)
         yield from answerer.answer(questions, known, history)
 

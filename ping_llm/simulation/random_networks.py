@@ -8,6 +8,8 @@ import dataclasses
 
 import numpy as np
 
+from ping_llm.simulation.random_series import log_uniform
+
 FEWEST, MOST = 40, 230  # nodes
 KINDS = {"globe": 0.55, "graph": 0.3, "factors": 0.15}
 EARTH_KM = 6371.0
@@ -66,10 +68,10 @@ def random_network(rng: np.random.Generator) -> RandomNetwork:
     kind = rng.choice([*KINDS], p=[*KINDS.values()])
     base = {"globe": clusters.globe, "graph": clusters.graph, "factors": clusters.factors}[kind]()
     level = np.log(np.maximum(base, 0.05)) + rng.normal(0, 0.7)
-    level += _symmetric(rng.normal(0, _between(rng, 0.002, 0.15), (n, n)))
+    level += _symmetric(rng.normal(0, log_uniform(rng, 0.002, 0.15), (n, n)))
     detours = rng.random((n, n)) < rng.uniform(0, 0.06)
     level += _symmetric(detours * rng.exponential(0.5, (n, n)))
-    noise = _between(rng, 8e-4, 0.3) * np.exp(
+    noise = log_uniform(rng, 8e-4, 0.3) * np.exp(
         _symmetric(rng.normal(0, rng.uniform(0, 0.8), (n, n)))
     )
     share, second = _second_level(n, rng)
@@ -85,10 +87,6 @@ def random_network(rng: np.random.Generator) -> RandomNetwork:
     )
 
 
-def _between(rng: np.random.Generator, low: float, high: float) -> float:
-    return float(np.exp(rng.uniform(np.log(low), np.log(high))))
-
-
 def _symmetric(matrix: np.ndarray) -> np.ndarray:
     upper = np.triu(matrix, 1)
     return upper + upper.T
@@ -99,7 +97,7 @@ class _Clusters:
 
     def __init__(self, n: int, rng: np.random.Generator):
         self._rng, self._n = rng, n
-        count = int(_between(rng, 3, 70))
+        count = int(log_uniform(rng, 3, 70))
         self._of_node = rng.choice(
             count, n, p=rng.dirichlet(np.full(count, rng.choice([0.3, 1, 5])))
         )
@@ -107,13 +105,13 @@ class _Clusters:
         span = rng.choice([180.0, 60.0, 15.0])  # degrees: a globe, a continent, a country
         self._longitude = rng.uniform(-span, span, count)
         self._latitude = rng.uniform(-span / 3, span / 3, count)
-        mean_access = _between(rng, 0.1, 12)
+        mean_access = log_uniform(rng, 0.1, 12)
         self._access = mean_access * np.exp(rng.normal(0, rng.uniform(0.2, 1.2), n))  # ms
 
     def globe(self) -> np.ndarray:
         """Returns RTTs by distance, longer between some clusters than others [n, n]."""
         rng, cluster = self._rng, self._of_node
-        jitter = _between(rng, 0.02, 3)
+        jitter = log_uniform(rng, 0.02, 3)
         degrees = [
             where[cluster] + jitter * rng.standard_normal(self._n)
             for where in (self._latitude, self._longitude)

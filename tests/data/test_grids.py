@@ -9,6 +9,7 @@ from ping_llm.data.history_grids import PairSeries
 from ping_llm.data.network import Network, read_known, thinned, write_known
 from ping_llm.data.pipeline import TrainLoader, eval_batches
 from ping_llm.data.questions import question_grids
+from ping_llm.errors import CheckpointError, ConfigError
 from ping_llm.estimators.pairs import pair_keys
 from ping_llm.estimators.world import MeasuredWorld
 from ping_llm.ingest.prepare import prepare_data
@@ -105,8 +106,10 @@ def test_nothing_at_or_after_the_question_changes_a_history_grid():
         [before, dataclasses.replace(table, rtt=table.rtt * 7).take(table.time >= asked.time.max())]
     )
     first = asked.take(np.arange(1))
-    one = next(iter(question_grids(first, table)))[2]
-    other = next(iter(question_grids(first, changed)))[2]
+    (_, kind, one), (_, _, other) = (
+        next(iter(question_grids(first, each))) for each in (table, changed)
+    )
+    assert kind == "history"
     np.testing.assert_array_equal(one.tokens, other.tokens)
     assert sum(len(rows) for rows, *_ in whole) == len(asked)
 
@@ -258,3 +261,49 @@ def test_series_that_often_fail_have_something_to_tell_each_answer_against():
         assert forgotten.any()
         grids, _ = history_grids.at_moments(series, position, forgotten)
         assert np.isfinite(grids.reference).all()
+
+
+def test_a_pair_that_is_stored_from_both_ends_does_not_show_its_own_answer():
+    table = measured(200, hosts=3)
+    turned = dataclasses.replace(table, src=table.dst, dst=table.src)
+    both = MeasurementTable.concat([table, turned])
+    one, other = PairSeries.of(table), PairSeries.of(both)
+    np.testing.assert_array_equal(one.log_rtt, other.log_rtt)
+    positions = history_grids.moments(other)
+    assert len(positions) > 100
+    grids, answers = history_grids.at_moments(other, positions)
+    alone = [np.isfinite(answers), np.abs(answers - grids.reference) > 0]
+    assert np.all(alone, axis=0).mean() > 0.8
+
+
+def test_measurements_of_the_same_second_are_not_known_before_each_other():
+    rtt = np.array([10.0, 11, 12, 13])
+    series = PairSeries.of_series([(np.array([0, 60, 60, 120]), rtt)])
+    grids, _ = history_grids.at_moments(series, np.array([1, 2, 3]))
+    np.testing.assert_allclose(np.exp(grids.reference), [10, 10, 11], rtol=1e-6)
+    assert grids.shown.tolist() == [1, 1, 3]
+
+
+def test_a_host_that_measured_only_itself_makes_a_world_of_which_nothing_is_known():
+    table = MeasurementTable.from_arrow(
+        {"src_addr": ["1.1.1.1"], "dst_addr": ["1.1.1.1"], "rtt": [1.0], "event_time": [5]}
+    )
+    question = MeasurementTable.from_arrow(
+        {"src_addr": ["1.1.1.1"], "dst_addr": ["2.2.2.2"]}, questions=True
+    )
+    ((rows, kind, grids),) = question_grids(question, table)
+    assert (rows.tolist(), kind, grids.shown.tolist()) == ([0], "network", [0])
+
+
+def test_sequences_too_short_for_a_grid_are_refused(rows):
+    with pytest.raises(ConfigError, match="seq_len=80 is too short for a grid; set it to 106"):
+        TrainLoader(rows, batch_size=2, seq_len=80, seed=0, grid_fraction=0.5)
+
+
+def test_a_damaged_file_of_what_a_run_knows_is_named(tmp_path):
+    write_known(tmp_path / "known.arrow", measured(50))
+    whole = (tmp_path / "known.arrow").read_bytes()
+    for damaged in (whole[: len(whole) // 2], b"", b"ARROW1" + whole[6:40]):
+        (tmp_path / "known.arrow").write_bytes(damaged)
+        with pytest.raises(CheckpointError, match="known.arrow is damaged"):
+            read_known(Location.of(tmp_path))

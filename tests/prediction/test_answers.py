@@ -86,3 +86,19 @@ def test_a_calibrated_answer_has_the_levels_that_proved_right():
     bent = calibration.apply(plain, "network").quantiles(np.array([0.5]))[0, 0]
     assert bent == pytest.approx(1.2, abs=0.01)
     assert calibration.apply(plain, "history") is plain
+
+
+def test_a_calibration_that_cannot_be_cached_or_is_damaged_is_made_again(
+    trained, monkeypatch, tmp_path
+):
+    directory, _, output = trained
+    asked = pq.read_table(directory / "pings.parquet", columns=["src_addr", "dst_addr"]).slice(0, 2)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    before = Predictor.load(str(output)).predict(asked)
+    (cached,) = (tmp_path / "ping-llm" / "calibrations").iterdir()
+    cached.write_text("{")
+    assert Predictor.load(str(output)).predict(asked).equals(before)
+    blocked = tmp_path / "file"
+    blocked.write_text("")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(blocked))
+    assert Predictor.load(str(output)).predict(asked).equals(before)
