@@ -305,5 +305,5 @@ def test_a_damaged_file_of_what_a_run_knows_is_named(tmp_path):
     whole = (tmp_path / "known.arrow").read_bytes()
     for damaged in (whole[: len(whole) // 2], b"", b"ARROW1" + whole[6:40]):
         (tmp_path / "known.arrow").write_bytes(damaged)
-        with pytest.raises(CheckpointError, match="known.arrow is damaged"):
+        with pytest.raises(CheckpointError, match=r"known\.arrow is damaged"):
             read_known(Location.of(tmp_path))

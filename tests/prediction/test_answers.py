@@ -88,14 +88,13 @@ def test_a_calibrated_answer_has_the_levels_that_proved_right():
     assert calibration.apply(plain, "history") is plain
 
 
-def test_a_calibration_that_cannot_be_cached_or_is_damaged_is_made_again(
-    trained, monkeypatch, tmp_path
-):
+def test_a_damaged_or_uncached_calibration_is_made_again(trained, monkeypatch, tmp_path):
     directory, _, output = trained
     asked = pq.read_table(directory / "pings.parquet", columns=["src_addr", "dst_addr"]).slice(0, 2)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     before = Predictor.load(str(output)).predict(asked)
     (cached,) = (tmp_path / "ping-llm" / "calibrations").iterdir()
+    assert Predictor.load(str(output)).predict(asked).equals(before)  # from the cache
     cached.write_text("{")
     assert Predictor.load(str(output)).predict(asked).equals(before)
     blocked = tmp_path / "file"
