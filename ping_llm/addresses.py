@@ -16,7 +16,6 @@ MAPPED_PREFIX = bytes(10) + b"\xff\xff"
 ADDRESS = np.dtype("V16")
 
 _MASKS = np.packbits(np.tri(129, 128, -1, bool), axis=1)  # row k begins with k ones [129, 16]
-_UNSPECIFIED = np.frombuffer(MAPPED_PREFIX + bytes(4) + bytes(16), ADDRESS)  # 0.0.0.0 and ::
 
 
 def from_bytes(packed: np.ndarray) -> np.ndarray:
@@ -153,14 +152,6 @@ def family(addresses: np.ndarray) -> np.ndarray:
     """Returns 4 where addresses [n] are IPv4-mapped, else 6 [n], int8."""
     high, low = _raw_words(addresses)
     return np.where((high == 0) & (low >> np.uint64(32) == 0xFFFF), 4, 6).astype(np.int8)
-
-
-def unspecified(families: np.ndarray) -> np.ndarray:
-    """Returns 0.0.0.0 or ::, which say that there is no address, of families 4 or 6 [n].
-
-    So RFC 1122 (section 3.2.1.3) and RFC 4291 (section 2.5.2).
-    """
-    return _UNSPECIFIED[np.where(families == 4, 0, 1)]
 
 
 def _bit_length(x: np.ndarray) -> np.ndarray:

@@ -98,11 +98,3 @@ def test_bytes_are_a_view_both_ways_also_of_slices():
     np.testing.assert_array_equal(addresses.as_bytes(items[::3]), raw[::3])
     np.testing.assert_array_equal(addresses.words(items), addresses.words(raw))
     assert addresses.as_bytes(items[:0]).shape == (0, 16)
-
-
-def test_unspecified_addresses_are_zero_in_their_family():
-    assert addresses.to_text(addresses.unspecified(np.array([4, 6, 4]))) == [
-        "0.0.0.0",
-        "::",
-        "0.0.0.0",
-    ]

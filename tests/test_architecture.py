@@ -31,7 +31,7 @@ LEVELS = [
     {"ingest", "training", "extraction"},
     {"prediction", "inspection"},
     {"bench"},
-    {"quickstart"},
+    {"quickstart", "pretrained"},
     {"cli"},
 ]
 LEVEL_OF = {part: level for level, parts in enumerate(LEVELS) for part in parts}

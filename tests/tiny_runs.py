@@ -10,11 +10,15 @@ import jax.numpy as jnp
 from flax import nnx
 
 from ping_llm.checkpoints import Checkpoints
+from ping_llm.data.network import KNOWN, write_known
 from ping_llm.data.pipeline import data_fingerprint
+from ping_llm.data.rows import ProbeRows
 from ping_llm.data.windows import DEFAULTS
 from ping_llm.measurements import MeasurementTable
 from ping_llm.models.config import DecoderConfig
 from ping_llm.models.decoder import Decoder
+from ping_llm.prediction.answers import Answerer
+from ping_llm.prediction.predictor import Predictor
 from ping_llm.settings import load
 from ping_llm.tokenizer import LANGUAGE_VERSION
 from ping_llm.training.settings import TrainSettings
@@ -30,6 +34,13 @@ CONFIG = DecoderConfig(
     dtype="float32",
 )
 SEQ_LEN = 256
+# What a run knows where it was trained on no data set: 10.0.0.1 and 10.0.0.2, measured to others.
+KNOWN_MEASUREMENTS = {
+    "src_addr": [f"10.0.0.{1 + i % 2}" for i in range(12)],
+    "dst_addr": [f"10.0.1.{1 + i // 2}" for i in range(12)],
+    "event_time": [1000 * i for i in range(12)],
+    "rtt": [10.0 + i for i in range(11)] + [-1.0],
+}
 
 
 def questions(src, dst, times=None) -> MeasurementTable:
@@ -42,6 +53,12 @@ def train_settings(*overrides: str, config_file: Path | None = None, **flags) ->
     """Returns the settings of a training that nobody starts."""
     flags = {"data": "rows", "output": "run", **flags}
     return load(TrainSettings, config_file=config_file, overrides=overrides, flags=flags)
+
+
+def predictor() -> Predictor:
+    """Returns one of that decoder, which knows `KNOWN_MEASUREMENTS`."""
+    known = MeasurementTable.from_arrow(KNOWN_MEASUREMENTS)
+    return Predictor(Answerer(*decoder()), max_tokens=SEQ_LEN, known=known)
 
 
 @functools.cache
@@ -64,6 +81,8 @@ def write_run(path: Path, data: Path | None = None) -> Path:
         "data": {"path": str(data or path / "gone"), "fingerprint": fingerprint},
     }
     (path / "config.json").write_text(json.dumps(config))
+    rows = data and ProbeRows(data, "train").to_table()
+    write_known(path / KNOWN, rows or MeasurementTable.from_arrow(KNOWN_MEASUREMENTS))
     with Checkpoints(path / "checkpoints", keep=1) as checkpoints:
         checkpoints.save(1, {"params": decoder()[1], "opt_state": {"count": jnp.zeros(())}}, {})
         checkpoints.wait()

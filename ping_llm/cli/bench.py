@@ -81,11 +81,7 @@ def predict(chosen: BenchPredictSettings) -> tuple[Any, str]:
     from ping_llm.bench.prediction import bench_predict
 
     result = bench_predict(chosen)
-    text = (
-        f"{result.pairs_per_second:,.1f} pairs/s, "
-        f"{result.pairs_per_second_with_history:,.1f} after {result.history_tokens} tokens of "
-        f"history, {result.peak_rss_bytes / 1e6:,.0f} MB"
-    )
+    text = f"{result.pairs_per_second:,.1f} pairs/s, {result.peak_rss_bytes / 1e6:,.0f} MB"
     return result, text
 
 

@@ -4,8 +4,12 @@ Chunk c of any stream asks about the same few worlds, each of which is made once
 network of the train rows, a simulated network, or pairs over time.
 """
 
+import contextlib
 import dataclasses
 import functools
+import multiprocessing
+from collections.abc import Sequence
+from concurrent.futures import Future, ProcessPoolExecutor
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -24,10 +28,9 @@ from ping_llm.measurements import NO_TIME, MeasurementTable
 from ping_llm.simulation.random_networks import random_network
 from ping_llm.simulation.random_series import random_series
 
-WORLDS_PER_CHUNK = 4  # so that a batch is of several
+WORLDS_PER_CHUNK = 4  # at least, so that a batch is of several
+STREAMS_PER_WORLD = 8  # at most
 SEQUENCES_PER_CHUNK = 12  # of each stream: a world costs as much as a thousand grids drawn from it
-WORLDS_KEPT = 8
-SIMULATED_FRACTION = 0.1  # of the worlds, and of the series
 SIMULATED_SERIES, SERIES_LENGTH = 20, 1000
 SIMULATED_MEASUREMENTS = 16  # of each pair of a simulated network
 SHARES_OF_SERIES = 0.25, 0.75  # of the chunks: of networks of many pairs a node, and of few
@@ -103,36 +106,110 @@ def check_length(length: int) -> None:
         )
 
 
-class GridStreams:
-    """The chunks of all streams of a run."""
+class _Part:
+    """A network that worlds are drawn from, and how often its pairs are asked over time."""
 
-    def __init__(self, network: Network, *, length: int, seed: int):
-        self._network, self._length, self._seed = network, length, seed
-        self._own = _Series(network.series, history_grids.moments(network.series))
+    def __init__(self, network: Network):
+        self.network = network
+        self.series = _Series(network.series, history_grids.moments(network.series))
         many = len(network.pairs.a) >= PAIRS_A_NODE * len(network.nodes)
-        timed = len(self._own.moments) > 0 and network.series.mean_length() >= LONG_SERIES
-        self._series_share = SHARES_OF_SERIES[0 if many else 1] if timed else 0.0
-        self._world = functools.lru_cache(WORLDS_KEPT)(self._make_world)
+        timed = len(self.series.moments) > 0 and network.series.mean_length() >= LONG_SERIES
+        self.series_share = SHARES_OF_SERIES[0 if many else 1] if timed else 0.0
+
+    def world(self, rng: np.random.Generator) -> _Static | None:
+        """Returns a random world of it; None: it has too few pairs."""
+        pairs, key, addresses = self.network.pairs, self.network.key, self.network.nodes.addresses
+        for _ in range(TRIES):
+            if (drawn := worlds.draw_world(pairs, key, addresses, rng)) is not None:
+                return _Static(*drawn)
+        return None
+
+
+class GridStreams:
+    """The chunks of all streams of a run.
+
+    Worlds are drawn from the connected parts of a network, more often from those of more
+    measurements: by the cube root of their number.
+    """
+
+    def __init__(
+        self, network: Network, *, streams: int, length: int, seed: int, simulated_fraction: float
+    ):
+        self._length, self._seed, self._simulated_fraction = length, seed, simulated_fraction
+        self._worlds_per_chunk = max(WORLDS_PER_CHUNK, -(-streams // STREAMS_PER_WORLD))
+        self._parts = [_Part(part) for part in network.parts()]
+        weights = np.cbrt([len(part.network.measurements) for part in self._parts])
+        self._weights = weights / weights.sum()
+        self._world = functools.lru_cache(2 * self._worlds_per_chunk)(self._make_world)
 
     def chunk(self, stream: int, number: int) -> GridChunk:
         """Returns one chunk of one stream."""
         rng, sequences = np.random.default_rng([self._seed, stream, number]), []
         for i in range(SEQUENCES_PER_CHUNK):
-            world = self._world(number * WORLDS_PER_CHUNK + (stream + i) % WORLDS_PER_CHUNK)
+            worlds_per_chunk = self._worlds_per_chunk
+            world = self._world(number * worlds_per_chunk + (stream + i) % worlds_per_chunk)
             count = self._length // (world.grid_tokens + cells.ANSWER_TOKENS)
             sequences.append(cells.answered(*world.draw(count, rng)))
         return GridChunk(sequences)
 
     def _make_world(self, number: int) -> _Static | _Series:
-        rng, network = np.random.default_rng([self._seed, number]), self._network
-        over_time, simulated = rng.random() < self._series_share, rng.random() < SIMULATED_FRACTION
+        rng = np.random.default_rng([self._seed, number])
+        part = self._parts[rng.choice(len(self._parts), p=self._weights)]
+        over_time = rng.random() < part.series_share
+        simulated = rng.random() < self._simulated_fraction
         if over_time:
-            return _simulated_series(rng) if simulated else self._own
-        for _ in range(0 if simulated else TRIES):
-            addresses = network.nodes.addresses
-            if (drawn := worlds.draw_world(network.pairs, network.key, addresses, rng)) is not None:
-                return _Static(*drawn)
-        return _Static(*_simulated_world(rng))
+            return _simulated_series(rng) if simulated else part.series
+        own = None if simulated else part.world(rng)
+        return own or _Static(*_simulated_world(rng))
+
+
+class GridWorkers(contextlib.AbstractContextManager):
+    """The same chunks, made some ahead by processes of their own, for devices that outrun one.
+
+    Streams are to go forward together: a chunk is made once, and each stream takes its part once.
+    """
+
+    def __init__(self, data: str | Path, numbers: Sequence[int], workers: int, **settings: Any):
+        """Starts the processes.
+
+        Args:
+            data: The data set, whose train rows each of them reads.
+            numbers: Which streams will be asked for.
+            workers: How many processes.
+            settings: Those of `GridStreams`.
+        """
+        self._numbers, self._ahead = list(numbers), workers + 1
+        self._chunks: dict[int, Future[dict[int, GridChunk]]] = {}
+        self._pool = ProcessPoolExecutor(
+            workers,
+            multiprocessing.get_context("spawn"),
+            initializer=_start_worker,
+            initargs=(data, settings),
+        )
+
+    def chunk(self, stream: int, number: int) -> GridChunk:
+        """Returns one chunk of one stream."""
+        for each in range(number, number + self._ahead):
+            if each not in self._chunks:
+                self._chunks[each] = self._pool.submit(_make_chunks, self._numbers, each)
+        self._chunks.pop(number - 2, None)  # all streams have gone on
+        return self._chunks[number].result()[stream]
+
+    def __exit__(self, *exc: object) -> None:
+        self._pool.shutdown(cancel_futures=True)
+
+
+_of_this_worker: list[GridStreams] = []
+
+
+def _start_worker(data: str | Path, settings: dict[str, Any]) -> None:
+    network = Network.of(ProbeRows(data, "train").to_table())
+    _of_this_worker.append(GridStreams(network, **settings))
+
+
+def _make_chunks(streams: list[int], number: int) -> dict[int, GridChunk]:
+    (grids,) = _of_this_worker
+    return {stream: grids.chunk(stream, number) for stream in streams}
 
 
 def _simulated_series(rng: np.random.Generator) -> _Series:

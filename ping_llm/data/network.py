@@ -10,6 +10,8 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+from scipy.sparse import coo_array
+from scipy.sparse.csgraph import connected_components
 
 from ping_llm.data.history_grids import PairSeries
 from ping_llm.data.rows import MEASURED, ROW_SCHEMA, RowBatch, checked
@@ -24,6 +26,7 @@ KNOWN = "known.arrow"  # in a run directory: what the run answers from
 NEWEST_KEPT = 160  # measurements of each pair: as far back as a history grid looks
 WORLD_NODES = 2500  # matrices of so many nodes take 25 MB each
 PARTNERS = 500  # of an end, in a world around some questions
+FEWEST_PAIRS = 20  # of a part that is a network of its own
 LANDMARKS = 250  # nodes of most pairs that are in each world
 
 
@@ -62,6 +65,24 @@ class Network:
     @functools.cached_property
     def _whole(self) -> MeasuredWorld:
         return MeasuredWorld(self.pairs, self.key, self.nodes.addresses)
+
+    def parts(self) -> list["Network"]:
+        """Returns its connected parts, such as the networks of several files, as networks.
+
+        Those of fewer than 20 pairs are one part together; if there are no more pairs, they are
+        left out.
+        """
+        pairs, n = self.pairs, len(self.nodes)
+        edges = coo_array((np.ones(len(pairs.a)), (pairs.a, pairs.b)), shape=(n, n))
+        count, label = connected_components(edges, directed=False)
+        sizes = np.bincount(label[pairs.a], minlength=count)
+        label[sizes[label] < FEWEST_PAIRS] = count  # one part together
+        sizes = np.bincount(label[pairs.a], minlength=count + 1)
+        large = np.flatnonzero(sizes >= FEWEST_PAIRS)
+        if len(large) < 2:
+            return [self]
+        of_row = label[self.nodes.lookup(self.measurements.src)]
+        return [Network.of(self.measurements.take(of_row == part)) for part in large]
 
     def worlds(
         self, questions: MeasurementTable

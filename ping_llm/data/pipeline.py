@@ -19,7 +19,13 @@ from typing import Any, Protocol
 import numpy as np
 
 from ping_llm.data import windows
-from ping_llm.data.grid_streams import GridStreams, Segments, check_length, eval_sequences
+from ping_llm.data.grid_streams import (
+    GridStreams,
+    GridWorkers,
+    Segments,
+    check_length,
+    eval_sequences,
+)
 from ping_llm.data.network import Network
 from ping_llm.data.rows import ProbeRows, data_fingerprint
 from ping_llm.data.windows import WindowConfig
@@ -113,6 +119,9 @@ class _Streams:
         seed: int,
         config: WindowConfig,
         grid_fraction: float,
+        simulated_fraction: float,
+        workers: int,
+        lanes: range,
     ):
         windows.check_length(seq_len + 1)
         rows = ProbeRows(data, "train")
@@ -124,8 +133,17 @@ class _Streams:
         self._window_streams = batch_size - self._grid_streams
         if self._grid_streams:
             check_length(self.length)
-            network = Network.of(rows.to_table())
-            self._grids = GridStreams(network, length=self.length, seed=seed)
+            settings = {
+                "streams": self._grid_streams,
+                "length": self.length,
+                "seed": seed,
+                "simulated_fraction": simulated_fraction,
+            }
+            if workers:
+                own = lanes[: max(self._grid_streams - lanes.start, 0)]
+                self._grids = GridWorkers(data, own, workers, **settings)
+            else:
+                self._grids = GridStreams(Network.of(rows.to_table()), **settings)
         if self._window_streams:
             self._chunk_windows = self._choose_chunk_windows()
 
@@ -136,6 +154,11 @@ class _Streams:
         sequences = BUFFERED_TOKENS // (self._window_streams * self.length)
         tokens = min(max(sequences, least), most) * self.length
         return min(int(tokens * (len(offsets) - 1) / offsets[-1]), MAX_CHUNK_WINDOWS)
+
+    def close(self) -> None:
+        """Ends the processes that make grids."""
+        if self._grid_streams and isinstance(self._grids, GridWorkers):
+            self._grids.__exit__()
 
     def chunk(self, stream: int, number: int) -> _Chunk:
         """Returns one chunk of one stream, its sequences in a random order."""
@@ -207,6 +230,8 @@ class TrainLoader(contextlib.AbstractContextManager):
         seed: int,
         window_config: WindowConfig = windows.DEFAULTS,
         grid_fraction: float = 0.0,
+        simulated_fraction: float = 0.0,
+        workers: int = 0,
         process_index: int = 0,
         process_count: int = 1,
     ):
@@ -219,6 +244,8 @@ class TrainLoader(contextlib.AbstractContextManager):
             seed: Names the order and the form of all windows.
             window_config: What windows are like.
             grid_fraction: Part of the sequences that hold grids, rounded to whole ones.
+            simulated_fraction: Part of the worlds of grids that are simulated.
+            workers: Processes that make grids, beside this one; 0: this one does.
             process_index: Which process this is.
             process_count: How many processes make a global batch together.
 
@@ -229,13 +256,22 @@ class TrainLoader(contextlib.AbstractContextManager):
         if batch_size < 1 or batch_size % process_count:
             raise ConfigError(f"{batch_size=} must be a positive multiple of {process_count=}")
         settings = {"batch_size": batch_size, "seq_len": seq_len, "seed": seed}
-        self._source = _Streams(data, config=window_config, grid_fraction=grid_fraction, **settings)
-        windows_like = dataclasses.asdict(window_config)
-        self._settings = {"data": data_fingerprint(data), **settings, **windows_like}
-        if grid_fraction:  # checkpoints from before there were grids do not name it
-            self._settings["grid_fraction"] = grid_fraction
+        of_grids: dict[str, Any] = {
+            "grid_fraction": grid_fraction,
+            "simulated_fraction": simulated_fraction,
+        }
         share = batch_size // process_count
         self.streams = range(process_index * share, (process_index + 1) * share)
+        self._source = _Streams(
+            data,
+            config=window_config,
+            workers=workers,
+            lanes=self.streams,
+            **settings,
+            **of_grids,
+        )
+        windows_like = dataclasses.asdict(window_config)
+        self._settings = {"data": data_fingerprint(data), **settings, **windows_like, **of_grids}
         self._positions = [0] * share
         self._reader: _Reader | None = None
         self._ahead: collections.deque[Future[tuple[Batch, list[int]]]] = collections.deque()
@@ -267,9 +303,9 @@ class TrainLoader(contextlib.AbstractContextManager):
             ConfigError: The state is of other data or settings, or lacks some of these streams.
         """
         for name, value in self._settings.items():
-            if state[name] != value:
+            if state.get(name) != value:
                 raise ConfigError(
-                    f"cannot go on from this checkpoint: its {name} was {state[name]!r}, "
+                    f"cannot go on from this checkpoint: its {name} was {state.get(name)!r}, "
                     f"now it is {value!r}"
                 )
         start = self.streams.start - state["first_lane"]
@@ -292,6 +328,7 @@ class TrainLoader(contextlib.AbstractContextManager):
 
     def __exit__(self, *exc: object) -> None:
         self.close()
+        self._source.close()
 
 
 def merge_states(states: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -312,7 +349,6 @@ def eval_batches(
     seq_len: int,
     count: int,
     grid_fraction: float = 0.0,
-    hide_unseen: bool = False,
 ) -> list[Batch]:
     """Returns `count` fixed batches of a split, the same for every run on that data.
 
@@ -328,8 +364,6 @@ def eval_batches(
         seq_len: Tokens in a sequence.
         count: Number of batches.
         grid_fraction: Part of the sequences that hold grids about measurements of the split.
-        hide_unseen: Whether those sources are hidden, as `predict` does for runs that were trained
-            on hidden ones.
     """
     windows.check_length(seq_len + 1)
     rows = ProbeRows(data, split)
@@ -337,8 +371,7 @@ def eval_batches(
     by_probe = rows.metadata.get("split") == "probe"
     if by_probe:
         shown &= ~np.isin(_sources(rows), _sources(ProbeRows(data, "train")))
-    hidden = float(by_probe and hide_unseen)
-    config = WindowConfig(result_last_fraction=1.0, hidden_source_fraction=hidden)
+    config = WindowConfig(result_last_fraction=1.0)
     with_any = np.flatnonzero(shown)
     if len(with_any) == 0:
         return []

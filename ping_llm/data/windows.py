@@ -27,7 +27,7 @@ FULL_TO_PARTIAL = 4 / 7  # of the windows that show times, the part that shows a
 UNTIMED_FRACTION = (0.1, 0.9)
 
 # What a random number is for: the scalars of a window, then one stream per purpose.
-_SIZE, _OFFSET, _MODE, _FRACTION, _COIN, _RESULT_LAST, _HIDE = range(7)
+_SIZE, _OFFSET, _MODE, _FRACTION, _COIN, _RESULT_LAST = range(6)
 _SELECT, _SLOT, _FIELDS = range(101, 104)
 
 _PERMUTATIONS = np.array(list(itertools.permutations(range(4))), np.uint8)
@@ -81,13 +81,10 @@ class WindowConfig:
             source, destination, time, result; in the others, in an order of their own each.
         untimed_fraction: Part of the windows that show no time. Of the others, four in seven show
             all times, the rest some.
-        hidden_source_fraction: Part of the windows that do not tell their source: the unspecified
-            address stands in its place, so that only what was measured says where it is.
     """
 
     result_last_fraction: float = 0.0
     untimed_fraction: float = 0.3
-    hidden_source_fraction: float = 0.0
 
     def __post_init__(self) -> None:
         for name, value in dataclasses.asdict(self).items():
@@ -151,14 +148,12 @@ class Selection:
 
     Attributes:
         segment_offsets: Window i shows measurements `[i]:[i + 1]` of the rest [w + 1], int64.
-        hidden_source: Whether the window does not tell its source [w], bool.
         index: Which measurement of the window's row [n], int64.
         has_time: Whether its time is shown [n], bool.
         field_order: The order of its fields, for `tokenizer.encode` [n, 4], uint8.
     """
 
     segment_offsets: np.ndarray
-    hidden_source: np.ndarray
     index: np.ndarray
     has_time: np.ndarray
     field_order: np.ndarray
@@ -314,8 +309,7 @@ def select(
     order = _PERMUTATIONS[(bits >> np.uint64(32)) * np.uint64(24) >> np.uint64(32)]
     result_last = _uniform(keys, _RESULT_LAST) < config.result_last_fraction
     order[result_last[window]] = np.arange(4, dtype=np.uint8)
-    hidden = _uniform(keys, _HIDE) < config.hidden_source_fraction
-    return Selection(segment_offsets, hidden, index, has_time, order)
+    return Selection(segment_offsets, index, has_time, order)
 
 
 def gather(rows: ProbeRows, row: np.ndarray, selection: Selection) -> MeasurementTable:
@@ -328,8 +322,6 @@ def gather(rows: ProbeRows, row: np.ndarray, selection: Selection) -> Measuremen
     starts = np.empty(len(row), np.int64)
     for i, (batch, r) in enumerate(zip(batches, rows.row_in_batch[row].tolist(), strict=True)):
         starts[i], src[i] = batch.offsets[r], batch.src[r]
-    hidden = selection.hidden_source
-    src[hidden] = addresses.unspecified(rows.family[row[hidden]])
     index = np.repeat(starts, counts) + selection.index
     bounds = offsets.tolist()
     for batch, start, stop in zip(batches, bounds, bounds[1:], strict=False):

@@ -33,7 +33,7 @@ HELD_OUT = 0.1
 SHARPNESS = 4.0  # how much more a more alike node counts
 USUAL_DIFFERENCE = 0.03  # of weight 1
 NEIGHBOURS = 64  # of most weight, in a weighted median
-FAILURE_RIDGE, FAILURE_SWEEPS = 0.3, 12
+FAILURE_RIDGE, FAILURE_SWEEPS = 0.3, 40
 
 
 def log_rtt_of(rtt: np.ndarray) -> np.ndarray:

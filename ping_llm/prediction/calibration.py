@@ -39,6 +39,10 @@ class Calibration:
         """Returns answers to grids of one kind, their levels read as they have proved to be."""
         return answer.recalibrated(self.levels[kind]) if kind in self.levels else answer
 
+    def counts(self) -> dict[str, int]:
+        """Returns on how many measurements each kind was calibrated."""
+        return {kind: len(levels) - UNIFORM for kind, levels in self.levels.items()}
+
     def to_json(self) -> dict[str, list[float]]:
         """Returns the levels for JSON."""
         return {kind: levels.tolist() for kind, levels in self.levels.items()}

@@ -1,30 +1,21 @@
-"""Distributions of RTTs over the codes of the token language.
-
-Several codes may decode to one value: what a distribution is over is the values, ascending.
-"""
+"""Distributions of RTTs and of failures, many at once."""
 
 import dataclasses
-from collections.abc import Sequence
 
 import numpy as np
 
-from ping_llm.tokenizer import decode_rtt
+TAIL = 0.99  # of an RTT, above which a mean takes it as that: whatever a model gives to absurd ones
 
-# Every value a code decodes to, in ms, ascending; and which of them each of the 65,536 codes has.
-VALUES_MS, VALUE_OF_CODE = np.unique(decode_rtt(np.arange(2**16)), return_inverse=True)
-VALUE_OF_CODE = VALUE_OF_CODE.astype(np.int32)
-
-TAIL = 0.99
+MODE_SHARE = 0.3  # chosen on valid rows
 
 
 @dataclasses.dataclass(frozen=True)
 class Distribution:
-    """RTT distributions of n measurements, given that they are answered.
+    """Predictive distributions of n measurements.
 
     Attributes:
-        values_ms: Values that have any probability, ascending, of all rows [U] or of each [n, U],
-            float64.
-        probabilities: Probability of each; rows sum to 1 [n, U], float64.
+        values_ms: RTTs, ascending in each row [n, u], float64.
+        probabilities: Probability of each given that there is an answer, rows sum to 1 [n, u].
         p_failed: Probability that the measurement fails [n], float64.
     """
 
@@ -35,48 +26,8 @@ class Distribution:
     def __len__(self) -> int:
         return len(self.p_failed)
 
-    @classmethod
-    def of_codes(
-        cls, row: np.ndarray, code: np.ndarray, probability: np.ndarray, p_failed: np.ndarray
-    ) -> "Distribution":
-        """Returns distributions from probabilities of codes, normalised.
-
-        Args:
-            row: Which distribution each entry belongs to [m].
-            code: The codes, canonical or not; equal values add up [m].
-            probability: Their probabilities, up to a factor of each row [m].
-            p_failed: By row [n].
-        """
-        value = VALUE_OF_CODE[code]
-        first, n = int(value.min(initial=len(VALUES_MS) - 1)), len(p_failed)
-        width = int(value.max(initial=first)) - first + 1
-        sums = np.bincount(row * width + (value - first), probability, n * width).reshape(n, width)
-        sums /= sums.sum(axis=1, keepdims=True)
-        return cls(VALUES_MS[first : first + width], sums, p_failed)
-
-    @classmethod
-    def mixture(
-        cls, n: int, answers: Sequence[tuple[np.ndarray, "Distribution"]]
-    ) -> "Distribution":
-        """Returns the mean of the distributions that `answers` give to each of `n` measurements.
-
-        Args:
-            n: Number of measurements.
-            answers: (which of them, their distributions); each of them as often as the others.
-        """
-        firsts = np.searchsorted(VALUES_MS, [each.values_ms[0] for _, each in answers])
-        ends = firsts + [len(each.values_ms) for _, each in answers]
-        low, high = firsts.min(), ends.max()
-        sums, answered, count = np.zeros((n, high - low)), np.zeros(n), np.zeros(n)
-        for first, end, (rows, each) in zip(firsts - low, ends - low, answers, strict=True):
-            weight = 1 - each.p_failed
-            sums[rows, first:end] += weight[:, None] * each.probabilities
-            answered[rows] += weight
-            count[rows] += 1
-        return cls(VALUES_MS[low:high], sums / answered[:, None], 1 - answered / count)
-
     def recalibrated(self, levels: np.ndarray) -> "Distribution":
-        """Returns the distributions with their cumulative probabilities read as actual ones.
+        """Returns the distributions whose cumulative probabilities are read as actual ones.
 
         Args:
             levels: At which levels of such distributions actual RTTs fell, ascending [m]; their
@@ -84,18 +35,12 @@ class Distribution:
         """
         cumulative = np.cumsum(self.probabilities, axis=1)
         known = np.concatenate([[0.0], levels, [1.0]])
-        bent = np.interp(cumulative / cumulative[:, -1:], known, np.linspace(0, 1, len(known)))
+        actual = np.linspace(0, 1, len(known))
+        bent = np.interp(cumulative / cumulative[:, -1:], known, actual)
         return dataclasses.replace(self, probabilities=np.diff(bent, axis=1, prepend=0))
 
-    def _values(self) -> np.ndarray:
-        return np.broadcast_to(self.values_ms, self.probabilities.shape)
-
     def mean(self) -> np.ndarray:
-        """Returns the mean RTTs in ms, those above the `TAIL` quantile counted as that [n].
-
-        The codes reach to 51 days: what little probability a model gives to most of them would
-        otherwise outweigh all that it knows.
-        """
+        """Returns the mean RTTs in ms, those above the `TAIL` quantile counted as that [n]."""
         ceiling = self.quantiles(np.array([TAIL]))  # [n, 1]
         return np.einsum("nu,nu->n", self.probabilities, np.minimum(self.values_ms, ceiling))
 
@@ -110,21 +55,43 @@ class Distribution:
         """
         cumulative = np.cumsum(self.probabilities, axis=1)
         index = np.array([np.searchsorted(row, levels) for row in cumulative])
-        index = np.minimum(index.reshape(len(self), len(levels)), cumulative.shape[1] - 1)
-        return np.take_along_axis(self._values(), index, axis=1)
+        last = self.values_ms.shape[1] - 1
+        index = np.minimum(index.reshape(len(self), len(levels)), last)
+        return np.take_along_axis(self.values_ms, index, axis=1)
+
+    def mode(self) -> np.ndarray:
+        """Returns the middle of the shortest interval that holds `MODE_SHARE` of each, in ms [n].
+
+        Short means the ratio of its ends. It is the half-sample mode (Robertson and Cryer, 1974)
+        with another share: where a distribution has two peaks, it lies in the higher one, while the
+        median may lie between them.
+        """
+        cumulative = np.cumsum(self.probabilities, axis=1)
+        before = cumulative - self.probabilities
+        found = np.zeros(len(self))
+        for i, values in enumerate(self.values_ms):
+            last = np.searchsorted(cumulative[i], before[i] + MODE_SHARE * cumulative[i, -1])
+            first = np.flatnonzero(last < len(values))
+            width = values[last[first]] / values[first]
+            best = first[np.argmin(width)]
+            found[i] = np.sqrt(values[best] * values[last[best]])
+        return found
 
     def below(self, rtt: np.ndarray) -> np.ndarray:
-        """Returns P(RTT < rtt) + P(RTT = rtt) / 2 [n], rtt rounded to its code [n].
+        """Returns P(RTT < rtt) + P(RTT = rtt) / 2 [n]; two RTTs within 1e-4 of each other equal.
 
         Over measurements that follow their distributions this is uniform on [0, 1].
         """
-        # About half a step of the code to either side.
-        low, high = (rtt * (1 + by) for by in (-(2.0**-12), 2.0**-12))
         less, at_most = (
-            np.einsum("nu,nu->n", self.probabilities, within)
-            for within in (self._values() < low[:, None], self._values() <= high[:, None])
+            np.einsum("nu,nu->n", self.probabilities, self.values_ms <= (rtt * by)[:, None])
+            for by in (1 - 1e-4, 1 + 1e-4)
         )
         return (less + at_most) / 2
+
+    def within(self, rtt: np.ndarray, share: float) -> np.ndarray:
+        """Returns the probability of an RTT within `share` of `rtt` [n], given an answer."""
+        near = np.abs(self.values_ms - rtt[:, None]) <= share * rtt[:, None]
+        return np.einsum("nu,nu->n", self.probabilities, near)
 
     def crps(self, rtt: np.ndarray) -> np.ndarray:
         """Returns the continuous ranked probability score against `rtt` [n], in ms.
@@ -133,11 +100,11 @@ class Distribution:
         step at `rtt`; for a distribution on one value it is the absolute error.
         """
         cumulative = np.cumsum(self.probabilities, axis=1)[:, :-1]
-        values = self._values()
-        gaps = np.diff(values, axis=1)
+        values, gaps = self.values_ms, np.diff(self.values_ms, axis=1)
         # The fraction of each gap that lies below rtt.
-        with np.errstate(invalid="ignore", divide="ignore"):
-            share = np.clip((rtt[:, None] - values[:, :-1]) / gaps, 0.0, 1.0)
-        squares = cumulative**2 * share + (1 - cumulative) ** 2 * (1 - share)
-        inside = np.einsum("nu,nu->n", np.where(gaps > 0, squares, 0), gaps)
-        return inside + np.maximum(values[:, 0] - rtt, 0) + np.maximum(rtt - values[:, -1], 0)
+        apart = rtt[:, None] - values[:, :-1]
+        share = np.clip(apart / np.where(gaps > 0, gaps, np.inf), 0.0, 1.0)
+        integrand = cumulative**2 * share + (1 - cumulative) ** 2 * (1 - share)
+        inside = np.einsum("nu,nu->n", integrand, gaps)
+        first, last = values[:, 0], values[:, -1]
+        return inside + np.maximum(first - rtt, 0) + np.maximum(rtt - last, 0)

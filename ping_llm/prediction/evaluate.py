@@ -10,17 +10,15 @@ import numpy as np
 
 from ping_llm import outputs, settings
 from ping_llm.data.pipeline import eval_batches
-from ping_llm.data.rows import data_fingerprint, is_dataset
+from ping_llm.data.rows import ProbeRows, data_fingerprint, is_dataset
 from ping_llm.errors import ConfigError, DataError
 from ping_llm.estimators.pairs import Training, pair_keys
 from ping_llm.measurements import MeasurementTable
 from ping_llm.prediction import baselines, scores
-from ping_llm.prediction.contexts import Contexts
 from ping_llm.prediction.evaluation_report import write_report
 from ping_llm.prediction.metrics import PINBALL_LEVELS
 from ping_llm.prediction.predictor import Predictor
 from ping_llm.prediction.protocols import Condition, load_task
-from ping_llm.prediction.rtt import QUESTION_TOKENS
 from ping_llm.prediction.settings import EvaluateSettings
 from ping_llm.progress import progress
 from ping_llm.storage import Location
@@ -28,9 +26,6 @@ from ping_llm.training.metrics import by_field
 from ping_llm.training.step import make_eval_step
 
 FIELD_BATCHES, FIELD_BATCH_SIZE = 4, 8
-
-# What a run that learnt grids is given.
-GRIDS = "grids of what the other methods know; `model_online`: of all that came before"
 
 Scores = dict[str, dict[str, Any]]
 
@@ -45,16 +40,17 @@ class EvaluationResult:
         n_failed: Failed ones.
         rows_available: How many there were to choose from.
         pairs: Unordered pairs of addresses among the scored ones.
-        context: How the model's contexts are made, in words.
+        context: What all methods know, in words.
         trained_on_this_data: Whether the run was trained on this data set.
-        unseen_fraction: Measurements of an address that training has not seen; None: not known.
+        unseen_fraction: Measurements of an address of which nothing is known.
         methods: By method, its kind, errors of the median, and their 95 % intervals.
         calibration: Coverage, reliability, pinball loss and CRPS of the model.
         failures: AUC and Brier score of P(failed), by the model and by classical methods.
         noise_floor: Errors of the median of the other measurements of the same pair.
         ranking: By method, how it orders the destinations of each source.
-        by: Errors by family, RTT, length of the context, and hour.
-        history: `methods` by number of context measurements; None but for "probe".
+        by: Errors by family, RTT, measurements that the answer was drawn from, and hour.
+        history: `methods` by number of measurements of the new source; None but for "probe".
+        calibrated_on: Measurements that the model was calibrated on, by kind of question.
         loss_per_field: Loss in nats per token by field; None for files of measurements.
         seconds: How long it took.
     """
@@ -66,7 +62,7 @@ class EvaluationResult:
     pairs: int
     context: str
     trained_on_this_data: bool
-    unseen_fraction: float | None
+    unseen_fraction: float
     methods: Scores
     calibration: dict[str, Any]
     failures: dict[str, Any]
@@ -74,6 +70,7 @@ class EvaluationResult:
     ranking: dict[str, dict[str, float] | None]
     by: dict[str, Scores]
     history: dict[str, Scores] | None
+    calibrated_on: dict[str, int] | None
     loss_per_field: dict[str, float] | None
     seconds: float
 
@@ -91,12 +88,14 @@ class ModelAnswers:
         below: Probability below the actual RTT; means nothing where it failed [n].
         crps: Continuous ranked probability score in ms; likewise [n].
         p_failed: Probability of failure [n].
+        shown: Measurements that the answer was drawn from [n].
     """
 
     quantiles: np.ndarray
     below: np.ndarray
     crps: np.ndarray
     p_failed: np.ndarray
+    shown: np.ndarray
 
     @property
     def median(self) -> np.ndarray:
@@ -108,11 +107,8 @@ class ModelAnswers:
 def evaluate(chosen: EvaluateSettings) -> EvaluationResult:
     """Returns how well a model and classical methods predict the same measurements.
 
-    With several contexts, every second is of the destination, the pair turned round, if the data
-    were prepared with both ends.
-
     Raises:
-        ConfigError: A baseline or several contexts are not for this protocol.
+        ConfigError: A baseline is not for this protocol.
         DataError: The data cannot be read, or nothing in them can be scored.
         StorageError: The data are absent, or the report cannot be written.
         CheckpointError: `run` is no run.
@@ -131,13 +127,11 @@ def _evaluate(chosen: EvaluateSettings) -> EvaluationResult:
     started = time.monotonic()
     data = Location.of(chosen.data)
     predictor = Predictor.load(chosen.run)
-    task = load_task(
-        data,
-        trained_on=Location.of(predictor.trained_on["path"]),
-        max_rows=chosen.max_rows,
-        max_tokens=predictor.max_tokens - QUESTION_TOKENS,
-        n_contexts=chosen.contexts,
-    )
+    task = load_task(data, known=predictor.known, max_rows=chosen.max_rows)
+    prepared = is_dataset(data)
+    own = prepared and data_fingerprint(data) == predictor.trained_on.get("fingerprint")
+    if prepared and not own:
+        predictor = predictor.knowing(ProbeRows(data, "train").to_table())
     names, rows = _baselines(chosen.baselines, task.protocol), task.rows
     n = int(np.count_nonzero(rows.rtt >= 0))
     if n == 0:
@@ -145,38 +139,38 @@ def _evaluate(chosen: EvaluateSettings) -> EvaluationResult:
     methods, by_history = {}, {}
     for history, make_condition in task.conditions.items():
         condition = make_condition()
-        note = "" if history is None else f", {history} measurements of context"
-        asked = {"model": condition.prompts}
-        if condition.online is not None:
-            asked["model_online"] = ((rows, condition.online),)
+        note = "" if history is None else f", {history} measurements of the source"
+        asked: dict[str, MeasurementTable | None] = {"model": None}
+        if condition.history is not None:
+            asked["model_online"] = condition.history
         answers = {
-            name: _ask(predictor, rows, condition, prompts, f"{name}{note}")
-            for name, prompts in asked.items()
+            name: _ask(predictor, rows, condition, own, f"{name}{note}")
+            for name, own in asked.items()
         }
         predicted = {name: answer.median for name, answer in answers.items()}
         predicted |= _ask_baselines(names, rows, condition, note)
         methods = scores.errors(rows, predicted)
         if history is not None:
             by_history[str(history)] = methods
-    # All but `history` is about the last condition, that of most context.
-    model, unseen, prepared = answers["model"], predictor.unseen(rows), is_dataset(data)
+    # All but `history` is about the last condition, where most is known.
+    model, unseen = answers["model"], predictor.unseen(rows, condition.train)
     return EvaluationResult(
         protocol=task.protocol,
         n=n,
         n_failed=len(rows) - n,
         rows_available=task.available,
         pairs=len(np.unique(pair_keys(rows))),
-        context=task.context if predictor.known is None else GRIDS,
-        trained_on_this_data=prepared
-        and data_fingerprint(data) == predictor.trained_on["fingerprint"],
-        unseen_fraction=None if unseen is None else float(unseen.any(axis=1).mean()),
+        context=task.context,
+        trained_on_this_data=own,
+        unseen_fraction=float(unseen.any(axis=1).mean()),
         methods=methods,
         calibration=scores.calibration(rows, model.quantiles, model.below, model.crps),
         failures=scores.failures(rows, condition.train, model.p_failed),
         noise_floor=scores.noise_floor(rows, task.pair_medians, model.median),
         ranking=scores.rankings(rows, predicted),
-        by=scores.breakdowns(rows, condition.prompts[0][1].lengths(), predicted),
+        by=scores.breakdowns(rows, model.shown, predicted),
         history=by_history or None,
+        calibrated_on=predictor.answerer(condition.train).calibration.counts(),
         loss_per_field=_loss_per_field(predictor, data) if prepared else None,
         seconds=round(time.monotonic() - started, 1),
     )
@@ -198,26 +192,19 @@ def _ask(
     predictor: Predictor,
     rows: MeasurementTable,
     condition: Condition,
-    prompts: Sequence[tuple[MeasurementTable, Contexts]],
+    history: MeasurementTable | None,
     title: str,
 ) -> ModelAnswers:
     n, levels, actual = len(rows), np.array(PINBALL_LEVELS), scores.actual_rtt(rows)
-    answers = ModelAnswers(np.zeros((n, len(levels))), *np.zeros((3, n)))
-    single = len(prompts) == 1
-    if predictor.known is not None:
-        history = condition.history if prompts is not condition.prompts else None
-        answered = predictor.from_grids(prompts[0][0], condition.train, history)
-        batches = (answer[:2] for answer in answered)
-    elif single:
-        batches = predictor.distributions(*prompts[0])
-    else:
-        batches = predictor.mixtures(prompts)
+    answers = ModelAnswers(np.zeros((n, len(levels))), *np.zeros((4, n)))
+    asked = predictor.answers(condition.questions, condition.train, history)
     with progress(title, total=n, unit="measurements") as bar:
-        for index, distribution in batches:
+        for index, distribution, shown in asked:
             answers.quantiles[index] = distribution.quantiles(levels)
             answers.below[index] = distribution.below(actual[index])
             answers.crps[index] = distribution.crps(actual[index])
             answers.p_failed[index] = distribution.p_failed
+            answers.shown[index] = shown
             bar.update(len(index))
     return answers
 
@@ -237,16 +224,15 @@ def _ask_baselines(
 
 def _loss_per_field(predictor: Predictor, data: Location) -> dict[str, float]:
     """Returns the loss in nats a token on fixed batches of the test rows, in all and by field."""
-    eval_step = make_eval_step(predictor.graphdef)
+    eval_step = make_eval_step(predictor.model.graphdef)
     batches = eval_batches(
         data.url,
         "test",
         batch_size=FIELD_BATCH_SIZE,
         seq_len=predictor.max_tokens,
         count=FIELD_BATCHES,
-        hide_unseen=predictor.hide_unseen,
     )
-    sums = [jax.device_get(eval_step(predictor.params, vars(batch))) for batch in batches]
+    sums = [jax.device_get(eval_step(predictor.model.params, vars(batch))) for batch in batches]
     nll, count = np.array(sums, np.float64).sum(axis=0)
     losses = {"all": float(nll.sum() / count.sum()), **by_field("", nll, count)}
     return {name: loss for name, loss in losses.items() if loss is not None}

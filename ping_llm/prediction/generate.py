@@ -11,11 +11,11 @@ from flax import nnx
 
 from ping_llm import addresses, settings, tokenizer
 from ping_llm.errors import ConfigError
+from ping_llm.estimators.pairs import runs
 from ping_llm.hashing import hash_addresses
 from ping_llm.ingest.sources import read_table
 from ping_llm.measurements import MeasurementTable
 from ping_llm.prediction import decode
-from ping_llm.prediction.contexts import dense, encode_prompts, same_source
 from ping_llm.prediction.grammar import TIMES, Grammar
 from ping_llm.prediction.predictor import Predictor
 from ping_llm.prediction.settings import GenerateSettings
@@ -94,12 +94,29 @@ def _prefixes(
     if not len(history):
         nothing = np.zeros((n, 1), np.int32)
         return nothing, nothing - 1
-    queries = history.take(np.unique(hash_addresses(history.src), return_index=True)[1])
-    contexts = same_source(history, queries, max_tokens=predictor.max_tokens // 2)
-    prompts = encode_prompts(contexts, queries)
-    rows, starts = contexts.of_query[np.arange(n) % len(queries)], np.zeros(n, np.int64)
-    width = int(prompts.context_lengths().max(initial=1))
-    return dense(prompts.context_tokens, prompts.context_offsets, rows, starts, width)
+    source = hash_addresses(history.src)
+    order = np.lexsort((history.time, source))
+    starts, counts = runs(source[order])
+    family = history.family[order[starts]]
+    named, bare = (
+        np.where(family == 6, tokens[6], tokens[4])
+        for tokens in (tokenizer.SOURCE_TOKENS, tokenizer.BARE_TOKENS)
+    )
+    room = predictor.max_tokens // 2 - named
+    # As many as fit whatever their times are.
+    kept = np.minimum(counts, np.maximum(room // (bare + tokenizer.FIRST_TIME_TOKENS), 0))
+    left = np.repeat(starts + counts, counts) - np.arange(len(order))  # to the source's end
+    newest = history.take(order[left <= np.repeat(kept, counts)])
+    field_order = np.tile(np.arange(4, dtype=np.uint8), (len(newest), 1))
+    segments = np.append(0, np.cumsum(kept))
+    tokens, offsets = tokenizer.encode(newest, segment_offsets=segments, field_order=field_order)
+    chosen = np.arange(n) % len(starts)
+    lengths = np.diff(offsets)[chosen]
+    column = np.arange(lengths.max(initial=1))
+    real = column < lengths[:, None]
+    index = np.where(real, offsets[chosen, None] + column, len(tokens))
+    positions = np.where(real, column, -1)
+    return np.append(tokens, 0)[index].astype(np.int32), positions.astype(np.int32)
 
 
 def _grammar(prefixes: np.ndarray) -> Grammar:
@@ -117,7 +134,7 @@ def _sample_sequences(
     position = np.count_nonzero(positions >= 0, axis=1)
     if position.max() + longest > length:
         raise ConfigError(f"the model's sequences of {length} tokens are too short to sample in")
-    decoder, column = (predictor.graphdef, predictor.params), prefixes.shape[1]
+    decoder, column = (predictor.model.graphdef, predictor.model.params), prefixes.shape[1]
     cache, grammar = _start(*decoder, prefixes, positions, column + length), _grammar(prefixes)
     ids, alive = np.full(len(position), tokenizer.MEASUREMENT_START), np.ones(len(position), bool)
     sampled: list[np.ndarray] = []

@@ -2,21 +2,17 @@
 
 import contextlib
 import dataclasses
-import hashlib
 import json
 import time
 from collections.abc import Iterator
 from typing import Any
 
-import jax
-import numpy as np
 import pyarrow as pa
 import pyarrow.csv as pa_csv
 import pyarrow.parquet as pq
 
 from ping_llm import outputs, settings
 from ping_llm.errors import ConfigError, DataError
-from ping_llm.hashing import digest
 from ping_llm.ingest.files import READ_ERRORS, InputFile, find_files
 from ping_llm.ingest.formats.lines import open_text
 from ping_llm.ingest.sources import read_table
@@ -41,8 +37,8 @@ class PairAnswer:
         time: When, in seconds since 1970 UTC; None: at any time.
         rtt_ms: Quantiles `p5` to `p95` and `mean` of the RTT in ms, given that it is answered.
         p_failed: Probability that it is not.
-        unseen: Which of `src` and `dst` were not in training; None: not known.
-        history: Measurements that were read before the question.
+        unseen: Of which of `src` and `dst` nothing is known.
+        history: Measurements that the answer was drawn from.
     """
 
     src: str
@@ -50,7 +46,7 @@ class PairAnswer:
     time: int | None
     rtt_ms: dict[str, float]
     p_failed: float
-    unseen: list[str] | None
+    unseen: list[str]
     history: int
 
 
@@ -99,11 +95,6 @@ def predict(chosen: PredictSettings) -> PairAnswer | RankingResult | PairsResult
     questions, destinations = _read_questions(chosen)
     history = None if chosen.history is None else read_table([chosen.history])
     predictor = Predictor.load(chosen.run)
-    of_source = predictor.contexts(history, questions).lengths().any()
-    if history is not None and predictor.known is None and not of_source:
-        raise DataError(
-            f"{chosen.history} holds no measurement from {chosen.src}; give some of that source"
-        )
     when = None if questions.time[0] == NO_TIME else int(questions.time[0])
     rows = zip(destinations, predictor.ask(questions, history).to_pylist(), strict=True)
     answers = [
@@ -113,9 +104,7 @@ def predict(chosen: PredictSettings) -> PairAnswer | RankingResult | PairsResult
             time=when,
             rtt_ms={name: row[f"rtt_{name}"] for name in (*LEVELS, "mean")},
             p_failed=row["p_failed"],
-            unseen=None
-            if row["unseen_src"] is None
-            else [end for end in ("src", "dst") if row[f"unseen_{end}"]],
+            unseen=[end for end in ("src", "dst") if row[f"unseen_{end}"]],
             history=row["history"],
         )
         for dst, row in sorted(rows, key=lambda each: each[1]["rtt_mean"])
@@ -150,7 +139,7 @@ def _predict_pairs(chosen: PredictSettings) -> PairsResult:
     history = None if chosen.history is None else read_table([chosen.history])
     predictor = Predictor.load(chosen.run)
     facts = {
-        "model": _model_digest(predictor),
+        "model": predictor.model.digest(),
         "pairs": outputs.content_fingerprint(pairs),
         "history": chosen.history and outputs.content_fingerprint(Location.of(chosen.history)),
         "block_pairs": BLOCK_PAIRS,
@@ -189,11 +178,6 @@ def _predict_pairs(chosen: PredictSettings) -> PairsResult:
         result = PairsResult(done, str(output), rate)
         _join(blocks, output, {"settings": facts, "result": dataclasses.asdict(result)}, claim)
         return result
-
-
-def _model_digest(predictor: Predictor) -> str:
-    leaves = jax.tree.leaves(predictor.params)
-    return digest([hashlib.sha256(np.asarray(leaf).tobytes()).hexdigest() for leaf in leaves])
 
 
 def _read_metadata(output: Location) -> dict[str, Any]:

@@ -1,9 +1,8 @@
-"""What is scored against what: the rows, what methods are fitted on, what the model reads first.
+"""What is scored against what: the rows, and what every method knows.
 
 The protocol is the split that the data were prepared with, or `raw` for files that were not:
 
-- *pair*: test rows of pairs that training has not seen; the model reads training rows of the
-  source.
+- *pair*: test rows of pairs that training has not seen.
 - *probe*: test rows of sources that training has not seen; a stated number of their own
   measurements, to other destinations than those scored, are given to every method.
 - *time*: test rows of later times; static methods know training rows, online ones all that came
@@ -18,20 +17,11 @@ from collections.abc import Callable
 import numpy as np
 
 from ping_llm.data.rows import ProbeRows, is_dataset, read_metadata
-from ping_llm.errors import ConfigError, DataError
-from ping_llm.estimators.pairs import lookup, pair_keys
+from ping_llm.errors import DataError
+from ping_llm.estimators.pairs import pair_keys
 from ping_llm.hashing import hash_addresses, mix
 from ping_llm.ingest.sources import read_table
-from ping_llm.measurements import MeasurementTable
-from ping_llm.prediction.contexts import (
-    Contexts,
-    from_groups,
-    newest_before,
-    no_contexts,
-    random_of_source,
-    trim,
-    without_times,
-)
+from ping_llm.measurements import NO_TIME, MeasurementTable
 from ping_llm.prediction.metrics import others_median
 from ping_llm.storage import Location
 
@@ -42,18 +32,16 @@ _NOT_SCORED = 2**31
 
 @dataclasses.dataclass(frozen=True)
 class Condition:
-    """What models and methods are given before they predict the scored rows.
+    """What models and methods know before they predict the scored rows.
 
     Attributes:
-        train: What static methods are fitted on.
-        prompts: What the model is asked, (questions, contexts); its answers to them are averaged.
-        online: For *time*: the contexts where it may see all that came before; else None.
-        history: For *time*: all measurements, for online methods; else None.
+        train: What the network is known by: static methods are fitted on it.
+        questions: The scored rows as they are asked: with their times, or without.
+        history: For *time*: all measurements, of which online methods see those before; else None.
     """
 
     train: MeasurementTable
-    prompts: tuple[tuple[MeasurementTable, Contexts], ...]
-    online: Contexts | None = None
+    questions: MeasurementTable
     history: MeasurementTable | None = None
 
 
@@ -67,9 +55,9 @@ class EvaluationTask:
         available: How many there were to choose `rows` from.
         pair_medians: Median RTT of the other measurements of each row's pair among those, which no
             prediction that is the same for all of them can beat; NaN where there are none [n].
-        context: How the model's contexts are made, in words.
-        conditions: Makers of the conditions, by their number of context measurements; for most
-            protocols one, None. The last gives most.
+        context: What methods know, in words.
+        conditions: Makers of the conditions, by how many measurements of a new source are known;
+            for most protocols one, None. The last gives most.
     """
 
     protocol: str
@@ -80,59 +68,58 @@ class EvaluationTask:
     conditions: dict[int | None, Callable[[], Condition]]
 
 
-def load_task(
-    data: Location,
-    *,
-    trained_on: Location,
-    max_rows: int | None,
-    max_tokens: int,
-    n_contexts: int = 1,
-) -> EvaluationTask:
+def load_task(data: Location, *, known: MeasurementTable, max_rows: int | None) -> EvaluationTask:
     """Returns what is evaluated on `data`.
 
     Args:
         data: A directory of probe rows, or a file of measurements.
-        trained_on: The data set of the run.
+        known: What the run keeps of its train rows, for files.
         max_rows: Rows to score at most, drawn at random; None: all.
-        max_tokens: The longest context.
-        n_contexts: How many contexts of each row the model's answer is the mean over.
 
     Raises:
-        ConfigError: Several contexts are asked for where contexts are not drawn.
-        DataError: The data have no rows to score, or training rows are needed and gone.
+        DataError: The data have no rows to score.
     """
     prepared = is_dataset(data)
-    source = data if prepared else trained_on
-    if not is_dataset(source):
-        raise DataError(
-            f"{trained_on}, which the run was trained on, is gone; put it back to score "
-            f"{data}, which is no prepared data set"
-        )
-    settings = read_metadata(source)["settings"]
-    protocol = settings["split"] if prepared else "raw"
-    if protocol not in ("pair", "raw") and n_contexts > 1:
-        raise ConfigError(
-            f"contexts={n_contexts}: {data} was prepared with --split {protocol}, where a question "
-            "has one context; take 1"
-        )
+    protocol = read_metadata(data)["settings"]["split"] if prepared else "raw"
     rows = ProbeRows(data, "test").to_table() if prepared else read_table([str(data)])
     if prepared and not len(rows):
         raise DataError(f"{data} has no test rows; prepare the data with a larger --test-fraction")
-    train = ProbeRows(source, "train").to_table()
+    train = ProbeRows(data, "train").to_table() if prepared else known
     available = len(rows)
     if protocol == "probe":
         rows, pool, rank = _give_destinations(rows, train)
         available = len(rows) + len(pool)
     scored, medians = _some(rows, max_rows)
+    conditions: dict[int | None, Callable[[], Condition]]
     if protocol == "probe":
-        context, conditions = _new_sources(scored, train, pool, rank, max_tokens)
+        context = "all train rows, and some of the new source's, to other destinations"
+        make = functools.partial(_new_sources, scored, train, pool, rank)
+        conditions = {history: functools.partial(make, history) for history in HISTORIES}
     elif protocol == "time":
+        context = "`model`: the train rows; `model_online`: of each pair all that came before"
         history = MeasurementTable.concat([train, ProbeRows(data, "valid").to_table(), rows])
-        context, conditions = _later_times(scored, train, history, max_tokens)
+        conditions = {None: functools.partial(Condition, train, scored, history)}
     else:
-        turns = settings["both_ends"]
-        context, conditions = _seen_sources(scored, train, n_contexts, turns, max_tokens)
+        context = "all train rows" if prepared else "what the run keeps of its train rows"
+        asked = without_times(scored) if prepared else scored
+        conditions = {None: functools.partial(Condition, train, asked)}
     return EvaluationTask(protocol, scored, available, medians, context, conditions)
+
+
+def without_times(table: MeasurementTable) -> MeasurementTable:
+    """Returns the same measurements at unknown times."""
+    return dataclasses.replace(table, time=np.full(len(table), NO_TIME))
+
+
+def _new_sources(
+    scored: MeasurementTable,
+    train: MeasurementTable,
+    pool: MeasurementTable,
+    rank: np.ndarray,
+    history: int,
+) -> Condition:
+    given = pool.take(rank < history)
+    return Condition(MeasurementTable.concat([train, given]), without_times(scored))
 
 
 def _some(rows: MeasurementTable, max_rows: int | None) -> tuple[MeasurementTable, np.ndarray]:
@@ -144,69 +131,6 @@ def _some(rows: MeasurementTable, max_rows: int | None) -> tuple[MeasurementTabl
     if max_rows is not None and len(rows) > max_rows:
         chosen = np.sort(np.random.default_rng(SEED).choice(len(rows), max_rows, replace=False))
     return rows.take(chosen), medians[chosen]
-
-
-# What each protocol gives: `EvaluationTask.context` and `EvaluationTask.conditions`.
-_Conditions = tuple[str, dict[int | None, Callable[[], Condition]]]
-
-
-def _seen_sources(
-    scored: MeasurementTable, train: MeasurementTable, draws: int, turns: bool, max_tokens: int
-) -> _Conditions:
-    questions = without_times(scored)
-    reverse = dataclasses.replace(questions, src=questions.dst, dst=questions.src)
-
-    def condition() -> Condition:
-        prompts = []
-        for i in range(draws):
-            asked = reverse if turns and i % 2 else questions
-            drawn = random_of_source(train, asked, max_tokens=max_tokens, seed=SEED + i)
-            prompts.append((asked, drawn))
-        return Condition(train, tuple(prompts))
-
-    context = "training measurements of the source, drawn at random, without times"
-    if draws > 1:
-        context += f"; mean over {draws} draws"
-        context += ", every second for the pair turned round" if turns else ""
-    return context, {None: condition}
-
-
-def _later_times(
-    scored: MeasurementTable, train: MeasurementTable, history: MeasurementTable, max_tokens: int
-) -> _Conditions:
-    def condition() -> Condition:
-        tables = (train, history)
-        past, online = (newest_before(each, scored, max_tokens=max_tokens) for each in tables)
-        return Condition(train, ((scored, past),), online, history)
-
-    context = (
-        "the newest measurements of the source before the question, with times: `model` of the "
-        "training rows, `model_online` of all rows"
-    )
-    return context, {None: condition}
-
-
-def _new_sources(
-    scored: MeasurementTable,
-    train: MeasurementTable,
-    pool: MeasurementTable,
-    rank: np.ndarray,
-    max_tokens: int,
-) -> _Conditions:
-    questions = without_times(scored)
-    sources, group = np.unique(hash_addresses(pool.src), return_inverse=True)
-    of_query = lookup(sources, hash_addresses(scored.src))
-
-    def condition(history: int) -> Condition:
-        if history == 0:
-            return Condition(train, ((questions, no_contexts(len(scored))),))
-        kept = rank < history
-        contexts = from_groups(pool.take(kept), group[kept], of_query)
-        fitted_on = MeasurementTable.concat([train, pool.take(kept)])
-        return Condition(fitted_on, ((questions, trim(contexts, max_tokens=max_tokens)),))
-
-    context = "measurements of the new source to other destinations, which all methods are given"
-    return context, {history: functools.partial(condition, history) for history in HISTORIES}
 
 
 def _give_destinations(

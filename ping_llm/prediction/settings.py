@@ -26,7 +26,7 @@ class PredictSettings(Settings):
         pairs: Parquet, Arrow or CSV with src_addr, dst_addr[, event_time].
         output: Parquet for --pairs.
         rank: Destinations, one address a line, to put in order.
-        history: Measurements of the source, to be read first.
+        history: Further measurements of the network, to be known first.
     """
 
     run: str = field(location=True)
@@ -65,8 +65,6 @@ class EvaluateSettings(Settings):
         data: Directory of probe rows, or a file of measurements.
         baselines: Classical methods to compare the model with.
         max_rows: Measurements to score at most, drawn at random.
-        contexts: Contexts drawn for each question, whose answers are averaged (split pair, or
-            files).
         report: Write one HTML page.
     """
 
@@ -74,7 +72,6 @@ class EvaluateSettings(Settings):
     data: str = field(location=True)
     baselines: tuple[Baseline, ...] = ("all",)
     max_rows: int | None = field(default=10_000, ge=1)
-    contexts: int = field(default=1, ge=1)
     report: str | None = field(default=None, location=True)
 
     def check(self) -> None:

@@ -105,7 +105,7 @@ def train(cfg: TrainSettings) -> TrainResult:
             is_first = jax.process_index() == 0
             if is_first:
                 publish_json(Location.of(run.path) / "config.json", run.config)
-                if cfg.grid_fraction and not (run.path / KNOWN).is_file():
+                if not (run.path / KNOWN).is_file():
                     with publish_file(Location.of(run.path) / KNOWN) as path:
                         write_known(path, thinned(ProbeRows(data, "train").to_table()))
                 log.cut()
@@ -131,6 +131,8 @@ def _open_loader(cfg: TrainSettings, data: Path, mesh: Mesh) -> pipeline.TrainLo
         seed=cfg.seed,
         window_config=WindowConfig.of(vars(cfg)),
         grid_fraction=cfg.grid_fraction,
+        simulated_fraction=cfg.simulated_fraction,
+        workers=cfg.loader_workers,
         process_index=index,
         process_count=count,
     )
@@ -156,7 +158,6 @@ def _valid_batches(cfg: TrainSettings, data: Path, mesh: Mesh) -> list[Batch]:
         seq_len=cfg.seq_len,
         count=cfg.eval_batches,
         grid_fraction=cfg.grid_fraction,
-        hide_unseen=cfg.hidden_source_fraction > 0,
     )
     return [Batch(**{name: each[own] for name, each in vars(b).items()}) for b in batches]
 

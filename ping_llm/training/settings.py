@@ -11,6 +11,15 @@ _POSITIVE: dict[str, Any] = {"gt": 0, "flag": False}
 _WEIGHT: dict[str, Any] = {"ge": 0, "flag": False}
 _FRACTION: dict[str, Any] = {"ge": 0, "le": 1, "flag": False}
 _COUNT: dict[str, Any] = {"gt": 0, "flag": False, "changeable": True}
+_QUICK = {
+    "seq_len": 208,  # two grids
+    "optimizer": "muon",
+    "learning_rate": 5e-3,
+    "schedule": "wsd",
+    "decay_fraction": 0.5,
+    "warmup_steps": 20,
+    "weight_decay": 0.0,
+}
 
 
 class TrainSettings(Settings):
@@ -34,12 +43,13 @@ class TrainSettings(Settings):
         num_processes: Several processes: how many.
         process_id: Several processes: which one this is, from 0.
         model: Shape of the decoder; the preset sets its fields.
-        grid_fraction: Fraction of the sequences that hold grids, which show what was measured
-            around a pair; a run that learns them answers from them.
+        grid_fraction: Fraction of the sequences of a batch that hold grids, what RTTs are predicted
+            from; the others hold windows, which teach the whole language.
+        simulated_fraction: Fraction of the grids that show simulated networks.
+        loader_workers: Processes that make grids; 0: this one does. A fast accelerator needs some.
         result_last_fraction: Fraction of windows that end a measurement with its result; others
             shuffle it.
         untimed_fraction: Fraction of the windows that show no time.
-        hidden_source_fraction: Fraction of windows that hide their source, to teach locating it.
         loss_weights: Weights of targets by field: structure, source, destination, time, RTT.
         z_loss: Weight of the mean squared log of the softmax's denominator.
         optimizer: AdamW, or Muon for the kernels and AdamW for the rest.
@@ -81,10 +91,11 @@ class TrainSettings(Settings):
     num_processes: int | None = field(default=None, stored=False)
     process_id: int | None = field(default=None, stored=False)
     model: DecoderConfig = field(default=PRESETS["tiny"], default_text="that of the preset")
-    grid_fraction: float = field(default=0.0, **_FRACTION)
+    grid_fraction: float = field(default=0.875, **_FRACTION)
+    simulated_fraction: float = field(default=0.1, **_FRACTION)
+    loader_workers: int = field(default=0, ge=0, flag=False, stored=False)
     result_last_fraction: float = field(default=0.0, **_FRACTION)
     untimed_fraction: float = field(default=0.3, **_FRACTION)
-    hidden_source_fraction: float = field(default=0.0, **_FRACTION)
     loss_weights: tuple[float, ...] = field(default=(1.0, 1.0, 1.0, 1.0, 1.0), **_WEIGHT)
     z_loss: float = field(default=0.0, **_WEIGHT)
     optimizer: Literal["adamw", "muon"] = field(default="adamw", flag=False)
@@ -112,13 +123,13 @@ class TrainSettings(Settings):
     checkpoint_every: int = field(default=200, **_COUNT)
     keep_checkpoints: int = field(default=3, **_COUNT)
 
-    # The settings of `small` were measured on real data (docs/results.md); those of `base` and
+    # The settings of `tiny` were measured on real data (docs/results.md); those of `base` and
     # `large` are usual for models of their size.
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {
         name: {"model": PRESETS[name], **changes}
         for name, changes in {
-            "tiny": {"learning_rate": 3e-3, "warmup_steps": 20},
-            "small": {"optimizer": "muon", "learning_rate": 5e-3, "warmup_steps": 20},
+            "tiny": _QUICK | {"steps": 2000},
+            "small": _QUICK,
             "base": {"learning_rate": 6e-4, "batch_size": 64, "warmup_steps": 500},
             "large": {"learning_rate": 3e-4, "batch_size": 128, "warmup_steps": 1000},
         }.items()

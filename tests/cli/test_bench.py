@@ -4,7 +4,7 @@ import tempfile
 import pytest
 from click.testing import CliRunner
 from hf_checkpoints import make_checkpoint
-from tiny_runs import SEQ_LEN, write_run
+from tiny_runs import write_run
 
 from ping_llm.bench import extraction
 from ping_llm.cli import cli
@@ -147,14 +147,12 @@ def test_a_shape_that_cannot_be_is_refused():
 # --- predict and extract ------------------------------------------------------------------------
 
 
-def test_predictions_are_timed_with_and_without_a_history(tmp_path):
+def test_predictions_are_timed(tmp_path):
     arguments = ["--run", str(write_run(tmp_path / "run")), "--pairs", "3", "--json"]
     result = CliRunner().invoke(cli, ["bench", "predict", *arguments])
     assert result.exit_code == 0, result.output
     figures = json.loads(result.stdout)
     assert figures["pairs_per_second"] > 0
-    assert figures["pairs_per_second_with_history"] > 0
-    assert 0 < figures["history_tokens"] <= SEQ_LEN
     assert figures["pairs"] == 3
 
 

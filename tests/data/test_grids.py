@@ -144,7 +144,10 @@ def test_short_and_empty_pasts_are_told_as_far_as_they_go():
 
 def test_streams_are_a_pure_function_of_stream_and_number():
     table = measured(3000, hosts=40)
-    one, other = (GridStreams(Network.of(table), length=260, seed=3) for _ in range(2))
+    one, other = (
+        GridStreams(Network.of(table), streams=2, length=260, seed=3, simulated_fraction=0.1)
+        for _ in range(2)
+    )
     for stream, number in ((0, 0), (1, 2), (0, 1)):
         chunk, again = one.chunk(stream, number), other.chunk(stream, number)
         for i in range(len(chunk)):

@@ -1,4 +1,3 @@
-import ipaddress
 import itertools
 import math
 
@@ -323,40 +322,6 @@ def test_the_result_stands_last_in_the_stated_part_of_the_windows_and_nothing_el
     assert_follows([count, np.count_nonzero(~by_chance) - count], [0.25, 0.75])
     always = windows.select(*args, WindowConfig(result_last_fraction=1.0))
     assert (always.field_order == np.arange(4)).all()
-
-
-def test_the_stated_part_of_the_windows_hides_its_source_and_nothing_else_changes():
-    args = keys(20_000), np.full(20_000, 5), np.full(20_000, 4), ROOM
-    plain, some = (
-        windows.select(*args),
-        windows.select(*args, WindowConfig(hidden_source_fraction=0.3)),
-    )
-    for name in ("segment_offsets", "index", "has_time", "field_order"):
-        np.testing.assert_array_equal(getattr(some, name), getattr(plain, name))
-    assert not plain.hidden_source.any()
-    count = np.count_nonzero(some.hidden_source)
-    assert_follows([count, 20_000 - count], [0.3, 0.7])
-
-
-def test_a_hidden_source_is_unspecified_in_its_family_and_the_rest_is_as_it_was(write_rows):
-    rows = ProbeRows(write_rows([1, 500, 40, 3, 2000, 77]), "train")
-    drawn = windows.WindowOrder(rows.n_measurements, 5)[np.arange(100)]
-    (shown, offsets), (hidden, same_offsets) = (
-        windows.encode_windows(
-            rows, drawn, seed=5, length=300, config=WindowConfig(hidden_source_fraction=fraction)
-        )
-        for fraction in (0.0, 1.0)
-    )
-    np.testing.assert_array_equal(offsets, same_offsets)
-    for i, (a, b) in enumerate(itertools.pairwise(offsets)):
-        seen, problems = tokenizer.decode(hidden[a:b])
-        assert not problems
-        version = rows.family[drawn.row[i]]
-        address = ipaddress.ip_address("::ffff:0.0.0.0" if version == 4 else "::")
-        assert np.all(seen.src == addresses.from_packed([address.packed]))
-        before, _ = tokenizer.decode(shown[a:b])
-        for name in ("time", "dst", "family", "rtt"):
-            np.testing.assert_array_equal(getattr(seen, name), getattr(before, name))
 
 
 # --- independence -------------------------------------------------------------------------------

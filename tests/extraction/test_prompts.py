@@ -6,7 +6,7 @@ import transformers
 from extraction_settings import settings
 from hf_checkpoints import CHAT_TEMPLATE, add_tokenizer
 
-from ping_llm import addresses, tokenizer
+from ping_llm import tokenizer
 from ping_llm.activations.roles import BOS, REAL, SPECIAL
 from ping_llm.data.windows import WindowConfig
 from ping_llm.errors import ConfigError, DataError
@@ -175,12 +175,12 @@ def test_measurements_are_the_contexts_of_training_whatever_the_units_are(rows):
     ids = [sample for part in parts for sample in part.ids]
     assert [sample for part in many for sample in part.ids] == ids
     assert max(np.diff(part.offsets).max() for part in parts) <= 200
-    law = WindowConfig(result_last_fraction=1.0, hidden_source_fraction=1.0)
+    law = WindowConfig(result_last_fraction=1.0, untimed_fraction=1.0)
     cfg = settings(input=rows, format="measurements", max_length=200)
     own = open_source(cfg, model=None, vocab_size=267, sampling=law)
     assert own.identity != whole.identity
     part = own.read(own.units[0])
     shown, _ = tokenizer.decode(part.tokens[: part.offsets[1]])
-    assert np.all(shown.src == addresses.unspecified(shown.family))
+    assert not shown.has_time.any()
     _, limited = read(limit=5)
     assert [sample for part in limited for sample in part.ids] == ids[:5]

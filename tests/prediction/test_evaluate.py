@@ -1,17 +1,14 @@
-import dataclasses
 import json
 
 import numpy as np
 import pytest
-from tiny_runs import SEQ_LEN, questions, write_run
+from tiny_runs import write_run
 
-from ping_llm import addresses
 from ping_llm.data.rows import ProbeRows
-from ping_llm.errors import ConfigError
 from ping_llm.estimators.pairs import pair_keys
 from ping_llm.ingest.prepare import prepare_data
+from ping_llm.measurements import MeasurementTable
 from ping_llm.prediction import baselines, predictor, protocols
-from ping_llm.prediction.contexts import newest_before, random_of_source
 from ping_llm.prediction.evaluate import evaluate
 from ping_llm.simulation.simulate import simulate
 from ping_llm.storage import Location
@@ -42,116 +39,45 @@ def run(raw, prepared):
     return write_run(raw.parent / "run", prepared["pair"])
 
 
-def task_of(data, **given):
+def task_of(data):
     location = Location.of(data)
-    return protocols.load_task(
-        location, trained_on=location, max_rows=None, max_tokens=200, **given
-    )
+    return protocols.load_task(location, known=MeasurementTable.empty(), max_rows=None)
 
 
-def test_contexts_of_a_pair_split_are_training_rows_of_the_source_without_the_pair(prepared):
-    task = task_of(prepared["pair"])
-    ((questions, contexts),) = task.conditions[None]().prompts
-    asked, given = pair_keys(task.rows), pair_keys(contexts.measurements)
-    assert (contexts.of_query >= 0).any()
-    for i in np.flatnonzero(contexts.of_query >= 0)[::20]:
-        c = contexts.of_query[i]
-        part = slice(contexts.offsets[c], contexts.offsets[c + 1])
-        assert (contexts.measurements.src[part] == task.rows.src[i]).all()
-        assert asked[i] not in given[part]
-    assert not contexts.measurements.has_time.any()
-    assert not questions.has_time.any()
+def test_questions_of_a_pair_split_are_of_pairs_that_training_has_not_seen(prepared):
+    condition = task_of(prepared["pair"]).conditions[None]()
+    asked, known = pair_keys(condition.questions), pair_keys(condition.train)
+    assert len(asked)
+    assert not set(asked.tolist()) & set(known.tolist())
+    assert not condition.questions.has_time.any()
 
 
-def test_of_several_contexts_every_second_is_of_the_destination_where_both_ends_are_known(
-    raw, prepared, tmp_path
-):
-    prepare_data([str(raw)], output=tmp_path / "both", both_ends=True, workers=1)
-    for data, both_ends in ((prepared["pair"], False), (tmp_path / "both", True)):
-        task = task_of(data, n_contexts=3)
-        prompts = task.conditions[None]().prompts
-        ((_, first),) = task_of(data).conditions[None]().prompts
-        np.testing.assert_array_equal(prompts[0][1].measurements.dst, first.measurements.dst)
-        assert len(prompts) == 3
-        for i, (queries, contexts) in enumerate(prompts[1:]):
-            turned = both_ends and i == 0
-            source = task.rows.dst if turned else task.rows.src
-            np.testing.assert_array_equal(queries.src, source)
-            asked, given = pair_keys(queries), pair_keys(contexts.measurements)
-            np.testing.assert_array_equal(asked, pair_keys(task.rows))
-            assert (contexts.of_query >= 0).any()
-            for q in np.flatnonzero(contexts.of_query >= 0)[::20]:
-                c = contexts.of_query[q]
-                part = slice(contexts.offsets[c], contexts.offsets[c + 1])
-                assert (contexts.measurements.src[part] == queries.src[q]).all()
-                assert asked[q] not in given[part]
-        drawn = prompts[2][1].measurements.dst
-        assert drawn.shape != first.measurements.dst.shape or np.any(
-            drawn != first.measurements.dst
-        )
-
-
-def test_several_contexts_are_for_pairs_only(run, prepared):
-    with pytest.raises(ConfigError, match=r"contexts=2: .*probe was prepared with --split probe"):
-        evaluate(run, prepared["probe"], contexts=2)
-
-
-def test_sources_of_a_probe_split_are_new_and_their_context_pairs_are_not_scored(prepared):
+def test_sources_of_a_probe_split_are_new_and_what_is_known_of_them_is_not_scored(prepared):
     task = task_of(prepared["probe"])
     train = ProbeRows(prepared["probe"], "train").to_table()
     seen = {row.tobytes() for row in np.r_[train.src, train.dst]}
     assert not any(row.tobytes() in seen for row in task.rows.src)
-    scored = pair_keys(task.rows)
-    before = None
+    scored = set(pair_keys(task.rows).tolist())
+    before: set[int] = set()
     for history in protocols.HISTORIES:
         condition = task.conditions[history]()
-        contexts = condition.prompts[0][1]
-        given = pair_keys(contexts.measurements)
-        assert len(set(given.tolist())) == len(given)
-        assert not set(given.tolist()) & set(scored.tolist())
-        assert contexts.lengths().max(initial=0) <= history
-        # Each context is that of the condition before, and more; all methods are given the same.
-        assert before is None or before <= set(given.tolist())
-        assert len(condition.train) == len(train) + len(given)
-        before = set(given.tolist())
+        given = condition.train.slice(len(train), len(condition.train))
+        keys = pair_keys(given).tolist()
+        assert len(set(keys)) == len(keys)
+        assert not set(keys) & scored
+        assert np.unique(given.src, return_counts=True)[1].max(initial=0) <= history
+        assert before <= set(keys)  # each condition is the one before, and more
+        before = set(keys)
     assert before
 
 
-def test_contexts_in_time_are_the_newest_of_the_source_before_the_question(prepared):
-    task = task_of(prepared["time"])
-    condition = task.conditions[None]()
-    online, everything = condition.online, condition.history
-    assert online is not None
-    for i in range(0, len(task.rows), 25):
-        c = online.of_query[i]
-        part = slice(online.offsets[c], online.offsets[c + 1])
-        times = online.measurements.time[part]
-        same = everything.src == task.rows.src[i]
-        earlier = same & (everything.time < task.rows.time[i])
-        expected = np.sort(everything.time[earlier])[-len(times) :]
-        np.testing.assert_array_equal(times, expected)
-        assert (online.measurements.src[part] == task.rows.src[i]).all()
-    train_end = ProbeRows(prepared["time"], "train").to_table().time.max()
-    assert condition.prompts[0][1].measurements.time.max() <= train_end
-    # Questions with the same past share a context, which a model reads once.
-    assert len(condition.prompts[0][1].offsets) < len(online.offsets)
-
-
-def test_measurements_without_a_time_count_as_the_oldest_and_questions_without_one_have_no_past():
-    history = questions(["10.0.0.1"] * 4, ["10.0.9.9"] * 4, [200, None, 100, None])
-    history = dataclasses.replace(history, rtt=np.arange(4, dtype=np.float32))
-    asked = questions(["10.0.0.1"] * 3, ["10.0.9.9"] * 3, [150, 300, None])
-    contexts = newest_before(history, asked, max_tokens=200)
-    assert contexts.lengths().tolist() == [3, 4, 0]
-    assert contexts.measurements.rtt.tolist() == [1, 3, 2, 1, 3, 2, 0]
-
-
-def test_a_context_before_the_first_measurement_is_none(prepared):
-    train = ProbeRows(prepared["pair"], "train").to_table()
-    query = train.take(np.array([int(np.argmin(train.time))]))
-    assert newest_before(train, query, max_tokens=100).of_query.tolist() == [-1]
-    stranger = dataclasses.replace(query, src=addresses.from_packed([b"\a" * 16]))
-    assert random_of_source(train, stranger, max_tokens=100, seed=0).of_query.tolist() == [-1]
+def test_in_time_static_methods_know_the_train_rows_and_online_ones_all(prepared):
+    condition = task_of(prepared["time"]).conditions[None]()
+    train = ProbeRows(prepared["time"], "train").to_table()
+    assert len(condition.train) == len(train)
+    assert condition.history is not None
+    assert condition.history.time.max() > train.time.max()
+    assert condition.questions.time.min() >= train.time.max()
 
 
 def test_the_result_has_every_method_on_the_same_rows(run, prepared, tmp_path, monkeypatch):
@@ -159,8 +85,8 @@ def test_the_result_has_every_method_on_the_same_rows(run, prepared, tmp_path, m
     loads = []
     load_run = predictor.load_run
     monkeypatch.setattr(predictor, "load_run", lambda run: loads.append(run) or load_run(run))
-    result = evaluate(run, prepared["pair"], max_rows=60, contexts=2, report=page)
-    assert loads == [str(run)]  # the weights once
+    result = evaluate(run, prepared["pair"], max_rows=60, report=page)
+    assert len(loads) == 1  # the weights once
     assert list(result.methods) == ["model", *baselines.STATIC]
     assert result.protocol == "pair"
     assert result.n + result.n_failed == 60
@@ -203,8 +129,7 @@ def test_time_has_online_methods_and_raw_files_take_the_runs_own_training_rows(r
 
 
 @pytest.mark.slow
-def test_new_sources_are_scored_with_growing_contexts(run, prepared):
+def test_new_sources_are_scored_with_ever_more_known_of_them(run, prepared):
     result = evaluate(run, prepared["probe"], max_rows=20, baselines="vivaldi")
     assert list(result.history) == [str(history) for history in protocols.HISTORIES]
     assert result.methods == result.history["16"]
-    assert SEQ_LEN >= 16 * 14

@@ -7,6 +7,7 @@ from tiny_runs import SEQ_LEN, decoder, questions
 from ping_llm import addresses, tokenizer
 from ping_llm.errors import ConfigError
 from ping_llm.measurements import NO_TIME, MeasurementTable
+from ping_llm.prediction.answers import Answerer
 from ping_llm.prediction.generate import sample
 from ping_llm.prediction.grammar import Grammar
 from ping_llm.prediction.predictor import Predictor
@@ -67,7 +68,7 @@ def test_every_encoded_segment_is_allowed():
 
 
 def test_samples_are_as_many_as_asked_and_repeat_with_the_seed():
-    predictor = Predictor(*decoder(), max_tokens=96)
+    predictor = Predictor(Answerer(*decoder()), max_tokens=96)
     first = sample(predictor, 70, history=MeasurementTable.empty(), seed=1)
     again = sample(predictor, 70, history=MeasurementTable.empty(), seed=1)
     assert len(first) == 70
@@ -79,7 +80,7 @@ def test_samples_are_as_many_as_asked_and_repeat_with_the_seed():
 
 def test_samples_go_on_from_a_history():
     """Times given as differences are counted from the last one of the history."""
-    predictor = Predictor(*decoder(), max_tokens=SEQ_LEN)
+    predictor = Predictor(Answerer(*decoder()), max_tokens=SEQ_LEN)
     history = questions(["10.0.0.1"] * 9, [f"10.0.1.{i}" for i in range(9)], [10**9] * 9)
     history = dataclasses.replace(history, rtt=np.full(9, 20, np.float32))
     found = sample(predictor, 100, history=history)
@@ -89,6 +90,6 @@ def test_samples_go_on_from_a_history():
 
 
 def test_sequences_too_short_to_sample_in_are_refused():
-    predictor = Predictor(*decoder(), max_tokens=40)
+    predictor = Predictor(Answerer(*decoder()), max_tokens=40)
     with pytest.raises(ConfigError, match="40 tokens are too short"):
         sample(predictor, 1, history=MeasurementTable.empty())
