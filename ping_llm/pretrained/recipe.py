@@ -65,6 +65,8 @@ SOURCES = {
 TRAINING = {
     "preset": "tiny",
     "steps": 24_000,
+    "decay_fraction": 0.3,
+    "eval_batches": 2,
     "batch_size": 64,
     "grid_fraction": 1.0,
     "simulated_fraction": 0.5,
