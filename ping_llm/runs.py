@@ -29,6 +29,7 @@ from ping_llm.outputs import Claim, publish_json
 from ping_llm.storage import Location
 
 EXPORTED = "model.safetensors"
+PRETRAINED = Location.of(Path(__file__).parent / "pretrained")  # the model in the box
 # Beside the checkpoints.
 _FILES = ("config.json", "metrics.jsonl", "loss.png", KNOWN, "wandb/id.txt")
 _TRANSFERS = 8  # files at a time

@@ -31,4 +31,7 @@ def _line(answer: "PairAnswer") -> str:
         f"  (50 %: {rtt['p25']:.2f} to {rtt['p75']:.2f}, 90 %: {rtt['p5']:.2f} to {rtt['p95']:.2f},"
         f" mean {rtt['mean']:.2f})  fails {answer.p_failed:.1%}"
     )
-    return text + (f"  [not in training: {', '.join(answer.unseen)}]" if answer.unseen else "")
+    text += f"  [nothing known of: {', '.join(answer.unseen)}]" if answer.unseen else ""
+    for each in answer.explained or []:
+        text += f"\n  {each.share:6.1%} by {each.src} -> {each.dst}  {each.rtt_ms:.2f} ms"
+    return text

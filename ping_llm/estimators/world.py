@@ -331,6 +331,21 @@ class MeasuredWorld:
                 noise.append(np.where(total > 0, sums / total, np.nan))
         return median, *noise
 
+    def evidence(self, a: int, b: int, count: int) -> list[tuple[bool, int, float, float]]:
+        """Returns the pairs that count most in the weighted median of (a, b), most first.
+
+        Of each: whether it is of a and a node like b, else of b and a node like a; that node; its
+        log RTT; and its share of all weights.
+        """
+        end, node, weights = (each[0] for each in self._neighbours(np.array([a]), np.array([b])))
+        order = np.argsort(-weights)[:count]
+        order = order[weights[order] > 0]
+        shares = weights / max(weights.sum(), 1e-30)
+        return [
+            (of_a, other, float(self.log_rtt[a if of_a else b, other]), float(shares[i]))
+            for i, of_a, other in zip(order, (end == a)[order], node[order].tolist(), strict=True)
+        ]
+
     def oriented(self, a: np.ndarray, b: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Returns the pairs, turned so that the first end has measured what is like the second."""
         turned = self._nearest(b, a) < self._nearest(a, b)

@@ -12,6 +12,7 @@ import numpy as np
 from ping_llm import outputs, storage
 from ping_llm.data.questions import question_grids
 from ping_llm.errors import StorageError
+from ping_llm.estimators.failures import FailureOdds
 from ping_llm.measurements import MeasurementTable
 from ping_llm.prediction import reading
 from ping_llm.prediction.calibration import UNCALIBRATED, Answers, Calibration, calibrate
@@ -39,9 +40,14 @@ class Answerer:
         history: MeasurementTable | None = None,
     ) -> Answers:
         """Yields answers until every question has had its turn; see `question_grids`."""
+        p_failed = np.zeros(0)
+        if self.calibration.failures is not None:
+            p_failed = FailureOdds(known).probability(questions)
         for rows, kind, grids in question_grids(questions, known, history):
             for some, answer in reading.distributions(self.graphdef, self.params, grids):
-                yield rows[some], self.calibration.apply(answer, kind), grids.shown[some]
+                asked = rows[some]
+                classical = p_failed[asked] if len(p_failed) else None
+                yield asked, self.calibration.apply(answer, kind, classical), grids.shown[some]
 
     def calibrated(self, known: MeasurementTable) -> "Answerer":
         """Returns the same, calibrated on pairs that are left out of what is known.
@@ -55,7 +61,7 @@ class Answerer:
         plain = dataclasses.replace(self, calibration=UNCALIBRATED)
         try:
             calibration = Calibration.from_json(json.loads(cached.read_text()))
-        except (StorageError, ValueError):  # not there yet, or damaged
+        except (StorageError, ValueError, LookupError, TypeError):  # not there yet, or damaged
             calibration = calibrate(plain.answer, known)
             # Where nothing can be cached, each start costs those questions again, and no more.
             with contextlib.suppress(StorageError):

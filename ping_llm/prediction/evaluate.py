@@ -41,16 +41,18 @@ class EvaluationResult:
         rows_available: How many there were to choose from.
         pairs: Unordered pairs of addresses among the scored ones.
         context: What all methods know, in words.
-        trained_on_this_data: Whether the run was trained on this data set.
+        trained_on_this_data: Whether the run was trained on this data set; false without a run.
         unseen_fraction: Measurements of an address of which nothing is known.
         methods: By method, its kind, errors of the median, and their 95 % intervals.
-        calibration: Coverage, reliability, pinball loss and CRPS of the model.
-        failures: AUC and Brier score of P(failed), by the model and by classical methods.
+        calibration: Coverage, reliability, pinball loss and CRPS of the model, of the run's where
+            there are two.
+        calibration_pretrained: The same of the model in the box; None where it was not asked.
+        failures: AUC and Brier score of P(failed), by the models and by classical methods.
         noise_floor: Errors of the median of the other measurements of the same pair.
         ranking: By method, how it orders the destinations of each source.
         by: Errors by family, RTT, measurements that the answer was drawn from, and hour.
         history: `methods` by number of measurements of the new source; None but for "probe".
-        calibrated_on: Measurements that the model was calibrated on, by kind of question.
+        calibrated_on: Measurements that each model was calibrated on, by kind of question.
         loss_per_field: Loss in nats per token by field; None for files of measurements.
         seconds: How long it took.
     """
@@ -65,12 +67,13 @@ class EvaluationResult:
     unseen_fraction: float
     methods: Scores
     calibration: dict[str, Any]
+    calibration_pretrained: dict[str, Any] | None
     failures: dict[str, Any]
     noise_floor: dict[str, Any]
     ranking: dict[str, dict[str, float] | None]
     by: dict[str, Scores]
     history: dict[str, Scores] | None
-    calibrated_on: dict[str, int] | None
+    calibrated_on: dict[str, dict[str, int]]
     loss_per_field: dict[str, float] | None
     seconds: float
 
@@ -118,7 +121,7 @@ def evaluate(chosen: EvaluateSettings) -> EvaluationResult:
     report = Location.of(chosen.report)
     with outputs.claim(report, what="evaluate") as claim:
         result = _evaluate(chosen)
-        title = f"{chosen.run} on {chosen.data}"
+        title = f"{chosen.run or 'the pretrained model'} on {chosen.data}"
         write_report(result.to_json(), report, title=title, claim=claim)
         return result
 
@@ -126,12 +129,21 @@ def evaluate(chosen: EvaluateSettings) -> EvaluationResult:
 def _evaluate(chosen: EvaluateSettings) -> EvaluationResult:
     started = time.monotonic()
     data = Location.of(chosen.data)
-    predictor = Predictor.load(chosen.run)
-    task = load_task(data, known=predictor.known, max_rows=chosen.max_rows)
+    predictors = {}
+    if chosen.run is not None:
+        predictors["model"] = Predictor.load(chosen.run)
+    if chosen.pretrained:
+        predictors["model_pretrained"] = Predictor.pretrained()
+    first = next(iter(predictors.values()))
+    task = load_task(data, known=first.known, max_rows=chosen.max_rows)
     prepared = is_dataset(data)
-    own = prepared and data_fingerprint(data) == predictor.trained_on.get("fingerprint")
-    if prepared and not own:
-        predictor = predictor.knowing(ProbeRows(data, "train").to_table())
+    own = prepared and data_fingerprint(data) == first.trained_on.get("fingerprint")
+    if prepared:  # a run knows a part of the train rows of its own data already
+        train = ProbeRows(data, "train").to_table()
+        predictors = {
+            name: each if own and each is first else each.knowing(train)
+            for name, each in predictors.items()
+        }
     names, rows = _baselines(chosen.baselines, task.protocol), task.rows
     n = int(np.count_nonzero(rows.rtt >= 0))
     if n == 0:
@@ -140,20 +152,27 @@ def _evaluate(chosen: EvaluateSettings) -> EvaluationResult:
     for history, make_condition in task.conditions.items():
         condition = make_condition()
         note = "" if history is None else f", {history} measurements of the source"
-        asked: dict[str, MeasurementTable | None] = {"model": None}
-        if condition.history is not None:
-            asked["model_online"] = condition.history
-        answers = {
-            name: _ask(predictor, rows, condition, own, f"{name}{note}")
-            for name, own in asked.items()
-        }
+        answers = {}
+        for name, predictor in predictors.items():
+            asked: dict[str, MeasurementTable | None] = {name: None}
+            if condition.history is not None:
+                asked[f"{name}_online"] = condition.history
+            answers |= {
+                each: _ask(predictor, rows, condition, own_past, f"{each}{note}")
+                for each, own_past in asked.items()
+            }
         predicted = {name: answer.median for name, answer in answers.items()}
         predicted |= _ask_baselines(names, rows, condition, note)
         methods = scores.errors(rows, predicted)
         if history is not None:
             by_history[str(history)] = methods
     # All but `history` is about the last condition, where most is known.
-    model, unseen = answers["model"], predictor.unseen(rows, condition.train)
+    first_name, first = next(iter(predictors.items()))
+    model, unseen = answers[first_name], first.unseen(rows, condition.train)
+    calibration = {
+        name: scores.calibration(rows, each.quantiles, each.below, each.crps)
+        for name, each in answers.items()
+    }
     return EvaluationResult(
         protocol=task.protocol,
         n=n,
@@ -164,14 +183,20 @@ def _evaluate(chosen: EvaluateSettings) -> EvaluationResult:
         trained_on_this_data=own,
         unseen_fraction=float(unseen.any(axis=1).mean()),
         methods=methods,
-        calibration=scores.calibration(rows, model.quantiles, model.below, model.crps),
-        failures=scores.failures(rows, condition.train, model.p_failed),
+        calibration=calibration[first_name],
+        calibration_pretrained=calibration.get("model_pretrained"),
+        failures=scores.failures(
+            rows, condition.train, {name: answers[name].p_failed for name in predictors}
+        ),
         noise_floor=scores.noise_floor(rows, task.pair_medians, model.median),
         ranking=scores.rankings(rows, predicted),
         by=scores.breakdowns(rows, model.shown, predicted),
         history=by_history or None,
-        calibrated_on=predictor.answerer(condition.train).calibration.counts(),
-        loss_per_field=_loss_per_field(predictor, data) if prepared else None,
+        calibrated_on={
+            name: each.answerer(condition.train).calibration.counts()
+            for name, each in predictors.items()
+        },
+        loss_per_field=_loss_per_field(first, data) if prepared else None,
         seconds=round(time.monotonic() - started, 1),
     )
 
@@ -197,7 +222,7 @@ def _ask(
 ) -> ModelAnswers:
     n, levels, actual = len(rows), np.array(PINBALL_LEVELS), scores.actual_rtt(rows)
     answers = ModelAnswers(np.zeros((n, len(levels))), *np.zeros((4, n)))
-    asked = predictor.answers(condition.questions, condition.train, history)
+    asked = predictor.answers(rows, condition.train, history)
     with progress(title, total=n, unit="measurements") as bar:
         for index, distribution, shown in asked:
             answers.quantiles[index] = distribution.quantiles(levels)

@@ -17,6 +17,7 @@ from ping_llm.ingest.files import READ_ERRORS, InputFile, find_files
 from ping_llm.ingest.formats.lines import open_text
 from ping_llm.ingest.sources import read_table
 from ping_llm.measurements import NO_TIME, MeasurementTable
+from ping_llm.prediction.explain import Evidence
 from ping_llm.prediction.predictor import LEVELS, Predictor
 from ping_llm.prediction.settings import PredictSettings
 from ping_llm.progress import progress
@@ -39,6 +40,7 @@ class PairAnswer:
         p_failed: Probability that it is not.
         unseen: Of which of `src` and `dst` nothing is known.
         history: Measurements that the answer was drawn from.
+        explained: With `explain`, those that counted most; else None.
     """
 
     src: str
@@ -48,6 +50,7 @@ class PairAnswer:
     p_failed: float
     unseen: list[str]
     history: int
+    explained: list[Evidence] | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,7 +97,8 @@ def predict(chosen: PredictSettings) -> PairAnswer | RankingResult | PairsResult
         return _predict_pairs(chosen)
     questions, destinations = _read_questions(chosen)
     history = None if chosen.history is None else read_table([chosen.history])
-    predictor = Predictor.load(chosen.run)
+    predictor = _predictor(chosen)
+    explained = predictor.explain(questions, history) if chosen.explain else None
     when = None if questions.time[0] == NO_TIME else int(questions.time[0])
     rows = zip(destinations, predictor.ask(questions, history).to_pylist(), strict=True)
     answers = [
@@ -106,10 +110,15 @@ def predict(chosen: PredictSettings) -> PairAnswer | RankingResult | PairsResult
             p_failed=row["p_failed"],
             unseen=[end for end in ("src", "dst") if row[f"unseen_{end}"]],
             history=row["history"],
+            explained=explained,
         )
         for dst, row in sorted(rows, key=lambda each: each[1]["rtt_mean"])
     ]
     return RankingResult(answers) if chosen.rank is not None else answers[0]
+
+
+def _predictor(chosen: PredictSettings) -> Predictor:
+    return Predictor.pretrained() if chosen.run is None else Predictor.load(chosen.run)
 
 
 def _read_questions(chosen: PredictSettings) -> tuple[MeasurementTable, list[str]]:
@@ -137,7 +146,7 @@ def _predict_pairs(chosen: PredictSettings) -> PairsResult:
     pairs, output = Location.of(str(chosen.pairs)), Location.of(str(chosen.output))
     files = find_files([str(pairs)])
     history = None if chosen.history is None else read_table([chosen.history])
-    predictor = Predictor.load(chosen.run)
+    predictor = _predictor(chosen)
     facts = {
         "model": predictor.model.digest(),
         "pairs": outputs.content_fingerprint(pairs),

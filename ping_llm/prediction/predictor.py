@@ -13,7 +13,8 @@ from ping_llm.estimators.pairs import Nodes
 from ping_llm.measurements import MeasurementTable
 from ping_llm.prediction.answers import Answerer
 from ping_llm.prediction.calibration import Answers
-from ping_llm.runs import load_run
+from ping_llm.prediction.explain import Evidence, explain
+from ping_llm.runs import PRETRAINED, load_run
 from ping_llm.storage import Location
 
 LEVELS = {"p5": 0.05, "p25": 0.25, "p50": 0.5, "p75": 0.75, "p95": 0.95}
@@ -56,6 +57,16 @@ class Predictor:
             known=read_known(location),
             trained_on=loaded.config["data"],
         )
+
+    @classmethod
+    def pretrained(cls) -> "Predictor":
+        """Returns the model in the box, which answers from the measurements it is given.
+
+        docs/pretrained.md says what it was trained on and how it was judged.
+        """
+        loaded = load_run(PRETRAINED)
+        model = Answerer(loaded.graphdef, loaded.params)
+        return cls(model, max_tokens=loaded.config["train"]["seq_len"])
 
     # --- tables of any library ---------------------------------------------------------------
 
@@ -115,10 +126,7 @@ class Predictor:
 
     def ask(self, questions: MeasurementTable, history: MeasurementTable | None = None) -> pa.Table:
         """Returns the columns that `predict` appends; RTTs of the questions are not looked at."""
-        known = self.known
-        if history is not None:
-            known = MeasurementTable.concat([known, history])
-        n = len(questions)
+        known, n = self._knowing(history), len(questions)
         quantiles, mean, p_failed = np.zeros((n, len(LEVELS))), np.zeros(n), np.zeros(n)
         shown = np.zeros(n, np.int32)
         for rows, answer, count in self.answers(questions, known):
@@ -130,6 +138,16 @@ class Predictor:
         unseen = self.unseen(questions, known)
         columns |= {"unseen_src": unseen[:, 0], "unseen_dst": unseen[:, 1]}
         return pa.table({**columns, "history": shown})
+
+    def explain(
+        self, question: MeasurementTable, history: MeasurementTable | None = None
+    ) -> list[Evidence]:
+        """Returns which measurements the answer to one question counts most; see `explain`."""
+        return explain(question, self._knowing(history))
+
+    def _knowing(self, history: MeasurementTable | None) -> MeasurementTable:
+        """Returns what is known with some further measurements."""
+        return self.known if history is None else MeasurementTable.concat([self.known, history])
 
     def unseen(
         self, questions: MeasurementTable, known: MeasurementTable | None = None

@@ -36,12 +36,10 @@ class Condition:
 
     Attributes:
         train: What the network is known by: static methods are fitted on it.
-        questions: The scored rows as they are asked: with their times, or without.
         history: For *time*: all measurements, of which online methods see those before; else None.
     """
 
     train: MeasurementTable
-    questions: MeasurementTable
     history: MeasurementTable | None = None
 
 
@@ -93,16 +91,15 @@ def load_task(data: Location, *, known: MeasurementTable, max_rows: int | None) 
     conditions: dict[int | None, Callable[[], Condition]]
     if protocol == "probe":
         context = "all train rows, and some of the new source's, to other destinations"
-        make = functools.partial(_new_sources, scored, train, pool, rank)
+        make = functools.partial(_new_sources, train, pool, rank)
         conditions = {history: functools.partial(make, history) for history in HISTORIES}
     elif protocol == "time":
         context = "`model`: the train rows; `model_online`: of each pair all that came before"
         history = MeasurementTable.concat([train, ProbeRows(data, "valid").to_table(), rows])
-        conditions = {None: functools.partial(Condition, train, scored, history)}
+        conditions = {None: functools.partial(Condition, train, history)}
     else:
         context = "all train rows" if prepared else "what the run keeps of its train rows"
-        asked = without_times(scored) if prepared else scored
-        conditions = {None: functools.partial(Condition, train, asked)}
+        conditions = {None: functools.partial(Condition, train)}
     return EvaluationTask(protocol, scored, available, medians, context, conditions)
 
 
@@ -112,14 +109,13 @@ def without_times(table: MeasurementTable) -> MeasurementTable:
 
 
 def _new_sources(
-    scored: MeasurementTable,
     train: MeasurementTable,
     pool: MeasurementTable,
     rank: np.ndarray,
     history: int,
 ) -> Condition:
     given = pool.take(rank < history)
-    return Condition(MeasurementTable.concat([train, given]), without_times(scored))
+    return Condition(MeasurementTable.concat([train, given]))
 
 
 def _some(rows: MeasurementTable, max_rows: int | None) -> tuple[MeasurementTable, np.ndarray]:

@@ -50,13 +50,11 @@ def calibration(
     return metrics.calibration(below[answered], quantiles[answered], crps[answered], actual)
 
 
-def failures(
-    rows: MeasurementTable, train: MeasurementTable, p_failed: np.ndarray
-) -> dict[str, Any]:
-    """Returns AUC and Brier score of `p_failed`, and of what is fitted on the training failures."""
+def failures(rows: MeasurementTable, train: MeasurementTable, models: Predicted) -> dict[str, Any]:
+    """Returns AUC and Brier score of the P(failed) of models and of classical methods."""
     failed = rows.rtt < 0
     scores: dict[str, Any] = {"n_failed": int(failed.sum()), "n": len(rows)}
-    for name, each in {"model": p_failed, **predict_failures(rows, train)}.items():
+    for name, each in {**models, **predict_failures(rows, train)}.items():
         scores[name] = {"auc": metrics.auc(each, failed), "brier": metrics.brier(each, failed)}
     return scores
 

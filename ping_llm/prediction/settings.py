@@ -20,6 +20,7 @@ class PredictSettings(Settings):
 
     Attributes:
         run: Run directory of the model.
+        pretrained: Ask the model in the box, which needs no training but a --history.
         src: Source address.
         dst: Destination address.
         time: When: ISO 8601 or seconds since 1970, UTC.
@@ -27,9 +28,11 @@ class PredictSettings(Settings):
         output: Parquet for --pairs.
         rank: Destinations, one address a line, to put in order.
         history: Further measurements of the network, to be known first.
+        explain: Say which measurements an answer to one pair was drawn from.
     """
 
-    run: str = field(location=True)
+    run: str | None = field(default=None, location=True)
+    pretrained: bool = False
     src: str | None = field(default=None, metavar="A")
     dst: str | None = field(default=None, metavar="B")
     time: str | None = field(default=None, metavar="T")
@@ -37,9 +40,16 @@ class PredictSettings(Settings):
     output: str | None = field(default=None, location=True)
     rank: str | None = field(default=None, location=True)
     history: str | None = field(default=None, location=True)
+    explain: bool = False
 
     def check(self) -> None:
         """Raises a `ConfigError` unless the settings are those of one of the three forms."""
+        if (self.run is None) != self.pretrained:
+            raise ConfigError("give either --run or --pretrained")
+        if self.pretrained and self.history is None:
+            raise ConfigError("--pretrained knows no network; give --history with measurements")
+        if self.explain and self.dst is None:
+            raise ConfigError("--explain is for one pair; give --src and --dst")
         asked = ("src", "dst", "time", "pairs", "output", "rank")
         given = {name for name in asked if getattr(self, name) is not None}
         if given - {"time"} not in ({"src", "dst"}, {"src", "rank"}) and given != {
@@ -62,20 +72,24 @@ class EvaluateSettings(Settings):
 
     Attributes:
         run: Run directory of the model.
+        pretrained: Compare the model in the box, too, or alone without --run.
         data: Directory of probe rows, or a file of measurements.
         baselines: Classical methods to compare the model with.
         max_rows: Measurements to score at most, drawn at random.
         report: Write one HTML page.
     """
 
-    run: str = field(location=True)
+    run: str | None = field(default=None, location=True)
     data: str = field(location=True)
+    pretrained: bool = False
     baselines: tuple[Baseline, ...] = ("all",)
     max_rows: int | None = field(default=10_000, ge=1)
     report: str | None = field(default=None, location=True)
 
     def check(self) -> None:
-        """Raises a `ConfigError` if `all` or `none` does not stand alone."""
+        """Raises a `ConfigError` without a model, or if `all` or `none` does not stand alone."""
+        if self.run is None and not self.pretrained:
+            raise ConfigError("give --run, --pretrained, or both")
         alone = {"all", "none"} & set(self.baselines)
         if alone and len(self.baselines) > 1:
             raise ConfigError(f"baselines: give {alone.pop()} alone, or names of methods")

@@ -22,6 +22,7 @@ from ping_llm.errors import ConfigError, Stopped, StorageError
 from ping_llm.outputs import publish_file, publish_json
 from ping_llm.packing import Batch
 from ping_llm.progress import progress
+from ping_llm.runs import PRETRAINED, load_run
 from ping_llm.storage import Location
 from ping_llm.training.directory import RunDirectory, open_run
 from ping_llm.training.metrics import Meter, RunLog, by_field
@@ -192,6 +193,8 @@ class _Trainer:
             self.loader.set_state(notes["loader"])
         else:
             _, self.state = init_state(cfg.model, tx, seed=cfg.seed, mesh=mesh)
+            if cfg.init is not None:
+                self.state = dataclasses.replace(self.state, params=_initial(cfg, abstract.params))
             self.meter = Meter(cfg)
         self.eval_step = make_eval_step(graphdef)
         train_step = make_train_step(graphdef, cfg, tx)
@@ -265,6 +268,24 @@ class _Trainer:
 
     def _place(self, batch: Batch) -> dict[str, jax.Array]:
         return sharding.place_batch(self.mesh, vars(batch))
+
+
+def _initial(cfg: TrainSettings, abstract: Any) -> Any:
+    """Returns the parameters of the model that `cfg.init` names, laid out like `abstract`.
+
+    Raises:
+        ConfigError: It has another shape.
+        CheckpointError: It is no run.
+    """
+    loaded = load_run(PRETRAINED if cfg.init == "pretrained" else str(cfg.init))
+    for name, value in settings.to_json(cfg.model).items():
+        if name != "dtype" and loaded.config["model"][name] != value:
+            theirs = loaded.config["model"][name]
+            raise ConfigError(
+                f"init={cfg.init} has model.{name}={theirs!r}, this run {value!r}; they must agree"
+            )
+    place = jax.tree.map(lambda leaf: leaf.sharding, abstract)
+    return jax.device_put(loaded.params, place)
 
 
 def _merged_state(loader: pipeline.TrainLoader) -> dict[str, Any]:
