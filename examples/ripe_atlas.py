@@ -2,8 +2,8 @@
 
     python examples/ripe_atlas.py OUTPUT RESULTS.ndjson [RESULTS.bz2 ...]
 
-RESULTS are what the API or a daily dump holds. The last tenth of the time is foretold, with the
-newest measurements of each probe as context, by a model and by classical methods. Stopped, it goes
+RESULTS are what the API or a daily dump holds. The last tenth of the time is foretold from
+what came before, by a model and by classical methods. Stopped, it goes
 on where it was; all it makes is below OUTPUT.
 """
 
@@ -14,19 +14,8 @@ from typing import Any
 
 from ping_llm import evaluate, inspect_data, prepare_data, train
 
-# All of training goes to the question that is asked: times are known, the RTT is not.
-SETTINGS = (
-    "seq_len=512",
-    "optimizer=muon",
-    "learning_rate=5e-3",
-    "warmup_steps=20",
-    "result_last_fraction=1",
-    "untimed_fraction=0.1",
-    "loss_weights=0.1,0,0,0,1",
-)
 
-
-def main(output: str, *results: str, steps: int = 1500, settings: Sequence[str] = SETTINGS) -> Any:
+def main(output: str, *results: str, steps: int = 1500, settings: Sequence[str] = ()) -> Any:
     place = Path(output)
     place.mkdir(parents=True, exist_ok=True)
     prepare_data(results, output=place / "rows", split="time")

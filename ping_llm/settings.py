@@ -54,6 +54,7 @@ class Setting:
         location: Whether it is a path or URL.
         flag: Whether it is an option; one that is not is set by `--set` or `--config`.
         metavar: What stands for its value in `--help`.
+        positional: Whether Python may give it by its place though it has a default.
     """
 
     name: str
@@ -70,6 +71,7 @@ class Setting:
     location: bool = False
     flag: bool = True
     metavar: str | None = None
+    positional: bool = False
 
     @property
     def is_table(self) -> bool:
@@ -454,7 +456,7 @@ def takes(cls: type[S]) -> Callable[[Callable[[S], R]], Callable[..., R]]:
     """Returns a decorator that lets a function of settings be called with their fields.
 
     It can then be called as `f(settings)`, or with the fields of `cls` as arguments; those without
-    a default may be positional. Where `takes_file(cls)`, `config_file` and `overrides` are
+    a default, and those that say so, may be positional. Where `takes_file(cls)`, `config_file` and `overrides` are
     arguments too, as in `load`.
     """
     extra = {"config_file": None, "overrides": ()} if takes_file(cls) else {}
@@ -462,16 +464,20 @@ def takes(cls: type[S]) -> Callable[[Callable[[S], R]], Callable[..., R]]:
 
     def decorate(function: Callable[[S], R]) -> Callable[..., R]:
         keyword, either = inspect.Parameter.KEYWORD_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD
-        ordered = sorted(describe(cls), key=lambda setting: not setting.required)
-        parameters = [
-            inspect.Parameter(
-                each.name,
-                either if each.required else keyword,
-                default=inspect.Parameter.empty if each.required else each.default,
-                annotation=hints[each.name],
+        ordered = sorted(describe(cls), key=lambda each: not (each.required or each.positional))
+        # After one that has a default all must have one.
+        needed, required = inspect.Parameter.empty, {e.name for e in ordered if e.required}
+        parameters = []
+        for each in ordered:
+            needed = None if each.positional else needed
+            parameters.append(
+                inspect.Parameter(
+                    each.name,
+                    either if each.required or each.positional else keyword,
+                    default=needed if each.required else each.default,
+                    annotation=hints[each.name],
+                )
             )
-            for each in ordered
-        ]
         parameters += [inspect.Parameter(name, keyword, default=extra[name]) for name in extra]
         returns = inspect.signature(function).return_annotation
         signature = inspect.Signature(parameters, return_annotation=returns)
@@ -480,7 +486,11 @@ def takes(cls: type[S]) -> Callable[[Callable[[S], R]], Callable[..., R]]:
         def call(*args: Any, **kwargs: Any) -> R:
             if len(args) == 1 and not kwargs and isinstance(args[0], cls):
                 return function(args[0])
-            given = signature.bind(*args, **kwargs).arguments
+            given = {
+                name: value
+                for name, value in signature.bind(*args, **kwargs).arguments.items()
+                if value is not None or name not in required
+            }
             sources = {name: given.pop(name) for name in extra if name in given}
             return function(load(cls, flags=given, **sources))
 

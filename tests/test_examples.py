@@ -8,7 +8,7 @@ import click
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-from tiny_runs import train_settings, write_run
+from tiny_runs import write_run
 
 from ping_llm.cli import cli
 from ping_llm.simulation.simulate import simulate
@@ -64,18 +64,12 @@ def test_ripe_atlas_results_become_a_report(tmp_path, capsys):
     small = ("seq_len=128", "model.n_layers=1", "model.d_model=32", "model.n_heads=2")
     small += ("model.n_kv_heads=2", "model.head_dim=16", "model.d_ff=32")
     given = str(tmp_path / "out"), str(tmp_path / "results.ndjson")
-    result = example.main(*given, steps=2, settings=(*example.SETTINGS, *small))
+    result = example.main(*given, steps=2, settings=small)
     assert result.protocol == "time"
     assert {"model", "model_online", "last_value", "median9"} <= set(result.methods)
     assert result.n + result.n_failed == 180
     assert (tmp_path / "out" / "evaluation.html").exists()
     assert "median9" in capsys.readouterr().out
-
-
-def test_the_settings_for_rtt_prediction_are_settings():
-    cfg = train_settings(config_file=EXAMPLES / "rtt_prediction.toml")
-    assert (cfg.result_last_fraction, cfg.untimed_fraction) == (1.0, 0.9)
-    assert (cfg.optimizer, cfg.model.d_model) == ("muon", 256)
 
 
 LAUNCHERS = sorted((EXAMPLES / "launch").iterdir())

@@ -25,7 +25,7 @@ COMMANDS = {
     "inspect-data": "Show what a data set holds, and what is wrong with it.",
     "predict": "Predict RTT distributions and failures.",
     "prepare-data": "Turn measurements into probe rows for training.",
-    "quickstart": "Run the whole story once on simulated data, in minutes.",
+    "quickstart": "Run the whole story once, in minutes.",
     "simulate": "Write the measurements of a synthetic internet.",
     "train": "Train a decoder on probe rows.",
     "verify-parity": "Compare a checkpoint's activations with those of transformers.",

@@ -31,7 +31,7 @@ class PredictSettings(Settings):
         explain: Say which measurements an answer to one pair was drawn from.
     """
 
-    run: str | None = field(default=None, location=True)
+    run: str | None = field(default=None, location=True, positional=True)
     pretrained: bool = False
     src: str | None = field(default=None, metavar="A")
     dst: str | None = field(default=None, metavar="B")
@@ -79,7 +79,7 @@ class EvaluateSettings(Settings):
         report: Write one HTML page.
     """
 
-    run: str | None = field(default=None, location=True)
+    run: str | None = field(default=None, location=True, positional=True)
     data: str = field(location=True)
     pretrained: bool = False
     baselines: tuple[Baseline, ...] = ("all",)

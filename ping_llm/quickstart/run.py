@@ -15,21 +15,10 @@ from ping_llm.simulation.simulate import simulate
 from ping_llm.storage import Location
 from ping_llm.training.loop import train
 
-# Small enough for two cores and minutes; enough to learn the language and some geography.
+# Small enough for two cores and minutes.
 PROBES, DAYS, MEASUREMENTS = 100, 7.0, 200_000
 SCORED, EXTRACTED = 2000, 200
-TRAINING = {
-    "preset": "tiny",
-    "steps": 400,
-    "batch_size": 8,
-    "seq_len": 208,  # two grids
-    "grid_fraction": 0.875,
-    "optimizer": "muon",
-    "learning_rate": 5e-3,
-    "schedule": "wsd",
-    "decay_fraction": 0.5,
-    "weight_decay": 0.0,
-}
+TRAINING = {"preset": "tiny", "init": "pretrained", "steps": 400, "learning_rate": 1e-3}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,18 +52,21 @@ def quickstart(chosen: QuickstartSettings) -> QuickstartResult:
     with claim(output, what="quickstart") as held:
         if output.is_local:
             output.path.mkdir(exist_ok=True)
-        return _run_every_step(output, chosen.seed, held)
+        return _run_every_step(output, chosen, held)
 
 
-def _run_every_step(output: Location, seed: int, held: Claim) -> QuickstartResult:
+def _run_every_step(output: Location, chosen: QuickstartSettings, held: Claim) -> QuickstartResult:
     raw, rows, run = (str(output / name) for name in ("measurements.parquet", "rows", "run"))
-    report, scores = str(output / "data.html"), str(output / "evaluation.html")
-    simulate(raw, probes=PROBES, days=DAYS, measurements=MEASUREMENTS, seed=seed)
+    report, scores, seed = str(output / "data.html"), str(output / "evaluation.html"), chosen.seed
+    if chosen.data is not None:
+        raw = chosen.data
+    else:
+        simulate(raw, probes=PROBES, days=DAYS, measurements=MEASUREMENTS, seed=seed)
     prepare_data([raw], output=rows, seed=seed)
     inspect_data(rows, samples=4, report=report)
     train(rows, run, seed=seed, **TRAINING)
     if not (output / "evaluation.json").exists():
-        result = evaluate(run, rows, max_rows=SCORED, report=scores)
+        result = evaluate(run, rows, pretrained=True, max_rows=SCORED, report=scores)
         publish_json(output / "evaluation.json", result.to_json(), claim=held)
     activations = str(output / "activations")
     extract_activations(run, rows, activations, format="measurements", limit=EXTRACTED)

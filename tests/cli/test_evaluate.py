@@ -20,7 +20,6 @@ def made(tmp_path_factory):
     prepare_data(raw, output=place / "no_test", test_fraction=0.0, workers=1)
     prepare_data(raw, output=place / "probes", split="probe", test_fraction=0.0, workers=1)
     write_run(place / "run", place / "rows")
-    write_run(place / "elsewhere")
     return place
 
 
@@ -70,10 +69,6 @@ BAD = {
     "no data": (["--data", "nowhere"], "nowhere does not exist"),
     "data of no format": (["--data", "words.txt"], "words.txt"),
     "empty data": (["--data", "empty.csv"], "empty.csv"),
-    "training data gone": (
-        ["--data", "pings.parquet", "--run", "elsewhere"],
-        "is gone; put it back to score pings.parquet",
-    ),
     "no run": (["--data", "rows", "--run", "rows"], "rows is not a run"),
 }
 

@@ -60,7 +60,31 @@ def test_history_is_read_and_new_addresses_are_flagged(made):
     answer = json.loads(invoke(*given, "--history", made / "pings.parquet", "--json").stdout)
     assert answer["history"] > 0
     assert answer["unseen"] == ["dst"]
-    assert "not in training: dst" in invoke(*given).stdout
+    assert "nothing known of: dst" in invoke(*given).stdout
+
+
+def test_an_answer_names_the_measurements_that_counted_most(made):
+    src, _ = first_pair(made)
+    dst = "192.0.2.7" if "." in src else "2001:db8::7"
+    given = ["--run", made / "run", "--src", src, "--dst", dst, "--explain"]
+    evidence = json.loads(invoke(*given, "--json").stdout)["explained"]
+    table = pq.read_table(made / "pings.parquet").to_pylist()
+    measured = {frozenset((row["src_addr"], row["dst_addr"])) for row in table}
+    for each in evidence:
+        assert src in (each["src"], each["dst"])
+        assert frozenset((each["src"], each["dst"])) in measured
+        assert each["rtt_ms"] > 0
+    shares = [each["share"] for each in evidence]
+    assert shares == sorted(shares, reverse=True)
+    assert 0 < sum(shares) <= 1.0001
+    assert invoke(*given).stdout.count(" by ") == len(evidence)
+
+
+def test_of_a_measured_pair_its_newest_measurements_count(made):
+    src, dst = first_pair(made)
+    given = ["--run", made / "run", "--src", src, "--dst", dst, "--explain", "--json"]
+    evidence = json.loads(invoke(*given, "--history", made / "pings.parquet").stdout)["explained"]
+    assert {(each["src"], each["dst"]) for each in evidence} == {(src, dst)}
 
 
 def test_destinations_are_ranked_by_expected_rtt(made):
@@ -187,6 +211,14 @@ def test_csv_pairs_are_those_of_parquet(made):
 
 BAD = {
     "no form": (["--src", "10.0.0.1"], "give --src and --dst for one pair"),
+    "two models": (
+        ["--pretrained", "--src", "10.0.0.1", "--dst", "10.0.0.2"],
+        "give either --run or --pretrained",
+    ),
+    "nothing to explain": (
+        ["--src", "10.0.0.1", "--rank", "empty.txt", "--explain"],
+        "--explain is for one pair",
+    ),
     "two forms": (["--src", "10.0.0.1", "--dst", "10.0.0.2", "--rank", "empty.txt"], "give --src"),
     "pairs without output": (["--pairs", "empty.txt"], "--pairs and --output"),
     "bad address": (
@@ -199,10 +231,6 @@ BAD = {
     "rank line": (
         ["--src", "10.0.0.1", "--rank", "words.txt"],
         "words.txt, row 1: dst_addr is 'hello'",
-    ),
-    "history of others": (
-        ["--src", "192.0.2.1", "--dst", "192.0.2.2", "--history", "pings.parquet"],
-        "holds no measurement from 192.0.2.1",
     ),
     "empty history": (
         ["--src", "10.0.0.1", "--dst", "10.0.0.2", "--history", "empty.csv"],

@@ -34,6 +34,7 @@ SMALL = [
     "model.d_ff=16",
     "batch_size=4",
     "seq_len=64",
+    "grid_fraction=0",
     "learning_rate=1e-2",
     "eval_batches=1",
     "log_every=1",

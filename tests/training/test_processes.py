@@ -21,6 +21,7 @@ SETTINGS = [
     "model.d_ff=16",
     "batch_size=4",
     "seq_len=64",
+    "grid_fraction=0",
     "log_every=1",
     "eval_batches=1",
 ]

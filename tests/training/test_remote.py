@@ -25,6 +25,7 @@ from ping_llm.training.export import export_run
 SETTINGS = [
     *("model.n_layers=1", "model.d_model=16", "model.n_heads=2", "model.n_kv_heads=1"),
     *("model.head_dim=8", "model.d_ff=16", "batch_size=4", "seq_len=64", "log_every=1"),
+    "grid_fraction=0",
     *("eval_batches=1", "eval_every=7", "checkpoint_every=2", "keep_checkpoints=2"),
 ]
 # A killed training's claim runs out sooner than it does for users.
