@@ -456,8 +456,8 @@ def takes(cls: type[S]) -> Callable[[Callable[[S], R]], Callable[..., R]]:
     """Returns a decorator that lets a function of settings be called with their fields.
 
     It can then be called as `f(settings)`, or with the fields of `cls` as arguments; those without
-    a default, and those that say so, may be positional. Where `takes_file(cls)`, `config_file` and `overrides` are
-    arguments too, as in `load`.
+    a default, and those that say so, may be positional. Where `takes_file(cls)`, `config_file` and
+    `overrides` are arguments too, as in `load`.
     """
     extra = {"config_file": None, "overrides": ()} if takes_file(cls) else {}
     hints = typing.get_type_hints(cls)
@@ -486,7 +486,7 @@ def takes(cls: type[S]) -> Callable[[Callable[[S], R]], Callable[..., R]]:
         def call(*args: Any, **kwargs: Any) -> R:
             if len(args) == 1 and not kwargs and isinstance(args[0], cls):
                 return function(args[0])
-            given = {
+            given: dict[str, Any] = {
                 name: value
                 for name, value in signature.bind(*args, **kwargs).arguments.items()
                 if value is not None or name not in required

@@ -12,7 +12,7 @@ def command(chosen: EvaluateSettings) -> tuple[object, str]:
     result = evaluate(chosen)
     lines = [
         f"{result.protocol}: {result.n:,} measurements of {result.pairs:,} pairs"
-        f" (errors of the median; 95 % intervals by bootstrap over pairs)",
+        f" (errors of one value each; 95 % intervals by bootstrap over pairs)",
         f"{'':14s} {'kind':7s} {'median rel':>24s} {'p90 rel':>24s} {'median ms':>10s}",
     ]
     for name, scores in result.methods.items():

@@ -27,7 +27,7 @@ def command(chosen: PredictSettings) -> tuple[object, str]:
 def _line(answer: "PairAnswer") -> str:
     rtt = answer.rtt_ms
     text = (
-        f"{answer.src} -> {answer.dst}  {rtt['p50']:.2f} ms"
+        f"{answer.src} -> {answer.dst}  {rtt['mode']:.2f} ms"
         f"  (50 %: {rtt['p25']:.2f} to {rtt['p75']:.2f}, 90 %: {rtt['p5']:.2f} to {rtt['p95']:.2f},"
         f" mean {rtt['mean']:.2f})  fails {answer.p_failed:.1%}"
     )

@@ -43,7 +43,8 @@ class EvaluationResult:
         context: What all methods know, in words.
         trained_on_this_data: Whether the run was trained on this data set; false without a run.
         unseen_fraction: Measurements of an address of which nothing is known.
-        methods: By method, its kind, errors of the median, and their 95 % intervals.
+        methods: By method, its kind, errors of its predictions, of a model those of its mode, and
+            their 95 % intervals.
         calibration: Coverage, reliability, pinball loss and CRPS of the model, of the run's where
             there are two.
         calibration_pretrained: The same of the model in the box; None where it was not asked.
@@ -87,6 +88,7 @@ class ModelAnswers:
     """What the model says of n scored measurements.
 
     Attributes:
+        mode: The likeliest RTTs in ms [n].
         quantiles: RTTs in ms at `PINBALL_LEVELS` [n, 5].
         below: Probability below the actual RTT; means nothing where it failed [n].
         crps: Continuous ranked probability score in ms; likewise [n].
@@ -94,16 +96,12 @@ class ModelAnswers:
         shown: Measurements that the answer was drawn from [n].
     """
 
+    mode: np.ndarray
     quantiles: np.ndarray
     below: np.ndarray
     crps: np.ndarray
     p_failed: np.ndarray
     shown: np.ndarray
-
-    @property
-    def median(self) -> np.ndarray:
-        """The predicted median RTTs."""
-        return self.quantiles[:, PINBALL_LEVELS.index(0.5)]
 
 
 @settings.takes(EvaluateSettings)
@@ -161,7 +159,7 @@ def _evaluate(chosen: EvaluateSettings) -> EvaluationResult:
                 each: _ask(predictor, rows, condition, own_past, f"{each}{note}")
                 for each, own_past in asked.items()
             }
-        predicted = {name: answer.median for name, answer in answers.items()}
+        predicted = {name: answer.mode for name, answer in answers.items()}
         predicted |= _ask_baselines(names, rows, condition, note)
         methods = scores.errors(rows, predicted)
         if history is not None:
@@ -188,7 +186,7 @@ def _evaluate(chosen: EvaluateSettings) -> EvaluationResult:
         failures=scores.failures(
             rows, condition.train, {name: answers[name].p_failed for name in predictors}
         ),
-        noise_floor=scores.noise_floor(rows, task.pair_medians, model.median),
+        noise_floor=scores.noise_floor(rows, task.pair_medians, model.mode),
         ranking=scores.rankings(rows, predicted),
         by=scores.breakdowns(rows, model.shown, predicted),
         history=by_history or None,
@@ -221,10 +219,11 @@ def _ask(
     title: str,
 ) -> ModelAnswers:
     n, levels, actual = len(rows), np.array(PINBALL_LEVELS), scores.actual_rtt(rows)
-    answers = ModelAnswers(np.zeros((n, len(levels))), *np.zeros((4, n)))
+    answers = ModelAnswers(np.zeros(n), np.zeros((n, len(levels))), *np.zeros((4, n)))
     asked = predictor.answers(rows, condition.train, history)
     with progress(title, total=n, unit="measurements") as bar:
         for index, distribution, shown in asked:
+            answers.mode[index] = distribution.mode()
             answers.quantiles[index] = distribution.quantiles(levels)
             answers.below[index] = distribution.below(actual[index])
             answers.crps[index] = distribution.crps(actual[index])

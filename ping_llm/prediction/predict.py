@@ -36,7 +36,8 @@ class PairAnswer:
         src: Source address.
         dst: Destination address.
         time: When, in seconds since 1970 UTC; None: at any time.
-        rtt_ms: Quantiles `p5` to `p95` and `mean` of the RTT in ms, given that it is answered.
+        rtt_ms: Quantiles `p5` to `p95`, `mode` and `mean` of the RTT in ms, given that there is an
+            answer.
         p_failed: Probability that it is not.
         unseen: Of which of `src` and `dst` nothing is known.
         history: Measurements that the answer was drawn from.
@@ -106,7 +107,7 @@ def predict(chosen: PredictSettings) -> PairAnswer | RankingResult | PairsResult
             src=str(chosen.src),
             dst=dst,
             time=when,
-            rtt_ms={name: row[f"rtt_{name}"] for name in (*LEVELS, "mean")},
+            rtt_ms={name: row[f"rtt_{name}"] for name in (*LEVELS, "mode", "mean")},
             p_failed=row["p_failed"],
             unseen=[end for end in ("src", "dst") if row[f"unseen_{end}"]],
             history=row["history"],

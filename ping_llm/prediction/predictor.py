@@ -74,9 +74,9 @@ class Predictor:
         """Returns `frame` with the answers to its rows in further columns.
 
         These are the quantiles of the RTT in ms given that it is answered, `rtt_p5`, `rtt_p25`,
-        `rtt_p50`, `rtt_p75` and `rtt_p95`; its mean, `rtt_mean`; `p_failed`, the probability of a
-        failure; `unseen_src` and `unseen_dst`, whether nothing is known of the address; and
-        `history`, how many measurements the answer was drawn from.
+        `rtt_p50`, `rtt_p75` and `rtt_p95`; the likeliest value, `rtt_mode`; its mean, `rtt_mean`;
+        `p_failed`, the probability of a failure; `unseen_src` and `unseen_dst`, whether nothing is
+        known of the address; and `history`, how many measurements the answer was drawn from.
 
         Args:
             frame: Questions: columns src_addr, dst_addr and, where times are known, event_time, in
@@ -127,14 +127,15 @@ class Predictor:
     def ask(self, questions: MeasurementTable, history: MeasurementTable | None = None) -> pa.Table:
         """Returns the columns that `predict` appends; RTTs of the questions are not looked at."""
         known, n = self._knowing(history), len(questions)
-        quantiles, mean, p_failed = np.zeros((n, len(LEVELS))), np.zeros(n), np.zeros(n)
+        quantiles, (mode, mean, p_failed) = np.zeros((n, len(LEVELS))), np.zeros((3, n))
         shown = np.zeros(n, np.int32)
         for rows, answer, count in self.answers(questions, known):
             quantiles[rows] = answer.quantiles(np.array([*LEVELS.values()]))
-            mean[rows], p_failed[rows] = answer.mean(), answer.p_failed
+            mode[rows], mean[rows] = answer.mode(), answer.mean()
+            p_failed[rows] = answer.p_failed
             shown[rows] = count
         columns = {f"rtt_{name}": quantiles[:, i] for i, name in enumerate(LEVELS)}
-        columns |= {"rtt_mean": mean, "p_failed": p_failed}
+        columns |= {"rtt_mode": mode, "rtt_mean": mean, "p_failed": p_failed}
         unseen = self.unseen(questions, known)
         columns |= {"unseen_src": unseen[:, 0], "unseen_dst": unseen[:, 1]}
         return pa.table({**columns, "history": shown})

@@ -64,7 +64,9 @@ SOURCES = {
 
 TRAINING = {
     "preset": "tiny",
-    "steps": 24_000,
+    "init": "random",
+    "steps": 3808,
+    "learning_rate": 5e-3,
     "decay_fraction": 0.3,
     "eval_batches": 2,
     "batch_size": 64,

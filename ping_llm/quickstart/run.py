@@ -18,7 +18,7 @@ from ping_llm.training.loop import train
 # Small enough for two cores and minutes.
 PROBES, DAYS, MEASUREMENTS = 100, 7.0, 200_000
 SCORED, EXTRACTED = 2000, 200
-TRAINING = {"preset": "tiny", "init": "pretrained", "steps": 400, "learning_rate": 1e-3}
+TRAINING = {"preset": "tiny", "steps": 400}
 
 
 @dataclasses.dataclass(frozen=True)

@@ -193,8 +193,8 @@ class _Trainer:
             self.loader.set_state(notes["loader"])
         else:
             _, self.state = init_state(cfg.model, tx, seed=cfg.seed, mesh=mesh)
-            if cfg.init is not None:
-                self.state = dataclasses.replace(self.state, params=_initial(cfg, abstract.params))
+            if (params := _initial(cfg, abstract.params)) is not None:
+                self.state = dataclasses.replace(self.state, params=params)
             self.meter = Meter(cfg)
         self.eval_step = make_eval_step(graphdef)
         train_step = make_train_step(graphdef, cfg, tx)
@@ -271,18 +271,24 @@ class _Trainer:
 
 
 def _initial(cfg: TrainSettings, abstract: Any) -> Any:
-    """Returns the parameters of the model that `cfg.init` names, laid out like `abstract`.
+    """Returns the parameters that `cfg.init` names, laid out like `abstract`; None: random ones.
 
     Raises:
-        ConfigError: It has another shape.
-        CheckpointError: It is no run.
+        ConfigError: They are of another shape.
+        CheckpointError: It names no run.
     """
-    loaded = load_run(PRETRAINED if cfg.init == "pretrained" else str(cfg.init))
+    if cfg.init == "random":
+        return None
+    in_the_box = cfg.init in ("auto", "pretrained")
+    loaded = load_run(PRETRAINED if in_the_box else cfg.init)
+    theirs = loaded.config["model"]
     for name, value in settings.to_json(cfg.model).items():
-        if name != "dtype" and loaded.config["model"][name] != value:
-            theirs = loaded.config["model"][name]
+        if name not in ("dtype", "remat") and theirs[name] != value:
+            if cfg.init == "auto":
+                return None
             raise ConfigError(
-                f"init={cfg.init} has model.{name}={theirs!r}, this run {value!r}; they must agree"
+                f"init={cfg.init} has model.{name}={theirs[name]!r}, this run {value!r}; they must "
+                "agree, or give --init random"
             )
     place = jax.tree.map(lambda leaf: leaf.sharding, abstract)
     return jax.device_put(loaded.params, place)

@@ -37,8 +37,8 @@ class TrainSettings(Settings):
         seq_len: Tokens in a sequence.
         mesh: Devices by axis; -1 stands for those that are left.
         seed: Seed of the initial parameters and of the order of the data.
-        init: Parameters to start from: `pretrained`, the model in the box, or those of a run or an
-            export of the same shape; none: random ones.
+        init: Parameters to start from: `pretrained`, the model in the box; `random`; those of a run
+            or an export of the same shape; `auto`: the model in the box if it has the shape.
         wandb: Log the run to Weights & Biases.
         profile: Directory for XLA's trace of five steps, for TensorBoard or Perfetto.
         coordinator: Several processes: address of process 0, HOST:PORT.
@@ -87,7 +87,7 @@ class TrainSettings(Settings):
     seq_len: int = field(default=1024, gt=0)
     mesh: str = field(default="data=-1,fsdp=1,tensor=1", changeable=True)
     seed: int = field(default=0, ge=0, lt=2**63)
-    init: str | None = None
+    init: str = "auto"
     wandb: Literal["disabled", "offline", "online"] = field(default="disabled", changeable=True)
     profile: str | None = field(default=None, location=True, stored=False)
     coordinator: str | None = field(default=None, stored=False)
@@ -131,7 +131,8 @@ class TrainSettings(Settings):
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {
         name: {"model": PRESETS[name], **changes}
         for name, changes in {
-            "tiny": _QUICK | {"steps": 2000},
+            # Which starts from the model in the box.
+            "tiny": _QUICK | {"learning_rate": 1e-3},
             "small": _QUICK,
             "base": {"learning_rate": 6e-4, "batch_size": 64, "warmup_steps": 500},
             "large": {"learning_rate": 3e-4, "batch_size": 128, "warmup_steps": 1000},

@@ -22,7 +22,7 @@ HISTORY = {
     "event_time": [100, 200, None],
     "rtt": [7.0, 9.0, -1.0],
 }
-ANSWERS = ["rtt_p5", "rtt_p25", "rtt_p50", "rtt_p75", "rtt_p95", "rtt_mean", "p_failed"]
+ANSWERS = ["rtt_p5", "rtt_p25", "rtt_p50", "rtt_p75", "rtt_p95", "rtt_mode", "rtt_mean", "p_failed"]
 ANSWERS += ["unseen_src", "unseen_dst", "history"]
 
 
