@@ -68,7 +68,7 @@ def bench(session: nox.Session) -> None:
     ping_llm("prepare-data", pings, "--output", rows)
     ping_llm("bench", "loader", "--data", rows)
     ping_llm("bench", "train", "--compare")
-    ping_llm("train", "--data", rows, "--output", run, "--steps", 20, "--seq-len", 512)
+    ping_llm("train", "--data", rows, "--output", run, "--steps", 20)
     ping_llm("bench", "predict", "--run", run)
     # Random weights in the shape of Qwen2.5-0.5B.
     code = (
@@ -80,6 +80,17 @@ def bench(session: nox.Session) -> None:
     if not model.exists():
         session.run("python", "-c", code, env={"PYTHONPATH": "tests"})
     ping_llm("bench", "extract", "--model", model, "--layers", "3,7,11,15,19,23", "--compare")
+
+
+@nox.session
+def pretrain(session: nox.Session) -> None:
+    """Makes the model in the box from a directory of files: `nox -s pretrain -- DATA`."""
+    session.install("-e", ".")
+    data = Path(session.posargs[0]).resolve()
+    place = Path(session.create_tmp()).resolve() / "pretrained"
+    session.run("python", "-m", "ping_llm.pretrained.recipe", str(data), str(place))
+    for name in ("model.safetensors", "config.json"):
+        shutil.copyfile(place / "pretrained" / name, Path("ping_llm", "pretrained", name))
 
 
 @nox.session
