@@ -3,6 +3,7 @@ import dataclasses
 import numpy as np
 import pytest
 
+from ping_llm import addresses
 from ping_llm.data import cells, grid_streams, history_grids, network_grids, worlds
 from ping_llm.data.grid_streams import GridStreams
 from ping_llm.data.history_grids import PairSeries
@@ -159,6 +160,25 @@ def test_streams_are_a_pure_function_of_stream_and_number():
             assert all(w[-3:].max() >= 1 for w in weights)
 
 
+def test_networks_without_a_common_node_are_parts_and_small_ones_are_one():
+    large, other = measured(2000, hosts=30), measured(900, hosts=20, seed=1)
+    moved = {end: getattr(other, end).copy() for end in ("src", "dst")}
+    for each in moved.values():
+        addresses.as_bytes(each)[:, 12] = 10
+    tiny = MeasurementTable.from_arrow(
+        {
+            "src_addr": [f"172.16.{i}.1" for i in range(30)],
+            "dst_addr": [f"172.16.{i}.2" for i in range(30)],
+            "rtt": np.arange(30) + 1.0,
+        }
+    )
+    parts = MeasurementTable.concat([large, dataclasses.replace(other, **moved), tiny])
+    found = sorted(len(part.measurements) for part in Network.of(parts).parts())
+    assert found == [30, 900, 2000]
+    alone = Network.of(large)
+    assert alone.parts() == [alone]
+
+
 def test_worlds_ask_only_about_pairs_that_they_do_not_know():
     table = measured(4000, hosts=60)
     network, rng = Network.of(table), np.random.default_rng(0)
@@ -242,6 +262,16 @@ def test_batches_with_grids_go_on_where_they_stopped_on_any_number_of_processes(
                 got, own = next(loader), slice(2 * process, 2 * process + 2)
                 for name in ("inputs", "segment_ids", "mask"):
                     np.testing.assert_array_equal(getattr(got, name), getattr(wanted, name)[own])
+
+
+@pytest.mark.slow
+def test_other_processes_make_the_same_batches(rows):
+    settings = {"batch_size": 4, "seq_len": 256, "seed": 3, "grid_fraction": 0.75}
+    with TrainLoader(rows, **settings) as alone, TrainLoader(rows, **settings, workers=2) as helped:
+        for _ in range(15):  # beyond the first chunk
+            got, wanted = next(helped), next(alone)
+            for name in ("inputs", "targets", "segment_ids", "mask"):
+                np.testing.assert_array_equal(getattr(got, name), getattr(wanted, name))
 
 
 def test_fixed_batches_ask_about_a_split_from_the_train_rows(rows):

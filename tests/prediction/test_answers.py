@@ -6,7 +6,7 @@ import pytest
 from click.testing import CliRunner
 
 from ping_llm.cli import cli
-from ping_llm.prediction.calibration import Calibration
+from ping_llm.prediction.calibration import Calibration, _weights
 from ping_llm.prediction.distribution import Distribution
 from ping_llm.prediction.predictor import Predictor
 from ping_llm.prediction.reading import _codes
@@ -101,3 +101,19 @@ def test_a_damaged_or_uncached_calibration_is_made_again(trained, monkeypatch, t
     blocked.write_text("")
     monkeypatch.setenv("XDG_CACHE_HOME", str(blocked))
     assert Predictor.load(str(output)).predict(asked).equals(before)
+
+
+def test_known_failures_tell_how_far_the_log_odds_of_model_and_logistic_count():
+    rng = np.random.default_rng(0)
+    odds = rng.normal(0, 2, 400)
+    failed = rng.random(400) < 1 / (1 + np.exp(-odds))
+    noise = rng.normal(0, 2, 400)
+    model, classical, constant = _weights(noise, odds, failed)  # the model knows nothing
+    assert model < 0.2 < 0.7 < classical
+    assert abs(constant) < 0.5
+    assert _weights(noise[:1], odds[:1], failed[:1]) == pytest.approx((0.5, 0.5, 0), abs=0.1)
+    plain = Distribution(np.ones((1, 1)), np.ones((1, 1)), np.array([0.5]))
+    calibration = Calibration({}, (0.0, 1.0, 0.0), 400)
+    assert calibration.apply(plain, "network", np.array([0.9])).p_failed == pytest.approx(0.9)
+    assert calibration.apply(plain, "history", np.array([0.9])).p_failed == 0.5
+    assert Calibration.from_json(json.loads(json.dumps(calibration.to_json()))) == calibration
