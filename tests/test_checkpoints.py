@@ -159,7 +159,8 @@ def exported(tmp_path):
 def test_an_export_loads_like_the_run_bit_for_bit(exported):
     run, output, result = exported
     assert result.parameters == tiny_runs.CONFIG.parameter_count()
-    assert sorted(path.name for path in output.iterdir()) == ["config.json", "model.safetensors"]
+    files = ["config.json", "known.arrow", "model.safetensors"]
+    assert sorted(path.name for path in output.iterdir()) == files
     of_run, of_export = load_run(run), load_run(output)
     assert of_run.config == of_export.config
     assert of_run.graphdef == of_export.graphdef

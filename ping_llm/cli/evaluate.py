@@ -13,7 +13,7 @@ def command(chosen: EvaluateSettings) -> tuple[object, str]:
     lines = [
         f"{result.protocol}: {result.n:,} measurements of {result.pairs:,} pairs"
         f" (errors of one value each; 95 % intervals by bootstrap over pairs)",
-        f"{'':14s} {'kind':7s} {'median rel':>24s} {'p90 rel':>24s} {'median ms':>10s}",
+        f"{'':23s} {'kind':7s} {'median rel':>24s} {'p90 rel':>24s} {'median ms':>10s}",
     ]
     for name, scores in result.methods.items():
         cells = [
@@ -21,7 +21,7 @@ def command(chosen: EvaluateSettings) -> tuple[object, str]:
             for key in ("median_rel", "p90_rel")
         ]
         lines.append(
-            f"{name:14s} {scores['kind']:7s} {cells[0]:>24s} {cells[1]:>24s}"
+            f"{name:23s} {scores['kind']:7s} {cells[0]:>24s} {cells[1]:>24s}"
             f" {scores['median_abs_ms']:10.3f}"
         )
     coverage = result.calibration["coverage"].items()

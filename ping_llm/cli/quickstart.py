@@ -10,6 +10,9 @@ def command(chosen: QuickstartSettings) -> tuple[object, str]:
     from ping_llm.quickstart.run import quickstart
 
     result = quickstart(chosen)
-    lines = [f"loss {result.loss_first:.3f} -> {result.loss_last:.3f} nats per token. Look at:"]
+    lines = ["relative error on pairs not seen before  median     p90"]
+    for name, (error, worst) in result.errors.items():
+        lines.append(f"{name:39s} {error:8.4f} {worst:7.3f}")
+    lines += [f"loss {result.loss_first:.3f} -> {result.loss_last:.3f} nats per token. Look at:"]
     lines += [f"  {path}  ({what})" for what, path in result.files.items()]
     return result, "\n".join(lines)

@@ -83,6 +83,11 @@ def load_task(data: Location, *, known: MeasurementTable, max_rows: int | None) 
     if prepared and not len(rows):
         raise DataError(f"{data} has no test rows; prepare the data with a larger --test-fraction")
     train = ProbeRows(data, "train").to_table() if prepared else known
+    if not prepared and not len(known):
+        raise DataError(
+            f"{data} is no data set, so nothing is known to answer from; make one of it with "
+            "`ping-llm prepare-data`, or give a run"
+        )
     available = len(rows)
     if protocol == "probe":
         rows, pool, rank = _give_destinations(rows, train)

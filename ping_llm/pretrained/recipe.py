@@ -93,13 +93,15 @@ def pretrain(
         DataError: A file is not the one that the recipe names.
         PingLLMError: A part of it failed.
     """
-    output = Path(output)
+    output = Location.of(output).path
     output.mkdir(parents=True, exist_ok=True)
     sources = {name: source for name, source in SOURCES.items() if name != without}
     rows = output / "rows"
     if not (rows / "dataset.json").exists():
         merged = output / "networks.parquet"
-        tables = (_train_rows(Path(data) / name, each, output) for name, each in sources.items())
+        tables = (
+            _train_rows(Location.of(data) / name, each, output) for name, each in sources.items()
+        )
         pq.write_table(pa.table(MeasurementTable.concat([*tables])), merged)
         prepare_data([str(merged)], output=rows, test_fraction=0.0, valid_fraction=0.02, seed=SEED)
     train(rows, output / "run", seed=SEED, **(TRAINING | changes))
@@ -107,13 +109,13 @@ def pretrain(
     (output / "pretrained" / "known.arrow").unlink()  # it answers about networks it is given
 
 
-def _train_rows(file: Path, source: Source, place: Path) -> MeasurementTable:
+def _train_rows(file: Location, source: Source, place: Path) -> MeasurementTable:
     """Returns the train rows of one file, thinned, its addresses told from those of the others."""
-    with Location.of(file).open_input() as content:
+    with file.open_input() as content:
         digest = file_digest(content)
     if digest != source.sha256:
         raise DataError(f"{file} has SHA-256 {digest}, not {source.sha256}; get the file named")
-    prepared = place / file.stem
+    prepared = place / file.path.stem
     prepare_data([str(file)], output=prepared, split=source.split, seed=SEED)
     table = thinned(ProbeRows(prepared, "train").to_table())
     moved = []

@@ -29,12 +29,15 @@ class QuickstartResult:
         output: The directory that holds everything.
         loss_first: Training loss in nats per token, mean over the first logged steps.
         loss_last: The same over the last logged steps.
+        errors: By method, (median, 90th percentile) of the relative error on pairs it has not seen,
+            the best median first.
         files: The files worth a look, by what they show.
     """
 
     output: str
     loss_first: float
     loss_last: float
+    errors: dict[str, tuple[float, float]]
     files: dict[str, str]
 
 
@@ -71,11 +74,14 @@ def _run_every_step(output: Location, chosen: QuickstartSettings, held: Claim) -
     activations = str(output / "activations")
     extract_activations(run, rows, activations, format="measurements", limit=EXTRACTED)
     metrics = (output / "run" / "metrics.jsonl").read_text().splitlines()
+    methods = json.loads((output / "evaluation.json").read_text())["methods"]
+    errors = {name: (each["median_rel"], each["p90_rel"]) for name, each in methods.items()}
     losses = [json.loads(line)["loss"] for line in metrics]
     return QuickstartResult(
         output=str(output),
         loss_first=losses[0],
         loss_last=losses[-1],
+        errors=dict(sorted(errors.items(), key=lambda item: item[1])),
         files={
             "what the data hold": report,
             "how the loss fell": f"{run}/loss.png",

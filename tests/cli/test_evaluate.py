@@ -93,6 +93,23 @@ def test_usage_errors_exit_with_2(made):
     assert "baselines='magic' is not one of all, none, global_median" in refused.stderr
 
 
+def test_the_model_in_the_box_stands_beside_a_run_or_alone(made):
+    given = ["--data", made / "rows", "--baselines", "none", "--max-rows", "20", "--pretrained"]
+    result = invoke(*given, "--run", made / "run", "--json")
+    assert result.exit_code == 0, result.output
+    both = json.loads(result.stdout)
+    assert list(both["methods"]) == ["model", "model_pretrained"]
+    alone = json.loads(invoke(*given, "--json").stdout)
+    assert list(alone["methods"]) == ["model_pretrained"]
+    assert alone["methods"]["model_pretrained"] == both["methods"]["model_pretrained"]
+    assert alone["calibration"] == alone["calibration_pretrained"] == both["calibration_pretrained"]
+    assert set(both["calibrated_on"]) == {"model", "model_pretrained"}
+    refused = invoke("--pretrained", "--data", made / "pings.parquet")
+    assert refused.exit_code == 1
+    assert "nothing is known to answer from" in refused.stderr
+    assert "give --run, --pretrained, or both" in invoke("--data", made / "rows").stderr
+
+
 def test_a_report_that_another_process_writes_is_refused_at_once(made, tmp_path):
     report = tmp_path / "report.html"
     with outputs.claim(Location.of(report), what="test"):

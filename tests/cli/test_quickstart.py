@@ -21,8 +21,9 @@ def test_every_step_runs_once_and_a_second_run_changes_nothing(tmp_path, monkeyp
         assert result.exit_code == 0, result.output
         results.append(json.loads(result.stdout))
     assert results[0] == results[1]
-    assert set(results[0]) == {"output", "loss_first", "loss_last", "files"}
+    assert set(results[0]) == {"output", "loss_first", "loss_last", "errors", "files"}
     assert 0 < results[0]["loss_first"] < 8
+    assert {"model", "model_pretrained", "wmedian"} <= set(results[0]["errors"])
     for path in results[0]["files"].values():
         assert output in Path(path).parents
         assert Path(path).stat().st_size > 0

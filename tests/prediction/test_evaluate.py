@@ -45,11 +45,10 @@ def task_of(data):
 
 
 def test_questions_of_a_pair_split_are_of_pairs_that_training_has_not_seen(prepared):
-    condition = task_of(prepared["pair"]).conditions[None]()
-    asked, known = pair_keys(condition.questions), pair_keys(condition.train)
+    task = task_of(prepared["pair"])
+    asked, known = pair_keys(task.rows), pair_keys(task.conditions[None]().train)
     assert len(asked)
     assert not set(asked.tolist()) & set(known.tolist())
-    assert not condition.questions.has_time.any()
 
 
 def test_sources_of_a_probe_split_are_new_and_what_is_known_of_them_is_not_scored(prepared):
@@ -72,12 +71,13 @@ def test_sources_of_a_probe_split_are_new_and_what_is_known_of_them_is_not_score
 
 
 def test_in_time_static_methods_know_the_train_rows_and_online_ones_all(prepared):
-    condition = task_of(prepared["time"]).conditions[None]()
+    task = task_of(prepared["time"])
+    condition = task.conditions[None]()
     train = ProbeRows(prepared["time"], "train").to_table()
     assert len(condition.train) == len(train)
     assert condition.history is not None
     assert condition.history.time.max() > train.time.max()
-    assert condition.questions.time.min() >= train.time.max()
+    assert task.rows.time.min() >= train.time.max()
 
 
 def test_the_result_has_every_method_on_the_same_rows(run, prepared, tmp_path, monkeypatch):

@@ -11,7 +11,7 @@ from ping_llm.training.optimizer import groups, guard, learning_rate_at, make_op
 
 
 def test_the_rate_warms_up_peaks_and_falls_to_its_floor():
-    cfg = train_settings("steps=110", "warmup_steps=10", "learning_rate=1.0")
+    cfg = train_settings("steps=110", "warmup_steps=10", "learning_rate=1.0", preset="base")
     rates = np.array([learning_rate_at(cfg)(taken) for taken in range(120)])
     np.testing.assert_allclose(rates[:10], np.arange(1, 11) / 10, rtol=1e-6)
     assert rates[10] == pytest.approx(1.0)
@@ -20,14 +20,14 @@ def test_the_rate_warms_up_peaks_and_falls_to_its_floor():
 
 
 def test_a_run_shorter_than_its_warm_up_still_has_rates():
-    cfg = train_settings("steps=5", "warmup_steps=10", "learning_rate=1.0")
+    cfg = train_settings("steps=5", "warmup_steps=10", "learning_rate=1.0", preset="base")
     rates = [float(learning_rate_at(cfg)(taken)) for taken in range(5)]
     assert rates == pytest.approx([0.1, 0.2, 0.3, 0.4, 0.5])
 
 
 def test_wsd_stays_at_its_peak_and_falls_in_a_line():
     overrides = ["steps=100", "warmup_steps=10", "learning_rate=1.0", "schedule=wsd"]
-    cfg = train_settings(*overrides, "final_learning_rate_fraction=0")
+    cfg = train_settings(*overrides, "final_learning_rate_fraction=0", preset="base")
     rates = np.array([learning_rate_at(cfg)(taken) for taken in range(101)])
     np.testing.assert_allclose(rates[9:81], 1.0, rtol=1e-6)
     np.testing.assert_allclose(rates[80:], np.arange(20, -1, -1) / 20, atol=1e-6)
@@ -59,7 +59,7 @@ def test_every_parameter_is_in_a_group(params):
 
 
 def updates_of(params, *overrides, gradient=None):
-    cfg = train_settings("warmup_steps=0", "learning_rate=0.1", *overrides)
+    cfg = train_settings("warmup_steps=0", "learning_rate=0.1", *overrides, preset="base")
     tx = make_optimizer(cfg)
     gradient = gradient or jax.tree.map(jnp.zeros_like, params)
     return by_name(tx.update(gradient, tx.init(params), params)[0])

@@ -22,6 +22,9 @@ SETTINGS = [
     "batch_size=4",
     "seq_len=64",
     "grid_fraction=0",
+    "optimizer=adamw",
+    "schedule=cosine",
+    "learning_rate=3e-3",
     "log_every=1",
     "eval_batches=1",
 ]

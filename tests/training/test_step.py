@@ -55,7 +55,7 @@ class Trainer:
     def __init__(self, *overrides, cfg=TINY, **axis_sizes):
         self.mesh = sharding.make_mesh(**(axis_sizes or dict(data=4)))
         flags = ["warmup_steps=1", "learning_rate=1e-2", *overrides]
-        self.cfg = dataclasses.replace(train_settings(*flags), model=cfg)
+        self.cfg = dataclasses.replace(train_settings(*flags, preset="base"), model=cfg)
         self.tx = make_optimizer(self.cfg)
         self.graphdef, self.start = init_state(cfg, self.tx, seed=0, mesh=self.mesh)
         self._compiled = {}
