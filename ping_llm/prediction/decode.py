@@ -30,10 +30,6 @@ class Cache:
     values: Float[Array, "L C S K H"]
     positions: Int[Array, "C S"]
 
-    def of_rows(self, rows: Int[Array, " R"]) -> "Cache":
-        """Returns the cache of some rows, in that order."""
-        return Cache(self.keys[:, rows], self.values[:, rows], self.positions[rows])
-
 
 def read(
     model: Decoder,
