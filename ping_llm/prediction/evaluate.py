@@ -191,8 +191,7 @@ def _evaluate(chosen: EvaluateSettings) -> EvaluationResult:
         by=scores.breakdowns(rows, model.shown, predicted),
         history=by_history or None,
         calibrated_on={
-            name: each.answerer(condition.train).calibration.counts()
-            for name, each in predictors.items()
+            name: each.calibrated_on(condition.train) for name, each in predictors.items()
         },
         loss_per_field=_loss_per_field(first, data) if prepared else None,
         seconds=round(time.monotonic() - started, 1),

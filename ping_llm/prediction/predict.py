@@ -41,6 +41,7 @@ class PairAnswer:
         p_failed: Probability that it is not.
         unseen: Of which of `src` and `dst` nothing is known.
         history: Measurements that the answer was drawn from.
+        calibrated_on: On how many measurements the model calibrated itself, by kind of question.
         explained: With `explain`, those that counted most; else None.
     """
 
@@ -51,6 +52,7 @@ class PairAnswer:
     p_failed: float
     unseen: list[str]
     history: int
+    calibrated_on: dict[str, int]
     explained: list[Evidence] | None = None
 
 
@@ -100,6 +102,7 @@ def predict(chosen: PredictSettings) -> PairAnswer | RankingResult | PairsResult
     history = None if chosen.history is None else read_table([chosen.history])
     predictor = _predictor(chosen)
     explained = predictor.explain(questions, history) if chosen.explain else None
+    calibrated_on = predictor.calibrated_on(history)
     when = None if questions.time[0] == NO_TIME else int(questions.time[0])
     rows = zip(destinations, predictor.ask(questions, history).to_pylist(), strict=True)
     answers = [
@@ -111,6 +114,7 @@ def predict(chosen: PredictSettings) -> PairAnswer | RankingResult | PairsResult
             p_failed=row["p_failed"],
             unseen=[end for end in ("src", "dst") if row[f"unseen_{end}"]],
             history=row["history"],
+            calibrated_on=calibrated_on,
             explained=explained,
         )
         for dst, row in sorted(rows, key=lambda each: each[1]["rtt_mean"])

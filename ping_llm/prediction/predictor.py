@@ -146,6 +146,10 @@ class Predictor:
         """Returns which measurements the answer to one question counts most; see `explain`."""
         return explain(question, self._knowing(history))
 
+    def calibrated_on(self, history: MeasurementTable | None = None) -> dict[str, int]:
+        """Returns on how many measurements answers are calibrated, by kind of question."""
+        return self.answerer(self._knowing(history)).calibration.counts()
+
     def _knowing(self, history: MeasurementTable | None) -> MeasurementTable:
         """Returns what is known with some further measurements."""
         return self.known if history is None else MeasurementTable.concat([self.known, history])

@@ -50,6 +50,7 @@ def test_one_pair_gives_quantiles_in_order(made):
     assert 0 < answer["p_failed"] < 1
     assert answer["rtt_ms"]["mean"] > 0
     assert answer["unseen"] == []
+    assert answer["calibrated_on"]["history"] > 20
     assert answer["time"] == 1714557600
 
 
