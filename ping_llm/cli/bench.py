@@ -4,6 +4,7 @@ from typing import Any
 
 import click
 
+from ping_llm import environment
 from ping_llm.bench.settings import (
     BenchExtractSettings,
     BenchLoaderSettings,
@@ -12,6 +13,14 @@ from ping_llm.bench.settings import (
     BenchTrainSettings,
 )
 from ping_llm.cli.options import settings_command
+
+
+def _in_its_environment(result: Any, text: str) -> tuple[Any, str]:
+    """Returns figures with what holds in this process, which they depend on."""
+    found = environment.in_force()
+    cache = found["compilation_cache"] or "not kept"
+    text += f"\nmemory kept: {'yes' if found['memory_kept'] else 'no'}; compiled programs: {cache}"
+    return {**vars(result), "environment": found}, text
 
 
 @click.group("bench")
@@ -31,7 +40,7 @@ def prepare(chosen: BenchPrepareSettings) -> tuple[Any, str]:
         f"({result.measurements_per_cpu_second / 1e6:.2f} M per CPU second), "
         f"{result.peak_rss_bytes / 1e6:,.0f} MB"
     )
-    return result, text
+    return _in_its_environment(result, text)
 
 
 @command.add_command
@@ -48,7 +57,7 @@ def loader(chosen: BenchLoaderSettings) -> tuple[Any, str]:
         f"{result.peak_rss_bytes / 1e6:,.0f} MB, "
         f"first batch after {result.first_batch_seconds:.2f} s"
     )
-    return result, text
+    return _in_its_environment(result, text)
 
 
 @command.add_command
@@ -71,7 +80,7 @@ def train(chosen: BenchTrainSettings) -> tuple[Any, str]:
     }
     for name, speedup in speedups.items():
         text += "" if speedup is None else f"; {speedup:.2f} x {name}"
-    return result, text
+    return _in_its_environment(result, text)
 
 
 @command.add_command
@@ -82,7 +91,7 @@ def predict(chosen: BenchPredictSettings) -> tuple[Any, str]:
 
     result = bench_predict(chosen)
     text = f"{result.pairs_per_second:,.1f} pairs/s, {result.peak_rss_bytes / 1e6:,.0f} MB"
-    return result, text
+    return _in_its_environment(result, text)
 
 
 @command.add_command
@@ -105,4 +114,4 @@ def extract(chosen: BenchExtractSettings) -> tuple[Any, str]:
             f"; transformers {result.transformers_tokens_per_second:,.1f} real tokens/s, "
             f"ours {speedup:.2f} x"
         )
-    return result, text
+    return _in_its_environment(result, text)

@@ -4,11 +4,12 @@ Chunk c of any stream asks about the same few worlds, each of which is made once
 network of the train rows, a simulated network, or pairs over time.
 """
 
+import collections
 import contextlib
 import dataclasses
 import functools
 import multiprocessing
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from pathlib import Path
 from typing import Any, ClassVar
@@ -74,8 +75,12 @@ class _Static:
     asked: Pairs
     grid_tokens: ClassVar[int] = network_grids.GRID_TOKENS
 
-    def draw(self, count: int, rng: np.random.Generator) -> tuple[Grids, np.ndarray]:
-        a, b, log_rtt = worlds.draw_questions(self.world, self.asked, count, rng)
+    def draw(self, count: int, rng: np.random.Generator) -> tuple[np.ndarray, ...]:
+        """Returns `count` random questions, as `grids` takes them."""
+        return worlds.draw_questions(self.world, self.asked, count, rng)
+
+    def grids(self, a: np.ndarray, b: np.ndarray, log_rtt: np.ndarray) -> tuple[Grids, np.ndarray]:
+        """Returns (the grids of questions, the answers)."""
         return network_grids.network_grids(self.world, a, b), log_rtt
 
 
@@ -87,9 +92,13 @@ class _Series:
     moments: np.ndarray
     grid_tokens: ClassVar[int] = history_grids.HISTORY_TOKENS
 
-    def draw(self, count: int, rng: np.random.Generator) -> tuple[Grids, np.ndarray]:
+    def draw(self, count: int, rng: np.random.Generator) -> tuple[np.ndarray, ...]:
+        """Returns `count` random questions, as `grids` takes them."""
         position = self.moments[rng.integers(len(self.moments), size=count)]
-        forgotten = _forgotten(position, self.series, rng)
+        return position, _forgotten(position, self.series, rng)
+
+    def grids(self, position: np.ndarray, forgotten: np.ndarray) -> tuple[Grids, np.ndarray]:
+        """Returns (the grids of questions, the answers)."""
         return history_grids.at_moments(self.series, position, forgotten)
 
 
@@ -142,15 +151,34 @@ class GridStreams:
         self._weights = weights / weights.sum()
         self._world = functools.lru_cache(2 * self._worlds_per_chunk)(self._make_world)
 
-    def chunk(self, stream: int, number: int) -> GridChunk:
-        """Returns one chunk of one stream."""
-        rng, sequences = np.random.default_rng([self._seed, stream, number]), []
-        for i in range(SEQUENCES_PER_CHUNK):
-            worlds_per_chunk = self._worlds_per_chunk
-            world = self._world(number * worlds_per_chunk + (stream + i) % worlds_per_chunk)
-            count = self._length // (world.grid_tokens + cells.ANSWER_TOKENS)
-            sequences.append(cells.answered(*world.draw(count, rng)))
-        return GridChunk(sequences)
+    def chunks(self, streams: Sequence[int], number: int) -> dict[int, GridChunk]:
+        """Returns chunk `number` of some streams, each as it would be alone."""
+        drawn: dict[int, list[tuple[np.ndarray, ...]]] = collections.defaultdict(list)
+        for stream in streams:
+            rng = np.random.default_rng([self._seed, stream, number])
+            for i in range(SEQUENCES_PER_CHUNK):
+                which = number * self._worlds_per_chunk + (stream + i) % self._worlds_per_chunk
+                world = self._world(which)
+                count = self._length // (world.grid_tokens + cells.ANSWER_TOKENS)
+                drawn[which].append(world.draw(count, rng))
+        # The grids of a world all at once: two by two they would take three times as long.
+        sequences: dict[int, list[tuple[np.ndarray, np.ndarray]]] = collections.defaultdict(list)
+        made = {which: self._made(which, of) for which, of in drawn.items()}
+        for stream in streams:
+            for i in range(SEQUENCES_PER_CHUNK):
+                which = number * self._worlds_per_chunk + (stream + i) % self._worlds_per_chunk
+                sequences[stream].append(next(made[which]))
+        return {stream: GridChunk(of) for stream, of in sequences.items()}
+
+    def _made(
+        self, which: int, drawn: list[tuple[np.ndarray, ...]]
+    ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """Yields (tokens, weights) of the grids of each of some draws from one world."""
+        columns = (np.concatenate(each) for each in zip(*drawn, strict=True))
+        tokens, weights = cells.answered(*self._world(which).grids(*columns))
+        ends = np.cumsum([len(each[0]) for each in drawn])
+        for start, stop in zip([0, *ends[:-1]], ends, strict=True):
+            yield tokens[start:stop], weights[start:stop]
 
     def _make_world(self, number: int) -> _Static | _Series:
         rng = np.random.default_rng([self._seed, number])
@@ -163,23 +191,27 @@ class GridStreams:
         return own or _Static(*_simulated_world(rng))
 
 
-class GridWorkers(contextlib.AbstractContextManager):
-    """The same chunks, made some ahead by processes of their own, for devices that outrun one.
+class GridChunks(contextlib.AbstractContextManager):
+    """The chunks of some streams that go forward together, made for all of them at once.
 
-    Streams are to go forward together: a chunk is made once, and each stream takes its part once.
+    Other processes make them, some ahead, for devices that outrun this one; without any, this one.
     """
 
     def __init__(self, data: str | Path, numbers: Sequence[int], workers: int, **settings: Any):
-        """Starts the processes.
+        """Opens the train rows of a data set, or starts processes that do.
 
         Args:
-            data: The data set, whose train rows each of them reads.
+            data: The data set.
             numbers: Which streams will be asked for.
             workers: How many processes.
             settings: Those of `GridStreams`.
         """
         self._numbers, self._ahead = list(numbers), workers + 1
         self._chunks: dict[int, Future[dict[int, GridChunk]]] = {}
+        self._grids = None if workers else _open_streams(data, settings)
+        self._here: tuple[int, dict[int, GridChunk]] = -1, {}
+        if self._grids is not None:
+            return
         self._pool = ProcessPoolExecutor(
             workers,
             multiprocessing.get_context("spawn"),
@@ -189,27 +221,35 @@ class GridWorkers(contextlib.AbstractContextManager):
 
     def chunk(self, stream: int, number: int) -> GridChunk:
         """Returns one chunk of one stream."""
+        if self._grids is not None:
+            if self._here[0] != number:
+                self._here = number, self._grids.chunks(self._numbers, number)
+            return self._here[1][stream]
         for each in range(number, number + self._ahead):
             if each not in self._chunks:
                 self._chunks[each] = self._pool.submit(_make_chunks, self._numbers, each)
-        self._chunks.pop(number - 2, None)  # all streams have gone on
+        self._chunks.pop(number - 1, None)  # all streams have gone on
         return self._chunks[number].result()[stream]
 
     def __exit__(self, *exc: object) -> None:
-        self._pool.shutdown(cancel_futures=True)
+        if self._grids is None:
+            self._pool.shutdown(cancel_futures=True)
 
 
 _of_this_worker: list[GridStreams] = []
 
 
+def _open_streams(data: str | Path, settings: dict[str, Any]) -> GridStreams:
+    return GridStreams(Network.of(ProbeRows(data, "train").to_table()), **settings)
+
+
 def _start_worker(data: str | Path, settings: dict[str, Any]) -> None:
-    network = Network.of(ProbeRows(data, "train").to_table())
-    _of_this_worker.append(GridStreams(network, **settings))
+    _of_this_worker.append(_open_streams(data, settings))
 
 
 def _make_chunks(streams: list[int], number: int) -> dict[int, GridChunk]:
     (grids,) = _of_this_worker
-    return {stream: grids.chunk(stream, number) for stream in streams}
+    return grids.chunks(streams, number)
 
 
 def _simulated_series(rng: np.random.Generator) -> _Series:

@@ -19,14 +19,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from ping_llm.data import windows
-from ping_llm.data.grid_streams import (
-    GridStreams,
-    GridWorkers,
-    Segments,
-    check_length,
-    eval_sequences,
-)
-from ping_llm.data.network import Network
+from ping_llm.data.grid_streams import GridChunks, Segments, check_length, eval_sequences
 from ping_llm.data.rows import ProbeRows, data_fingerprint
 from ping_llm.data.windows import WindowConfig
 from ping_llm.errors import ConfigError, DataError
@@ -133,17 +126,16 @@ class _Streams:
         self._window_streams = batch_size - self._grid_streams
         if self._grid_streams:
             check_length(self.length)
-            settings = {
-                "streams": self._grid_streams,
-                "length": self.length,
-                "seed": seed,
-                "simulated_fraction": simulated_fraction,
-            }
-            if workers:
-                own = lanes[: max(self._grid_streams - lanes.start, 0)]
-                self._grids = GridWorkers(data, own, workers, **settings)
-            else:
-                self._grids = GridStreams(Network.of(rows.to_table()), **settings)
+            own = lanes[: max(self._grid_streams - lanes.start, 0)]
+            self._grids = GridChunks(
+                data,
+                own,
+                workers,
+                streams=self._grid_streams,
+                length=self.length,
+                seed=seed,
+                simulated_fraction=simulated_fraction,
+            )
         if self._window_streams:
             self._chunk_windows = self._choose_chunk_windows()
 
@@ -157,7 +149,7 @@ class _Streams:
 
     def close(self) -> None:
         """Ends the processes that make grids."""
-        if self._grid_streams and isinstance(self._grids, GridWorkers):
+        if self._grid_streams:
             self._grids.__exit__()
 
     def chunk(self, stream: int, number: int) -> _Chunk:

@@ -41,7 +41,8 @@ def test_json_holds_every_figure_and_they_agree(rows):
     result = run("--data", rows, "--seconds", 0.3, "--seq-len", 256, "--batch-size", 4, "--json")
     assert result.exit_code == 0, result.output
     figures = json.loads(result.stdout)
-    assert set(figures) == KEYS
+    assert set(figures) == KEYS | {"environment"}
+    assert set(figures["environment"]) == {"memory_kept", "compilation_cache", "variables"}
     tokens = figures["batches"] * 4 * 256
     assert figures["tokens_per_second"] == pytest.approx(tokens / figures["seconds"])
     assert figures["real_tokens_per_second"] == pytest.approx(
