@@ -11,7 +11,7 @@ from ping_llm.storage import Location
 _HEADINGS = {
     "family": "By family",
     "rtt_band": "By actual RTT",
-    "history": "By measurements in the context",
+    "history": "By measurements that the answer was drawn from",
     "hour_utc": "By hour of the day (UTC)",
 }
 
@@ -24,12 +24,12 @@ def write_report(
     errors = report.picture(_errors_figure(methods), "relative errors by method")
     sections = [
         ("What was scored", [_facts(result)]),
-        ("Errors of the predicted median", [_methods(methods), errors]),
+        ("Errors of the prediction", [_methods(methods), errors]),
     ]
     if "history" in result:
         history = result["history"]
-        picture = report.picture(_history_figure(history), "errors against context")
-        heading = "Errors by number of context measurements"
+        picture = report.picture(_history_figure(history), "errors against what is known")
+        heading = "Errors by known measurements of the new source"
         sections.append((heading, [picture, _history_table(history)]))
     reliability = report.picture(_calibration_figure(calibration), "reliability of the model")
     sections += [
@@ -55,11 +55,11 @@ def _facts(result: Mapping[str, Any]) -> Html:
         ("failed measurements scored", f"{result['n_failed']:,}"),
         ("there were to choose from", f"{result['rows_available']:,}"),
         ("pairs of addresses", f"{result['pairs']:,}"),
-        ("the model reads first", result["context"]),
+        ("known to all methods", result["context"]),
         ("the run was trained on these data", "yes" if result["trained_on_this_data"] else "no"),
     ]
     if "unseen_fraction" in result:
-        rows.append(("with an address not in training", f"{result['unseen_fraction']:.1%}"))
+        rows.append(("with an address of which nothing is known", f"{result['unseen_fraction']:.1%}"))
     if "median_rel" in floor:
         text = f"{floor['median_rel']:.4f} / {floor['p90_rel']:.4f} on {floor['n']:,} measurements"
         rows.append(("noise floor, median / p90 relative (each pair's other rows)", text))

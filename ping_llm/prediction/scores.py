@@ -96,7 +96,7 @@ def rankings(rows: MeasurementTable, predicted: Predicted) -> dict[str, dict[str
 def breakdowns(
     rows: MeasurementTable, history: np.ndarray, predicted: Predicted
 ) -> dict[str, dict[str, Any]]:
-    """Returns point metrics by family, actual RTT, `history` [n] in the context, and hour."""
+    """Returns point metrics by family, actual RTT, `history` [n] behind the answer, and hour."""
     actual, answered = actual_rtt(rows), rows.rtt >= 0
     band = np.searchsorted(BANDS_MS, actual, side="right")
     step = np.searchsorted(HISTORY_STEPS, history, side="right")
