@@ -59,7 +59,7 @@ def _facts(result: Mapping[str, Any]) -> Html:
         ("the run was trained on these data", "yes" if result["trained_on_this_data"] else "no"),
     ]
     if "unseen_fraction" in result:
-        rows.append(("with an address of which nothing is known", f"{result['unseen_fraction']:.1%}"))
+        rows.append(("with an end of which nothing is known", f"{result['unseen_fraction']:.1%}"))
     if "median_rel" in floor:
         text = f"{floor['median_rel']:.4f} / {floor['p90_rel']:.4f} on {floor['n']:,} measurements"
         rows.append(("noise floor, median / p90 relative (each pair's other rows)", text))
