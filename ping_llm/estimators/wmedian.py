@@ -15,6 +15,8 @@ SHARPNESS = 4.0  # how much more a nearer neighbour counts
 NEAREST = 1e-6  # a distance that is not 0
 SAMPLED = 20_000  # pairs of nodes, to know how much random ones differ
 UNKNOWN_DIFFERENCE = 0.5  # in log RTT, where none of them has a landmark in common
+PRIOR_WEIGHT, LEAST_PRIOR_WEIGHT = 3.0, 0.03  # common partners that an expectation counts as
+UNSURE = 0.3  # of the usual difference, what estimates leave open of a node without partners
 # Of 32 bits; those of IPv6 count half. Sharing fewer than 16 says nothing.
 PREFIX_BITS = (12, 16, 20, 24, 28)
 PREFIX_DIFFERENCE = np.array([1, 0.9, 0.7, 0.5, 0.3, 0.2])  # of the usual one, until measured
@@ -26,7 +28,7 @@ ROWS = 20_000  # profiles compared at a time
 class _Likeness:
     """How differently two nodes measure: the mean difference of log RTT to common landmarks.
 
-    One more landmark differs as coordinates and the longest common prefix lead one to expect. Node
+    Coordinates and the longest common prefix say what to expect where there are few of them. Node
     -1 stands for an address that was not measured.
     """
 
@@ -76,20 +78,62 @@ class _Likeness:
 
     def distances(self, one: np.ndarray, address: np.ndarray, other: np.ndarray) -> np.ndarray:
         """Returns how differently nodes `one`, of these addresses, and `other` measure [n]."""
-        # Two nodes differ by 0.3 in all over 5 common landmarks; coordinates say 0.1, and 0.02 more
-        # for what few pairs leave open: (0.3 + 0.12) / (5 + 1) = 0.07.
         total, common = self._compare(one, other)
-        unsure = 0.6 * self.typical / np.sqrt(1 + self.degree)
-        prior = np.empty(len(one))
+        apart = np.empty(len(one))
         for i in range(0, len(one), ROWS):
             rows = slice(i, i + ROWS)
-            apart = np.abs(self.expected[one[rows]] - self.expected[other[rows]])
-            prior[rows] = apart.mean(axis=1)
-        prior = np.fmin(1.2 * self.typical, prior + unsure[one] + unsure[other])
+            apart[rows] = np.abs(self.expected[one[rows]] - self.expected[other[rows]]).mean(axis=1)
+        degrees = self.degree[one], self.degree[other]
+        prior = expected_difference(apart, *degrees, self.typical)
         band = prefix_class(address, self.addresses[other])
         prior = np.where(band >= 2, np.minimum(prior, self.by_prefix[band]), prior)
         prior += 1e-5 * (len(PREFIX_BITS) - band)  # of nodes as near, that of the longer prefix
-        return np.where(one == other, NEAREST, np.maximum((total + prior) / (common + 1), NEAREST))
+        difference = shrunk_difference(total, common, prior, *degrees)
+        return np.where(one == other, NEAREST, np.maximum(difference, NEAREST))
+
+
+def expected_difference(
+    apart: np.ndarray, degree_a: np.ndarray, degree_b: np.ndarray, typical: float
+) -> np.ndarray:
+    """Returns how differently nodes are expected to measure where they have no partner in common.
+
+    Args:
+        apart: How far estimates of both nodes' log RTTs lie from each other; NaN: there are none.
+        degree_a: How many partners the first node of each pair has.
+        degree_b: How many the second has; few leave more open.
+        typical: How differently random nodes measure.
+    """
+    unsure = UNSURE * typical * (1 / np.sqrt(1 + degree_a) + 1 / np.sqrt(1 + degree_b))
+    measured = np.minimum(degree_a, degree_b) > 0
+    return np.fmin(1.2 * typical, np.where(measured, apart + unsure, np.nan))
+
+
+# Two nodes of 8 partners each differ by 0.3 in all over 5 common ones, and are expected to differ
+# by 0.12. Three eighths of what is known of them went into that expectation alone, so it counts as
+# 3 * 3/8 + 0.03 = 1.155 partners: (0.3 + 1.155 * 0.12) / (5 + 1.155) = 0.07. Of a new node all
+# partners are common with one that measured everything, and the expectation hardly counts.
+def shrunk_difference(
+    total: np.ndarray,
+    common: np.ndarray,
+    expected: np.ndarray,
+    degree_a: np.ndarray,
+    degree_b: np.ndarray,
+) -> np.ndarray:
+    """Returns how differently nodes measure: what common partners show, shrunk to what is expected.
+
+    The expectation weighs as much as there are measurements behind it that are not to common
+    partners.
+
+    Args:
+        total: Sum of the differences of log RTT to common partners.
+        common: How many partners are common.
+        expected: Difference that is expected.
+        degree_a: How many partners the first node of each pair has.
+        degree_b: How many the second has.
+    """
+    fewer = np.maximum(np.minimum(degree_a, degree_b), 1)
+    weight = PRIOR_WEIGHT * np.maximum(1 - common / fewer, 0) + LEAST_PRIOR_WEIGHT
+    return (total + weight * expected) / (common + weight)
 
 
 def prefix_class(a: np.ndarray, b: np.ndarray) -> np.ndarray:

@@ -16,7 +16,9 @@ from ping_llm.estimators.wmedian import (
     PREFIX_PRIOR,
     REFERENCES,
     UNKNOWN_DIFFERENCE,
+    expected_difference,
     prefix_class,
+    shrunk_difference,
 )
 from ping_llm.hashing import mix
 from ping_llm.measurements import MeasurementTable
@@ -212,8 +214,6 @@ class MeasuredWorld:
 
     def _compare(self, known: np.ndarray, key: np.ndarray, address: np.ndarray | None) -> None:
         """Sets how differently nodes measure: the mean over common partners, and a prior."""
-        # Two nodes differ by 0.3 in all over 5 common partners; the estimates say 0.1, and 0.02
-        # more for what few pairs leave open: (0.3 + 0.12) / (5 + 1) = 0.07.
         n = self.n
         filled = np.where(known, self.log_rtt, 0).astype(np.float32)
         seen = known.astype(np.float32)
@@ -230,12 +230,12 @@ class MeasuredWorld:
         references = self.estimate[:, measured[np.argsort(key[measured])[:REFERENCES]]]
         if not len(measured):
             references = np.zeros((n, 1))
-        expected = np.array([np.abs(row - references).mean(axis=1) for row in references])
-        unsure = 0.6 * typical / np.sqrt(1 + self.degree)
-        prior = np.minimum(1.2 * typical, expected + unsure[:, None] + unsure)
+        apart = np.array([np.abs(row - references).mean(axis=1) for row in references])
+        degrees = self.degree[:, None], self.degree
+        prior = expected_difference(apart, *degrees, typical)
         if address is not None:
             prior = self._with_prefixes(prior, total, common, typical, address)
-        self.difference = ((total + prior) / (common + 1)).astype(np.float32)
+        self.difference = shrunk_difference(total, common, prior, *degrees).astype(np.float32)
         np.fill_diagonal(self.difference, np.inf)
         self.common = common
         weight = np.maximum(self.difference, 1e-6) / USUAL_DIFFERENCE
