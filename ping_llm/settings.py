@@ -465,19 +465,18 @@ def takes(cls: type[S]) -> Callable[[Callable[[S], R]], Callable[..., R]]:
     def decorate(function: Callable[[S], R]) -> Callable[..., R]:
         keyword, either = inspect.Parameter.KEYWORD_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD
         ordered = sorted(describe(cls), key=lambda each: not (each.required or each.positional))
+        required = {each.name for each in ordered if each.required}
         # After one that has a default all must have one.
-        needed, required = inspect.Parameter.empty, {e.name for e in ordered if e.required}
-        parameters = []
-        for each in ordered:
-            needed = None if each.positional else needed
-            parameters.append(
-                inspect.Parameter(
-                    each.name,
-                    either if each.required or each.positional else keyword,
-                    default=needed if each.required else each.default,
-                    annotation=hints[each.name],
-                )
+        needed = None if any(each.positional for each in ordered) else inspect.Parameter.empty
+        parameters = [
+            inspect.Parameter(
+                each.name,
+                either if each.required or each.positional else keyword,
+                default=needed if each.required else each.default,
+                annotation=hints[each.name],
             )
+            for each in ordered
+        ]
         parameters += [inspect.Parameter(name, keyword, default=extra[name]) for name in extra]
         returns = inspect.signature(function).return_annotation
         signature = inspect.Signature(parameters, return_annotation=returns)

@@ -77,7 +77,12 @@ def write_run(path: Path, data: Path | None = None) -> Path:
         "schema_version": 1,
         "language_version": LANGUAGE_VERSION,
         "model": dataclasses.asdict(CONFIG),
-        "train": {"seq_len": SEQ_LEN, **dataclasses.asdict(DEFAULTS)},
+        "train": {
+            "seq_len": SEQ_LEN,
+            "batch_size": 8,
+            "grid_fraction": 1.0,
+            **dataclasses.asdict(DEFAULTS),
+        },
         "data": {"path": str(data or path / "gone"), "fingerprint": fingerprint},
     }
     (path / "config.json").write_text(json.dumps(config))

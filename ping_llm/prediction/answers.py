@@ -40,13 +40,13 @@ class Answerer:
         history: MeasurementTable | None = None,
     ) -> Answers:
         """Yields answers until every question has had its turn; see `question_grids`."""
-        p_failed = np.zeros(0)
+        p_failed = None
         if self.calibration.failures is not None:
             p_failed = FailureOdds(known).probability(questions)
         for rows, kind, grids in question_grids(questions, known, history):
             for some, answer in reading.distributions(self.graphdef, self.params, grids):
                 asked = rows[some]
-                classical = p_failed[asked] if len(p_failed) else None
+                classical = None if p_failed is None else p_failed[asked]
                 yield asked, self.calibration.apply(answer, kind, classical), grids.shown[some]
 
     def calibrated(self, known: MeasurementTable) -> "Answerer":

@@ -54,7 +54,8 @@ class EvaluationResult:
         by: Errors by family, RTT, measurements that the answer was drawn from, and hour.
         history: `methods` by number of measurements of the new source; None but for "probe".
         calibrated_on: Measurements that each model was calibrated on, by kind of question.
-        loss_per_field: Loss in nats per token by field; None for files of measurements.
+        loss_per_field: Loss of the run in nats per token by field; None without a run, and for
+            files of measurements.
         seconds: How long it took.
     """
 
@@ -193,7 +194,7 @@ def _evaluate(chosen: EvaluateSettings) -> EvaluationResult:
         calibrated_on={
             name: each.calibrated_on(condition.train) for name, each in predictors.items()
         },
-        loss_per_field=_loss_per_field(first, data) if prepared else None,
+        loss_per_field=_loss_per_field(first, data) if prepared and chosen.run else None,
         seconds=round(time.monotonic() - started, 1),
     )
 

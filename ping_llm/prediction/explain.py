@@ -21,7 +21,7 @@ class Evidence:
         src: The source asked about, or one like it.
         dst: The destination asked about, or one like it.
         rtt_ms: The median RTT that was measured between the two.
-        share: How far it counts in the estimate that the model starts from; all sum to 1.
+        share: How far it counts in the estimate that the model starts from; those of all sum to 1.
     """
 
     src: str

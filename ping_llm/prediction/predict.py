@@ -38,7 +38,7 @@ class PairAnswer:
         time: When, in seconds since 1970 UTC; None: at any time.
         rtt_ms: Quantiles `p5` to `p95`, `mode` and `mean` of the RTT in ms, given that there is an
             answer.
-        p_failed: Probability that it is not.
+        p_failed: Probability that there is none.
         unseen: Of which of `src` and `dst` nothing is known.
         history: Measurements that the answer was drawn from.
         calibrated_on: On how many measurements the model calibrated itself, by kind of question.

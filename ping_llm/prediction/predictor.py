@@ -8,7 +8,7 @@ import numpy as np
 import pyarrow as pa
 
 from ping_llm.data.network import read_known
-from ping_llm.errors import DataError
+from ping_llm.errors import CheckpointError, DataError
 from ping_llm.estimators.pairs import Nodes
 from ping_llm.measurements import MeasurementTable
 from ping_llm.prediction.answers import Answerer
@@ -31,6 +31,7 @@ class Predictor:
         max_tokens: Tokens of the longest sequence that it was trained on.
         known: The measurements that it answers from: those its run keeps of the train rows.
         trained_on: The run's data set, its `path` and `fingerprint`; empty where there is none.
+        grids_a_batch: Sequences of grids in each batch of its training; None: not known.
     """
 
     model: Answerer
@@ -38,6 +39,7 @@ class Predictor:
     max_tokens: int
     known: MeasurementTable = dataclasses.field(default_factory=MeasurementTable.empty)
     trained_on: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    grids_a_batch: int | None = None
     _calibrated: Answerer | None = None
 
     @classmethod
@@ -51,11 +53,13 @@ class Predictor:
         """
         location = Location.of(run)
         loaded = load_run(location)
+        training = loaded.config["train"]
         return cls(
             Answerer(loaded.graphdef, loaded.params),
-            max_tokens=loaded.config["train"]["seq_len"],
+            max_tokens=training["seq_len"],
             known=read_known(location),
             trained_on=loaded.config["data"],
+            grids_a_batch=round(training["grid_fraction"] * training["batch_size"]),
         )
 
     @classmethod
@@ -109,7 +113,7 @@ class Predictor:
             frame: Measurements: as for `predict`, with a column rtt in ms, below 0 for a failure.
 
         Raises:
-            DataError: The table lacks a column, or a value in it cannot be.
+            DataError: The table lacks a column, or a value in it cannot be; or nothing is known.
         """
         measured = _table(frame)
         surprise = np.zeros(len(measured))
@@ -179,7 +183,16 @@ class Predictor:
         return self.answerer(known).answer(questions, known, history)
 
     def answerer(self, known: MeasurementTable) -> Answerer:
-        """Returns the decoder calibrated on `self.known`, or where that is nothing, on `known`."""
+        """Returns the decoder calibrated on `self.known`, or where that is nothing, on `known`.
+
+        Raises:
+            CheckpointError: The decoder has learnt no grids, which answers are read from.
+        """
+        if self.grids_a_batch == 0:
+            raise CheckpointError(
+                "the run has learnt no grids, so it cannot predict; train it with a larger "
+                "grid_fraction or batch_size"
+            )
         if self._calibrated is None or not len(self.known):
             self._calibrated = self.model.calibrated(self.known if len(self.known) else known)
         return self._calibrated

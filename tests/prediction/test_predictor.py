@@ -12,7 +12,7 @@ from tiny_runs import SEQ_LEN, write_run
 
 import ping_llm
 from ping_llm import MeasurementTable, Predictor
-from ping_llm.errors import DataError
+from ping_llm.errors import CheckpointError, DataError
 from ping_llm.prediction import reading
 
 PAIRS = {"src_addr": ["10.0.0.1", "10.0.0.2"], "dst_addr": ["10.0.9.9"] * 2, "note": ["a", "b"]}
@@ -61,10 +61,13 @@ def test_an_index_that_repeats_stays_and_old_answers_are_replaced(predictor):
     once = predictor.predict(frame)
     assert once.index.tolist() == ["x", "x"]
     assert list(frame) == list(PAIRS)
+    told = predictor.predict(pa.table(PAIRS), history=HISTORY)
     for again in (once, pl.DataFrame(once), pa.table(once)):
         answers = pa.table(predictor.predict(again, history=HISTORY))
         assert answers.schema.names.count("history") == 1
-        assert answers.equals(pa.table(again).drop_columns(ANSWERS)) is False
+        answers = answers.select([*ANSWERS])
+        assert answers.equals(told.select([*ANSWERS]))
+        assert not answers.equals(pa.table(again).select([*ANSWERS]))
 
 
 def test_rtts_of_questions_are_not_looked_at(predictor):
@@ -139,3 +142,12 @@ def test_a_run_is_loaded_with_what_it_was_trained_on(tmp_path):
     answers = loaded.predict(PAIRS)  # though its data set is gone
     assert answers["unseen_src"].to_pylist() == [False, False]
     assert answers["unseen_dst"].to_pylist() == [True, True]
+
+
+def test_a_run_that_learnt_no_grids_refuses_to_answer(tmp_path):
+    run = write_run(tmp_path / "run")
+    config = json.loads((run / "config.json").read_text())
+    config["train"]["grid_fraction"] = 0.05  # of a batch of 8: none
+    (run / "config.json").write_text(json.dumps(config))
+    with pytest.raises(CheckpointError, match="has learnt no grids"):
+        Predictor.load(run).predict(PAIRS)
