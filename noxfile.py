@@ -85,10 +85,13 @@ def bench(session: nox.Session) -> None:
 @nox.session
 def pretrain(session: nox.Session) -> None:
     """Makes the model in the box from a directory of files: `nox -s pretrain -- DATA`."""
+    if not session.posargs:
+        session.error("give the directory of the files: nox -s pretrain -- DATA")
     session.install("-e", ".")
-    data = Path(session.posargs[0]).resolve()
+    data, *words = session.posargs
     place = Path(session.create_tmp()).resolve() / "pretrained"
-    session.run("python", "-m", "ping_llm.pretrained.recipe", str(data), str(place))
+    recipe = ("python", "-m", "ping_llm.pretrained.recipe")
+    session.run(*recipe, str(Path(data).resolve()), str(place), *words)
     for name in ("model.safetensors", "config.json"):
         shutil.copyfile(place / "pretrained" / name, Path("ping_llm", "pretrained", name))
 

@@ -2,7 +2,7 @@
 
     python examples/anomaly_scores.py RUN MEASUREMENTS.parquet
 
-Each measurement is judged after those of its source before it.
+Each measurement is judged after those of its pair before it.
 """
 
 import sys

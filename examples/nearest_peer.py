@@ -19,8 +19,8 @@ def main(run: str, source: str, peers: str, pings: str | None = None) -> list[st
     history = None if pings is None else pq.read_table(pings)
     answers = Predictor.load(run).predict(pairs, history=history).sort_by("rtt_mean").to_pylist()
     for row in answers[:10]:
-        low, median, high = (row[f"rtt_{name}"] for name in ("p5", "p50", "p95"))
-        print(f"{row['dst_addr']:40s} {median:8.2f} ms  (90 %: {low:.2f} to {high:.2f})")
+        low, mode, high = (row[f"rtt_{name}"] for name in ("p5", "mode", "p95"))
+        print(f"{row['dst_addr']:40s} {mode:8.2f} ms  (90 %: {low:.2f} to {high:.2f})")
     return [row["dst_addr"] for row in answers]
 
 

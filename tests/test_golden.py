@@ -97,7 +97,7 @@ def test_the_numbers_of_a_model_are_what_they_were(made, name):
         return [x for each in value.values() for x in each] if isinstance(value, dict) else value
 
     was = json.loads(GOLDEN.read_text())[name]
-    np.testing.assert_allclose(numbers(made[name]), numbers(was), rtol=1e-5)
+    np.testing.assert_allclose(numbers(made[name]), numbers(was), rtol=1e-5, atol=1e-6)
 
 
 if __name__ == "__main__":

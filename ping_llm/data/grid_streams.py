@@ -9,8 +9,8 @@ import contextlib
 import dataclasses
 import functools
 import multiprocessing
-from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -206,33 +206,33 @@ class GridChunks(contextlib.AbstractContextManager):
             workers: How many processes.
             settings: Those of `GridStreams`.
         """
-        self._numbers, self._ahead = list(numbers), workers + 1
-        self._chunks: dict[int, Future[dict[int, GridChunk]]] = {}
-        self._grids = None if workers else _open_streams(data, settings)
-        self._here: tuple[int, dict[int, GridChunk]] = -1, {}
-        if self._grids is not None:
-            return
-        self._pool = ProcessPoolExecutor(
-            workers,
-            multiprocessing.get_context("spawn"),
-            initializer=_start_worker,
-            initargs=(data, settings),
-        )
+        self._numbers = list(numbers)
+        self._chunks: dict[int, Callable[[], dict[int, GridChunk]]] = {}
+        self._pool = None
+        if workers:
+            context = multiprocessing.get_context("spawn")
+            start = {"initializer": _start_worker, "initargs": (data, settings)}
+            self._pool = ProcessPoolExecutor(workers, context, **start)
+            self._ahead = workers
+        else:
+            self._grids, self._ahead = _open_streams(data, settings), 0
 
     def chunk(self, stream: int, number: int) -> GridChunk:
         """Returns one chunk of one stream."""
-        if self._grids is not None:
-            if self._here[0] != number:
-                self._here = number, self._grids.chunks(self._numbers, number)
-            return self._here[1][stream]
-        for each in range(number, number + self._ahead):
+        for each in range(number, number + self._ahead + 1):
             if each not in self._chunks:
-                self._chunks[each] = self._pool.submit(_make_chunks, self._numbers, each)
+                self._chunks[each] = self._begin(each)
         self._chunks.pop(number - 1, None)  # all streams have gone on
-        return self._chunks[number].result()[stream]
+        return self._chunks[number]()[stream]
+
+    def _begin(self, number: int) -> Callable[[], dict[int, GridChunk]]:
+        if self._pool is not None:
+            return self._pool.submit(_make_chunks, self._numbers, number).result
+        made = self._grids.chunks(self._numbers, number)
+        return lambda: made
 
     def __exit__(self, *exc: object) -> None:
-        if self._grids is None:
+        if self._pool is not None:
             self._pool.shutdown(cancel_futures=True)
 
 

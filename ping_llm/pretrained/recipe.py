@@ -5,6 +5,7 @@ with simulated networks they make the worlds that a model is trained on. docs/pr
 where the files come from, and how the result was judged.
 """
 
+import argparse
 import dataclasses
 import os
 import sys
@@ -126,12 +127,21 @@ def _train_rows(file: Location, source: Source, place: Path) -> MeasurementTable
     return dataclasses.replace(table, src=moved[0], dst=moved[1])
 
 
-if __name__ == "__main__":  # DATA OUTPUT [--without FILE] [name=value, settings of the training]
-    words = [word for word in sys.argv[1:] if "=" not in word]
-    given = dict(word.split("=", 1) for word in sys.argv[1:] if "=" in word)
-    left_out = words[words.index("--without") + 1] if "--without" in words else None
-    workers = max(len(os.sched_getaffinity(0)) - 2, 0)
+def _main() -> None:
+    parser = argparse.ArgumentParser(description="Makes the model in the box.")
+    parser.add_argument("data", help="directory of the files")
+    parser.add_argument("output", help="where everything is made")
+    parser.add_argument("--without", choices=[*SOURCES], help="a file to leave out")
+    parser.add_argument("--steps", type=int, help="of the training")
+    words = parser.parse_args()
+    changes = {"loader_workers": max(len(os.sched_getaffinity(0)) - 2, 0)}
+    if words.steps is not None:
+        changes["steps"] = words.steps
     try:
-        pretrain(words[0], words[1], without=left_out, **({"loader_workers": workers} | given))
+        pretrain(words.data, words.output, without=words.without, **changes)
     except PingLLMError as error:
         sys.exit(f"error: {error}")
+
+
+if __name__ == "__main__":
+    _main()
