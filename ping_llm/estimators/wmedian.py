@@ -15,7 +15,7 @@ SHARPNESS = 4.0  # how much more a nearer neighbour counts
 NEAREST = 1e-6  # a distance that is not 0
 SAMPLED = 20_000  # pairs of nodes, to know how much random ones differ
 UNKNOWN_DIFFERENCE = 0.5  # in log RTT, where none of them has a landmark in common
-PRIOR_WEIGHT, LEAST_PRIOR_WEIGHT = 3.0, 0.03  # common partners that an expectation counts as
+PRIOR_WEIGHT, USUAL_WEIGHT = 2.0, 0.03  # common partners that an expectation counts as
 UNSURE = 0.3  # of the usual difference, what estimates leave open of a node without partners
 # Of 32 bits; those of IPv6 count half. Sharing fewer than 16 says nothing.
 PREFIX_BITS = (12, 16, 20, 24, 28)
@@ -60,11 +60,7 @@ class _Likeness:
         one = np.concatenate([order[:0], *(order[:-step] for step in steps)])
         other = np.concatenate([order[:0], *(order[step:] for step in steps)])
         band = prefix_class(self.addresses[one], self.addresses[other])
-        total, common = (
-            np.bincount(band, each, len(PREFIX_DIFFERENCE)) for each in self._compare(one, other)
-        )
-        prior = self.typical * PREFIX_DIFFERENCE
-        return np.minimum.accumulate((total + PREFIX_PRIOR * prior) / (common + PREFIX_PRIOR))
+        return usual_by_prefix(*self._compare(one, other), self.typical, band)
 
     def _compare(self, one: np.ndarray, other: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Returns (sum of the differences, number of common landmarks) of pairs of nodes [n]."""
@@ -84,11 +80,11 @@ class _Likeness:
             rows = slice(i, i + ROWS)
             apart[rows] = np.abs(self.expected[one[rows]] - self.expected[other[rows]]).mean(axis=1)
         degrees = self.degree[one], self.degree[other]
-        prior = expected_difference(apart, *degrees, self.typical)
+        expected = expected_difference(apart, *degrees, self.typical)
         band = prefix_class(address, self.addresses[other])
-        prior = np.where(band >= 2, np.minimum(prior, self.by_prefix[band]), prior)
-        prior += 1e-5 * (len(PREFIX_BITS) - band)  # of nodes as near, that of the longer prefix
-        difference = shrunk_difference(total, common, prior, *degrees)
+        usual = self.by_prefix[band]
+        expected = with_prefix(expected, usual, band)
+        difference = shrunk_difference(total, common, expected, usual, *degrees)
         return np.where(one == other, NEAREST, np.maximum(difference, NEAREST))
 
 
@@ -108,32 +104,62 @@ def expected_difference(
     return np.fmin(1.2 * typical, np.where(measured, apart + unsure, np.nan))
 
 
-# Two nodes of 8 partners each differ by 0.3 in all over 5 common ones, and are expected to differ
-# by 0.12. Three eighths of what is known of them went into that expectation alone, so it counts as
-# 3 * 3/8 + 0.03 = 1.155 partners: (0.3 + 1.155 * 0.12) / (5 + 1.155) = 0.07. Of a new node all
-# partners are common with one that measured everything, and the expectation hardly counts.
+def usual_by_prefix(
+    total: np.ndarray, common: np.ndarray, typical: float, band: np.ndarray
+) -> np.ndarray:
+    """Returns the usual difference of nodes by class of their common prefix [6].
+
+    Args:
+        total: Sum of the differences of log RTT of two nodes to common partners.
+        common: How many partners are common.
+        typical: How differently random nodes measure.
+        band: The `prefix_class` of the two.
+    """
+    classes = len(PREFIX_DIFFERENCE)
+    sums, counts = (np.bincount(band.ravel(), each.ravel(), classes) for each in (total, common))
+    prior = PREFIX_PRIOR * typical * PREFIX_DIFFERENCE
+    return np.minimum.accumulate((sums + prior) / (counts + PREFIX_PRIOR))
+
+
+def with_prefix(expected: np.ndarray, usual: np.ndarray, band: np.ndarray) -> np.ndarray:
+    """Returns expected differences, smaller where addresses share so long a prefix that it says so.
+
+    Args:
+        expected: What estimates lead one to expect.
+        usual: How differently nodes of such prefixes measure.
+        band: The `prefix_class` of each two nodes.
+    """
+    nearer = np.where(band >= 2, np.minimum(expected, usual), expected)
+    return nearer + 1e-5 * (len(PREFIX_BITS) - band)  # of nodes as near, that of the longer prefix
+
+
+# Two nodes of 8 partners each differ by 0.3 in all over 5 common ones. Estimates lead one to expect
+# 0.12; three eighths of what they were made from are not to common partners, so that counts as
+# 2 * 3/8 = 0.75 of a partner. Nodes usually differ by 0.5, which counts as 0.03 of one:
+# (0.3 + 0.75 * 0.12 + 0.03 * 0.5) / (5 + 0.75 + 0.03) = 0.07. All partners of a new node are common
+# with a node that measured everything, and then the estimates say nothing more.
 def shrunk_difference(
     total: np.ndarray,
     common: np.ndarray,
     expected: np.ndarray,
+    usual: np.ndarray | float,
     degree_a: np.ndarray,
     degree_b: np.ndarray,
 ) -> np.ndarray:
     """Returns how differently nodes measure: what common partners show, shrunk to what is expected.
 
-    The expectation weighs as much as there are measurements behind it that are not to common
-    partners.
-
     Args:
         total: Sum of the differences of log RTT to common partners.
         common: How many partners are common.
-        expected: Difference that is expected.
+        expected: Difference that estimates and prefixes lead one to expect.
+        usual: How differently nodes of such prefixes measure.
         degree_a: How many partners the first node of each pair has.
         degree_b: How many the second has.
     """
     fewer = np.maximum(np.minimum(degree_a, degree_b), 1)
-    weight = PRIOR_WEIGHT * np.maximum(1 - common / fewer, 0) + LEAST_PRIOR_WEIGHT
-    return (total + weight * expected) / (common + weight)
+    weight = PRIOR_WEIGHT * np.maximum(1 - common / fewer, 0)
+    sums = total + weight * expected + USUAL_WEIGHT * usual
+    return sums / (common + weight + USUAL_WEIGHT)
 
 
 def prefix_class(a: np.ndarray, b: np.ndarray) -> np.ndarray:

@@ -11,14 +11,14 @@ import numpy as np
 from ping_llm.estimators.coordinates import embed
 from ping_llm.estimators.pairs import MIN_RTT_MS, Nodes, runs, without_repeats
 from ping_llm.estimators.wmedian import (
-    PREFIX_BITS,
-    PREFIX_DIFFERENCE,
     PREFIX_PRIOR,
     REFERENCES,
     UNKNOWN_DIFFERENCE,
     expected_difference,
     prefix_class,
     shrunk_difference,
+    usual_by_prefix,
+    with_prefix,
 )
 from ping_llm.hashing import mix
 from ping_llm.measurements import MeasurementTable
@@ -232,33 +232,17 @@ class MeasuredWorld:
             references = np.zeros((n, 1))
         apart = np.array([np.abs(row - references).mean(axis=1) for row in references])
         degrees = self.degree[:, None], self.degree
-        prior = expected_difference(apart, *degrees, typical)
+        expected, usual = expected_difference(apart, *degrees, typical), typical
         if address is not None:
-            prior = self._with_prefixes(prior, total, common, typical, address)
-        self.difference = shrunk_difference(total, common, prior, *degrees).astype(np.float32)
+            band = np.array([prefix_class(np.broadcast_to(each, n), address) for each in address])
+            usual = usual_by_prefix(total, common, typical, band)[band]
+            expected = with_prefix(expected, usual, band)
+        difference = shrunk_difference(total, common, expected, usual, *degrees)
+        self.difference = difference.astype(np.float32)
         np.fill_diagonal(self.difference, np.inf)
         self.common = common
         weight = np.maximum(self.difference, 1e-6) / USUAL_DIFFERENCE
         self._weight = (weight**-SHARPNESS).astype(np.float32)
-
-    def _with_prefixes(
-        self,
-        prior: np.ndarray,
-        total: np.ndarray,
-        common: np.ndarray,
-        typical: float,
-        address: np.ndarray,
-    ) -> np.ndarray:
-        """Returns `prior`, smaller where addresses share so long a prefix that it says more."""
-        band = np.array([prefix_class(np.broadcast_to(each, self.n), address) for each in address])
-        classes = len(PREFIX_DIFFERENCE)
-        sums, counts = (
-            np.bincount(band.ravel(), each.ravel(), classes) for each in (total, common)
-        )
-        usual = (sums + PREFIX_PRIOR * typical * PREFIX_DIFFERENCE) / (counts + PREFIX_PRIOR)
-        usual = np.minimum.accumulate(usual)
-        prior = np.where(band >= 2, np.minimum(prior, usual[band]), prior)
-        return prior + 1e-5 * (len(PREFIX_BITS) - band)
 
     def _place_unmeasured(self, address: np.ndarray | None) -> None:
         """Sets the estimates of nodes without an answer: those of the nodes they are most like."""
