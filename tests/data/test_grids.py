@@ -11,6 +11,7 @@ from ping_llm.data.network import Network, read_known, thinned, write_known
 from ping_llm.data.pipeline import TrainLoader, eval_batches
 from ping_llm.data.questions import question_grids
 from ping_llm.errors import CheckpointError, ConfigError
+from ping_llm.estimators import wmedian
 from ping_llm.estimators.pairs import pair_keys
 from ping_llm.estimators.world import MeasuredWorld
 from ping_llm.ingest.prepare import prepare_data
@@ -82,8 +83,10 @@ def test_how_differently_nodes_measure_is_the_mean_over_their_common_partners():
         common = known[i] & known[j]
         assert world.common[i, j] == common.sum()
         total = np.abs(world.log_rtt[i] - world.log_rtt[j])[common].sum()
-        prior = world.difference[i, j] * (common.sum() + 1) - total
-        assert 0 < prior < 2  # one more partner differs as the estimates say
+        others = 1 - common.sum() / min(known[i].sum(), known[j].sum())
+        counted = common.sum() + wmedian.PRIOR_WEIGHT * others + wmedian.USUAL_WEIGHT
+        expected = world.difference[i, j] * counted - total
+        assert 0 < expected < 2 * (counted - common.sum())
     assert len(network.nodes) == world.n
 
 

@@ -168,6 +168,26 @@ def as_numbers(addresses):
     return np.ascontiguousarray(addresses).view(np.uint8).reshape(-1, 16)[:, 14]
 
 
+@pytest.mark.parametrize("measured", [1, 3])
+def test_a_new_host_is_like_those_that_measured_its_few_partners_as_it_did(plane, measured):
+    site = np.repeat(np.arange(N // 6), 6)  # six hosts each, which measure exactly alike
+    matrix = plane[np.ix_(site, site)]
+    a, b = np.triu_indices(N, 1)
+    rest = measurements(a[a > 0], b[a > 0], matrix[a, b][a > 0])
+    others = np.random.default_rng(0).permutation(np.arange(6, N))
+    given, asked = (
+        measurements(np.zeros(len(to)), to, matrix[0, to])
+        for to in (others[:measured], others[measured:])
+    )
+    known = Training.of(MeasurementTable.concat([rest, given]))
+    errors = {
+        name: np.median(np.abs(baselines.predict(name, asked, known) / asked.rtt - 1))
+        for name in ("wmedian", "neighbours", "coordinates")
+    }
+    assert errors["wmedian"] < 0.02 < errors["coordinates"]
+    assert errors["wmedian"] <= errors["neighbours"]
+
+
 def test_a_measured_pair_has_its_own_median_among_those_of_like_hosts(plane):
     train, _ = split_of(plane)
     some = train.take(np.arange(50))
