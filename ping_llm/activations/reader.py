@@ -1,7 +1,10 @@
 """Reading a store: rows by number, and shuffled streams."""
 
 import dataclasses
+import functools
 import itertools
+import os
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -65,6 +68,10 @@ class ActivationReader:
             StorageError: There is no store, it is damaged, or not finished.
             ConfigError: It does not hold that site and layer.
         """
+        self._opened = functools.partial(
+            ActivationReader, url, site=site, layer=layer, partial=partial
+        )
+        self._process = os.getpid()
         self._kv = KeyValueStore(url)
         self.manifest = store.open_manifest(self._kv)
         self._name = store.array_name(site, None if site in END_SITES else layer)
@@ -87,14 +94,30 @@ class ActivationReader:
     def __len__(self) -> int:
         return self.shape[0]
 
+    def __reduce__(self) -> tuple[Any, ...]:  # opened anew in the process that it is sent to
+        return self._opened, ()
+
+    def __getitems__(self, index: list[int]) -> list[Any]:
+        """Returns rows as tensors: what a torch `DataLoader` over this reader asks for."""
+        return [*_as("torch", self[index])]
+
     def __getitem__(self, index: int | slice | np.ndarray) -> np.ndarray:
-        """Returns rows: one [D], or those of a slice or of an array of numbers [n, D]."""
-        if isinstance(index, (int, np.integer)):
-            return self._gather(self._name, self._numbers(np.array([index])))[0]
-        return self._gather(self._name, self._numbers(index))
+        """Returns rows as NumPy would: one [D], or those of a slice, numbers or a mask [n, D].
+
+        Raises:
+            IndexError: A number is out of range, a mask has another length, or the index is
+                anything else: columns, floats, several dimensions.
+        """
+        one = isinstance(index, (int, np.integer)) and not isinstance(index, bool)
+        rows = self._gather(self._name, self._numbers(np.array([index]) if one else index))
+        return rows[0] if one else rows
 
     def rows(self, index: slice | np.ndarray) -> Rows:
-        """Returns what the store says of rows beside their activations."""
+        """Returns what the store says of rows beside their activations.
+
+        Raises:
+            IndexError: As for the rows themselves.
+        """
         numbers = self._numbers(index)
         parts = [self._gather(name, numbers) for name in ("tokens", "positions", "roles")]
         samples = np.empty(len(numbers), object)
@@ -107,7 +130,15 @@ class ActivationReader:
     def _numbers(self, index: slice | np.ndarray) -> np.ndarray:
         if isinstance(index, slice):
             return np.arange(*index.indices(len(self)))
-        numbers = np.asarray(index, np.int64)
+        numbers = np.asarray(() if isinstance(index, tuple) else index)
+        if numbers.dtype == bool and numbers.shape == (len(self),):
+            return np.flatnonzero(numbers)
+        empty = numbers.size == 0 and not isinstance(index, tuple)  # NumPy makes [] of floats
+        if numbers.ndim != 1 or not (empty or np.issubdtype(numbers.dtype, np.integer)):
+            raise IndexError(
+                f"rows are chosen by whole numbers, by a slice, or by a mask of {len(self)} values"
+            )
+        numbers = numbers.astype(np.int64)
         if len(numbers) and not (numbers.min() >= -len(self) and numbers.max() < len(self)):
             raise IndexError(f"row numbers must be in 0..{len(self) - 1}")
         return np.where(numbers < 0, numbers + len(self), numbers)
@@ -121,6 +152,11 @@ class ActivationReader:
         return [content[bounds[s] : bounds[s + 1]].decode() for s in sample.tolist()]
 
     def _array(self, unit: int, name: str) -> ts.TensorStore:
+        if os.getpid() != self._process:  # without the threads that read: it would hang
+            raise StorageError(
+                f"{self._kv.url} was opened in the process that this one was forked from; start "
+                "workers with the method `spawn`"
+            )
         if (unit, name) not in self._arrays:
             self._arrays[unit, name] = open_array(self._kv, self._done[unit], name)
         return self._arrays[unit, name]
@@ -146,6 +182,7 @@ class ActivationReader:
         buffer_mb: float = 256.0,
         real_only: bool = False,
         kind: str = "numpy",
+        part: tuple[int, int] | None = None,
     ) -> Iterator[Any]:
         """Yields shuffled batches [batch_size, D]; the last rows, which fill none, are left out.
 
@@ -160,17 +197,25 @@ class ActivationReader:
             buffer_mb: Size of the buffer; twice that is held while it is refilled.
             real_only: Whether rows of special and BOS tokens are left out.
             kind: numpy, jax or torch.
+            part: (i, n) for the i-th of n parts of the chunks, each row in one of them; None: in a
+                worker of a torch `DataLoader` that worker's part, else all.
 
         Raises:
-            ConfigError: `kind` is unknown, or the store has fewer rows than a batch.
+            ConfigError: `kind` is unknown, there is no such part, or it has fewer rows than a
+                batch.
         """
         if kind not in KINDS:
             raise ConfigError(f"{kind=} is not one of {', '.join(KINDS)}")
-        if not 0 < batch_size <= len(self):
-            raise ConfigError(f"{batch_size=} must be in 1..{len(self)}, the rows of the store")
+        number, parts = part or _torch_worker()
+        if not 0 <= number < parts:
+            raise ConfigError(f"{part=} is not one of 0..{parts - 1} of {parts} parts")
+        pieces = self._pieces()[number::parts]
+        rows = sum(n for _, _, n in pieces)
+        if not 0 < batch_size <= rows:
+            where = "the store" if parts == 1 else f"part {number} of {parts}"
+            raise ConfigError(f"{batch_size=} must be in 1..{rows}, the rows of {where}")
 
         def stream() -> Iterator[Any]:
-            pieces = self._pieces()
             row_bytes = self.shape[1] * self.dtype.itemsize
             per_buffer = max(int(buffer_mb * 1e6 / (row_bytes * max(n for _, _, n in pieces))), 1)
             left = np.empty((0, self.shape[1]), self.dtype)
@@ -214,6 +259,13 @@ class ActivationReader:
 def _chosen(read: Any, roles: Any, where: str) -> np.ndarray:
     rows = store_result(read, where)
     return rows if roles is None else rows[store_result(roles, where) == REAL]
+
+
+def _torch_worker() -> tuple[int, int]:
+    """Returns (number, how many there are) of this worker of a torch `DataLoader`; else (0, 1)."""
+    torch_data = sys.modules.get("torch.utils.data")
+    worker = torch_data and torch_data.get_worker_info()
+    return (worker.id, worker.num_workers) if worker else (0, 1)
 
 
 def _as(kind: str, batch: np.ndarray) -> Any:

@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-import zlib
+import hashlib
 from pathlib import Path
 from typing import Any
 
@@ -13,16 +13,16 @@ from jax.sharding import Mesh
 
 from ping_llm.data import windows
 from ping_llm.errors import ConfigError
-from ping_llm.extraction.records import sample_fingerprint
 from ping_llm.extraction.settings import ExtractSettings
 from ping_llm.hashing import digest
 from ping_llm.models import huggingface
 from ping_llm.models.config import SITES, DecoderConfig
 from ping_llm.models.decoder import Decoder
+from ping_llm.outputs import digest_files
 from ping_llm.progress import progress
 from ping_llm.runs import load_run
 from ping_llm.settings import from_json
-from ping_llm.storage import Location, StoredFile
+from ping_llm.storage import Location
 
 DEFAULT_MAX_LENGTH = 2048
 
@@ -64,12 +64,11 @@ class ModelSource:
     def identity(self) -> dict[str, Any]:
         """What tells this model from others: its shape and its weights."""
         if self.checkpoint is not None:
-            files = sorted(self.checkpoint.glob("*.safetensors"))
-            stored = (StoredFile(Location.of(file), file.stat().st_size) for file in files)
-            weights = [sample_fingerprint(file) for file in stored]
+            digests = digest_files(huggingface.weight_files(self.checkpoint))
+            weights = [file.sha256 for file in digests]
         else:
             leaves = jax.tree.leaves(self.run_params)
-            weights = [zlib.crc32(np.asarray(leaf).tobytes()) for leaf in leaves]
+            weights = [hashlib.sha256(np.asarray(leaf).tobytes()).hexdigest() for leaf in leaves]
         return {"config": digest(dataclasses.asdict(self.cfg)), "weights": digest(weights)}
 
     def load(self, cfg: ExtractSettings, mesh: Mesh) -> tuple[Any, Any]:

@@ -18,7 +18,11 @@ from ping_llm.extraction.settings import ExtractSettings
 from ping_llm.extraction.templates import CheckpointTokenizer
 from ping_llm.tokenizer import LANGUAGE_VERSION
 
-COLUMNS = {"text": ("text",), "chat": ("messages",), "tokens": ("tokens", "input_ids")}
+COLUMNS = {
+    "text": ("text",),
+    "chat": ("messages", "tools"),
+    "tokens": ("tokens", "input_ids", "attention_mask"),
+}
 
 
 class PromptSource(Protocol):
@@ -77,7 +81,7 @@ class TextPrompts:
 
     def __init__(self, cfg: ExtractSettings, *, model: Path | None, vocab_size: int):
         self._cfg, self._vocab_size = cfg, vocab_size
-        columns = (*COLUMNS[cfg.format], "id", *(("tools",) if cfg.format == "chat" else ()))
+        columns = (*COLUMNS[cfg.format], "id")
         self._records = Records(
             cfg.input, columns=columns, unit_bytes=max(int(cfg.unit_mb * 1e6), 1), limit=cfg.limit
         )
@@ -112,7 +116,7 @@ class TextPrompts:
     def _text(self, record: dict[str, Any], sample: str) -> str:
         if self._cfg.format == "chat":
             messages = record.get("messages")
-            if not isinstance(messages, list):
+            if not isinstance(messages, list) or not messages:
                 raise DataError(f"{sample}: it has no list `messages`; its keys are {list(record)}")
             # A template takes what is missing for empty, and says nothing.
             if not all(isinstance(m, dict) and m.get("role") for m in messages):
@@ -130,7 +134,14 @@ class TextPrompts:
             raise DataError(f"{sample}: it has no list of whole numbers `tokens` or `input_ids`")
         if wrong := [i for i in ids if not 0 <= i < self._vocab_size]:
             raise DataError(f"{sample}: id {wrong[0]} is not in 0..{self._vocab_size - 1}")
-        return np.array(ids, np.int32)
+        if (mask := record.get("attention_mask")) is None:
+            return np.array(ids, np.int32)
+        if not isinstance(mask, list) or len(mask) != len(ids) or {*map(repr, mask)} - {"0", "1"}:
+            raise DataError(f"{sample}: its attention_mask is not a 0 or 1 for each of its tokens")
+        kept = np.flatnonzero(mask)
+        if len(kept) and kept[-1] - kept[0] + 1 != len(kept):
+            raise DataError(f"{sample}: its attention_mask has holes; only padding can be left out")
+        return np.array(ids, np.int32)[kept]
 
 
 def _gather(

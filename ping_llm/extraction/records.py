@@ -1,7 +1,6 @@
 """Records of the input, JSON lines and Parquet, in work units planned without reading it all."""
 
 import dataclasses
-import hashlib
 import io
 import itertools
 import json
@@ -12,13 +11,15 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from ping_llm.errors import DataError
+from ping_llm.outputs import digest_files
 from ping_llm.storage import Location, StoredFile
+from ping_llm.text import safe
 
 JSON_ENDINGS = (".jsonl", ".ndjson", ".json")
 PARQUET_ENDINGS = (".parquet", ".pq")
 COMPRESSIONS = {".gz": "gzip", ".bz2": "bz2", ".zst": "zstd"}
 TO_THE_END = -1
-_BLOCKS, _BLOCK_BYTES = 16, 16384
+OPTIONAL = {"id", "tools", "attention_mask"}  # columns that a record may lack
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,16 +37,6 @@ class WorkUnit:
     stop: int
 
 
-def sample_fingerprint(file: StoredFile) -> str:
-    """Returns a hash of a file's size and of blocks of its content spread over all of it."""
-    sha256 = hashlib.sha256(str(file.size).encode())
-    with file.location.open_input() as content:
-        for block in range(_BLOCKS):
-            content.seek(max(file.size - _BLOCK_BYTES, 0) * block // (_BLOCKS - 1))
-            sha256.update(content.read(_BLOCK_BYTES))
-    return sha256.hexdigest()[:32]
-
-
 def find_files(path: str) -> list[StoredFile]:
     """Returns the files of an input that are not empty.
 
@@ -60,11 +51,15 @@ def find_files(path: str) -> list[StoredFile]:
 
 
 def describe_files(files: list[StoredFile]) -> list[dict[str, Any]]:
-    """Returns name, size and fingerprint of each file, by which an input is known again."""
+    """Returns name, size and SHA-256 of each file, by which an input is known again.
+
+    Raises:
+        DataError: One cannot be read.
+    """
     names = _short_names([file.location.url for file in files])
     return [
-        {"name": name, "size": file.size, "fingerprint": sample_fingerprint(file)}
-        for name, file in zip(names, files, strict=True)
+        {"name": name, "size": file.size, "sha256": file.sha256}
+        for name, file in zip(names, digest_files(files), strict=True)
     ]
 
 
@@ -72,7 +67,7 @@ class Records:
     """The records of an input, by work unit.
 
     Attributes:
-        files: Name, size and fingerprint of each file.
+        files: Name, size and SHA-256 of each file.
         units: The work units, in input order.
     """
 
@@ -155,7 +150,21 @@ class Records:
             records, mark = _objects(location, compression, unit), "@"
         for position, record in records:
             given = record.get("id")
-            yield (f"{name}{mark}{position}" if given is None else str(given)), record
+            sample = f"{name}{mark}{position}" if given is None else str(given)
+            check_unicode(sample, f"{location}, the id of record {position}")
+            yield sample, record
+
+
+def check_unicode(text: str, where: str) -> None:
+    """Raises a `DataError` where a text holds half a surrogate pair, as cut JSON does."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        half = text[error.start]
+        raise DataError(
+            f"{safe(where)}: character {error.start} is {half!a}, half of a surrogate pair; "
+            "replace it by U+FFFD"
+        ) from None
 
 
 def _kind(url: str) -> tuple[str, str | None]:
@@ -235,7 +244,14 @@ def _rows(
     location: Location, start: int, stop: int, columns: tuple[str, ...]
 ) -> Iterator[tuple[int, dict[str, Any]]]:
     with _open_parquet(location) as file:
-        names = [name for name in columns if name in file.schema_arrow.names]
+        held = file.schema_arrow.names
+        names = [name for name in columns if name in held]
+        if not set(names) - OPTIONAL:
+            wanted_names = " or ".join(name for name in columns if name not in OPTIONAL)
+            raise DataError(
+                f"{location} has no column {wanted_names}; its columns are "
+                f"{', '.join(map(safe, held))}; rename one"
+            )
         groups = [file.metadata.row_group(i).num_rows for i in range(file.num_row_groups)]
         ends = list(itertools.accumulate(groups))
         wanted = [
@@ -248,5 +264,5 @@ def _rows(
                 if low < high:
                     yield from enumerate(batch.slice(low, high - low).to_pylist(), row + low)
                 row += len(batch)
-        except (OSError, pa.ArrowException) as error:
+        except (OSError, ValueError, pa.ArrowException) as error:  # or its text is no UTF-8
             raise DataError(f"{location} cannot be read after row {row}: {error}") from None

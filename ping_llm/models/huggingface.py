@@ -25,7 +25,8 @@ from ping_llm.errors import CheckpointError, StorageError
 from ping_llm.models import families
 from ping_llm.models.config import DecoderConfig
 from ping_llm.models.decoder import Decoder
-from ping_llm.storage import Location
+from ping_llm.storage import Location, StoredFile
+from ping_llm.text import safe
 
 _DTYPES = {"F32": jnp.dtype("float32"), "F16": jnp.dtype("float16"), "BF16": jnp.dtype("bfloat16")}
 FILES = ("*.json", "*.safetensors", "*.jinja", "merges.txt")  # what is fetched from the hub
@@ -146,17 +147,44 @@ class _Tensor(NamedTuple):
             return opened.get_tensor(self.name)
 
 
-def _find_tensors(directory: Path) -> dict[str, _Tensor]:
-    """Returns all tensors of a checkpoint, whichever files they are in, by their short names."""
-    index = directory / "model.safetensors.index.json"
-    if index.is_file():
-        files = sorted(set(read_json(index).get("weight_map", {}).values()))
+def weight_files(directory: Path) -> list[StoredFile]:
+    """Returns the files that hold a checkpoint's weights, in the order of their names.
+
+    As in transformers they are `model.safetensors`, else what its index names. Where there is
+    neither, all `*.safetensors`. Other files are not looked at.
+
+    Raises:
+        CheckpointError: There are none, one that the index names is missing, or they come with a
+            LoRA adapter.
+        StorageError: The index leads out of the directory.
+    """
+    if (adapter := directory / "adapter_config.json").is_file():
+        base = read_json(adapter).get("base_model_name_or_path")
+        raise CheckpointError(
+            f"{directory} holds a LoRA adapter of {safe(str(base))}; merge it first "
+            "(merge_and_unload, save_pretrained), or move adapter_config.json away"
+        )
+    place, index = Location.of(directory), directory / "model.safetensors.index.json"
+    if (directory / "model.safetensors").is_file():
+        files = [place / "model.safetensors"]
+    elif index.is_file():
+        weight_map = read_json(index).get("weight_map")
+        if not isinstance(weight_map, dict):
+            raise CheckpointError(f"{index} has no weight_map; fetch it again")
+        files = [place.child(name) for name in sorted({*map(str, weight_map.values())})]
+        if missing := [file.name for file in files if not file.is_file()]:
+            raise CheckpointError(f"{index} names files that are missing: {', '.join(missing)}")
     else:
-        files = sorted(path.name for path in directory.glob("*.safetensors"))
+        files = [place / path.name for path in sorted(directory.glob("*.safetensors"))]
     if not files:
         raise CheckpointError(f"{directory} has no *.safetensors; other formats are not read")
+    return [StoredFile(file, file.path.stat().st_size) for file in files]
+
+
+def _find_tensors(directory: Path) -> dict[str, _Tensor]:
+    """Returns all tensors of a checkpoint, whichever files they are in, by their short names."""
     tensors: dict[str, _Tensor] = {}
-    for path in (Location.of(directory).child(file).path for file in files):
+    for path in (file.location.path for file in weight_files(directory)):
         with _opened(path) as opened:
             for name in opened.keys():  # noqa: SIM118
                 short = name.removeprefix("model.")  # as base checkpoints spell it
@@ -261,7 +289,7 @@ def _split_shapes(cfg: DecoderConfig) -> tuple[Any, Any]:
 
 def checkpoint_bytes(directory: Path) -> int:
     """Returns the size of a checkpoint's weight files."""
-    return sum(path.stat().st_size for path in directory.glob("*.safetensors"))
+    return sum(file.size for file in weight_files(directory))
 
 
 def _load_weight(

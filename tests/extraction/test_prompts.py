@@ -1,6 +1,8 @@
 import json
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import transformers
 from extraction_settings import settings
@@ -99,7 +101,18 @@ def test_what_becomes_of_overlong_prompts(overlong, expected, tmp_path):
         ({"tokens": [True]}, "tokens", "whole numbers"),
         ({"words": "x"}, "text", "no string `text`"),
         ({"text": None}, "text", "no string `text`"),
+        ({"tokens": [1], "attention_mask": [1, 1]}, "tokens", "not a 0 or 1 for each"),
+        ({"tokens": [1], "attention_mask": [2]}, "tokens", "not a 0 or 1 for each"),
+        ({"tokens": [1], "attention_mask": "1"}, "tokens", "not a 0 or 1 for each"),
+        ({"tokens": [1, 2, 3], "attention_mask": [1, 0, 1]}, "tokens", "has holes"),
+        ({"text": "cut \ud83d"}, "text", r"character 4 is '.ud83d', half of a surrogate pair"),
+        ({"text": "a", "id": "\ud83d"}, "text", r"in\.jsonl, the id of record \d+: character 0 is"),
+        ({"messages": [{"role": "user", "content": "\udc00"}]}, "chat", "half of a surrogate"),
         ({"messages": "x"}, "chat", "no list `messages`"),
+        ({"messages": []}, "chat", "no list `messages`"),
+        ({"messages": CHAT, "tools": "["}, "chat", "its `tools` are no JSON"),
+        ({"messages": CHAT, "tools": {"name": "x"}}, "chat", "must be a list of objects"),
+        ({"messages": CHAT, "tools": ["{}"]}, "chat", "must be a list of objects"),
         ({"messages": ["x"]}, "chat", "an object with a `role`"),
         ({"messages": [{"content": "x"}]}, "chat", "an object with a `role`"),
     ],
@@ -108,11 +121,37 @@ def test_a_record_that_does_not_do_is_named(record, format_, reason, tmp_path, c
     with pytest.raises(DataError, match=reason) as error:
         prompts_of(
             tmp_path,
-            [{"tokens": [1], "text": "a", "messages": []}, record],
+            [{"tokens": [1], "text": "a", "messages": CHAT}, record],
             checkpoint,
             format=format_,
         )
-    assert "in.jsonl@" in str(error.value)
+    assert "in.jsonl" in str(error.value)
+
+
+@pytest.mark.parametrize("form", ["json", "parquet", "fixed"])
+def test_padding_is_left_out(form, tmp_path):
+    ids = [[5, 6, 7, 8], [0, 0, 5, 6], [5, 6, 0, 0], [0, 0, 0, 0], [5, 6, 7, 8]]
+    masks = [[1, 1, 1, 1], [0, 0, 1, 1], [1, 1, 0, 0], [0, 0, 0, 0], None]
+    expected = [[5, 6, 7, 8], [5, 6], [5, 6], [], [5, 6, 7, 8]]
+    if form == "json":
+        records = [{"tokens": t, "attention_mask": m} for t, m in zip(ids, masks, strict=True)]
+        assert samples(prompts_of(tmp_path, records, None, format="tokens")) == expected
+        return
+    kind = pa.list_(pa.int8(), 4) if form == "fixed" else pa.list_(pa.int8())
+    table = {"input_ids": ids, "attention_mask": pa.array(masks, kind)}
+    pq.write_table(pa.table(table), tmp_path / "in.parquet")
+    cfg = settings(input=tmp_path / "in.parquet", format="tokens")
+    source = open_source(cfg, model=None, vocab_size=288)
+    assert samples(source.read(source.units[0])) == expected
+
+
+@pytest.mark.parametrize("format_", ["text", "chat", "tokens"])
+def test_a_column_that_is_missing_is_named_with_those_that_are_there(format_, tmp_path, checkpoint):
+    path = tmp_path / "in.parquet"
+    pq.write_table(pa.table({"content": ["a"], "url": ["b"], "id": ["c"]}), path)
+    source = open_source(settings(input=path, format=format_), model=checkpoint, vocab_size=288)
+    with pytest.raises(DataError, match=r"has no column .*; its columns are content, url, id; ren"):
+        source.read(source.units[0])
 
 
 def test_a_template_can_not_reach_out_of_its_sandbox(tmp_path):

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+import types
 
 import jax
 import ml_dtypes
@@ -197,6 +198,68 @@ def test_rows_are_read_by_number_slice_and_list(finished):
     np.testing.assert_array_equal(reader[numbers], whole[numbers])
     with pytest.raises(IndexError):
         reader[len(reader)]
+
+
+def test_a_mask_selects_as_in_numpy_and_anything_else_is_refused(finished):
+    reader = ActivationReader(str(finished), layer=2)
+    whole, n = reader[:], len(reader)
+    mask = np.arange(n) % 3 == 0
+    for form in (mask, mask.tolist(), torch.from_numpy(mask), jax.numpy.asarray(mask)):
+        np.testing.assert_array_equal(reader[form], whole[mask])
+        assert reader.rows(form).samples == reader.rows(np.flatnonzero(mask)).samples
+    for empty in ([], np.zeros(n, bool), np.zeros(0, np.int64), slice(3, 3)):
+        assert reader[empty].shape == (0, 32)
+    numbers = torch.tensor([3, -1])
+    np.testing.assert_array_equal(reader[numbers], whole[numbers.numpy()])
+    wrong = [mask[:-1], np.ones((n, 1), bool), True, (0, 5), (slice(None), 3), ..., None, 1.0]
+    wrong += [np.array([1.7]), [[0, 1]], "1", [n], [-n - 1], n, ()]
+    for index in wrong:
+        with pytest.raises(IndexError):
+            reader[index]
+    with pytest.raises(IndexError, match="by whole numbers, by a slice, or by a mask of"):
+        reader.rows(5)
+
+
+def test_workers_of_a_torch_loader_share_the_rows(finished, monkeypatch):
+    reader = ActivationReader(str(finished), layer=2)
+    monkeypatch.setattr(reader, "_pieces", lambda: [(0, i, 1) for i in range(10)])
+    info = [types.SimpleNamespace(id=i, num_workers=3) for i in range(3)]
+    rows = []
+    for worker in info:
+        monkeypatch.setattr(torch.utils.data, "get_worker_info", lambda worker=worker: worker)
+        rows += list(reader.batches(1, epochs=1))
+    expected = np.sort(reader[:10], axis=0)
+    np.testing.assert_array_equal(np.sort(np.concatenate(rows), axis=0), expected)
+    monkeypatch.undo()
+    parts = [np.concatenate(list(reader.batches(1, epochs=1, part=(0, 1))))]
+    assert len(np.concatenate(parts)) == len(reader)
+    with pytest.raises(ConfigError, match=r"is not one of 0\.\.1 of 2 parts"):
+        reader.batches(1, part=(2, 2))
+    with pytest.raises(ConfigError, match="rows of part 0 of 2"):
+        reader.batches(len(reader), part=(0, 2))
+
+
+@pytest.mark.slow
+def test_a_reader_is_a_torch_dataset_also_in_spawned_workers(
+    checkpoint, documents, small, tmp_path
+):
+    url = tmp_path / "s"
+    extract_activations(checkpoint, documents, url, **small | {"dtype": "bfloat16", "limit": 10})
+    reader = ActivationReader(str(url), layer=0)
+    loader = torch.utils.data.DataLoader(
+        reader, batch_size=16, num_workers=1, multiprocessing_context="spawn"
+    )
+    batches = list(loader)
+    assert batches[0].dtype == torch.bfloat16
+    whole = torch.cat(batches).float().numpy()
+    np.testing.assert_array_equal(whole, reader[:].astype(np.float32))
+
+
+def test_a_reader_says_that_it_cannot_be_used_after_a_fork(finished, monkeypatch):
+    reader = ActivationReader(str(finished), layer=2)
+    monkeypatch.setattr(os, "getpid", lambda: -1)
+    with pytest.raises(StorageError, match="start workers with the method `spawn`"):
+        reader[0]
 
 
 def test_an_epoch_has_every_row_once_shuffled_by_its_seed(finished):

@@ -10,7 +10,7 @@ import torch
 from flax import nnx
 from hf_checkpoints import make_checkpoint
 
-from ping_llm.errors import CheckpointError, ConfigError
+from ping_llm.errors import CheckpointError, ConfigError, PingLLMError
 from ping_llm.extraction import parity
 from ping_llm.models import huggingface
 
@@ -148,6 +148,20 @@ def test_parameters_keep_their_dtype_unless_asked(dtype, tmp_path):
         ({"num_key_value_heads": 3}, "n_kv_heads=3"),
         ({"hidden_size": None}, "hidden_size"),
         ({"dtype": "float64"}, "float64"),
+        # What is false or 0 may mean something.
+        ({"is_causal": False}, "is_causal=False"),
+        ({"new_option": False}, "new_option=False"),
+        ({"new_option": 0}, "new_option=0"),
+        ({"add_cross_attention": True}, "add_cross_attention"),
+        ({"auto_map": {"AutoModel": "own.Model"}}, "auto_map"),
+        ({"hidden_size": 10**30}, "hidden_size is 10+; expected a whole number"),
+        ({"hidden_size": True}, "hidden_size is True"),
+        ({"num_hidden_layers": -1}, "num_hidden_layers is -1"),
+        ({"rms_norm_eps": "small"}, "rms_norm_eps is 'small'; expected a number"),
+        ({"rope_scaling": [1]}, "rope_scaling is .1.; expected a dict"),
+        ({"rope_scaling": {"type": "yarn", "factor": "2"}}, "factor is '2'; expected a number"),
+        ({"layer_types": "full_attention"}, "layer_types is 'full_attention'; expected a list"),
+        ({"sliding_window": "4096"}, "sliding_window is '4096'"),
     ],
 )
 def test_an_option_that_is_not_supported_is_refused_by_its_name(change, name, tmp_path):
@@ -162,6 +176,17 @@ def test_options_that_are_off_or_only_describe_are_taken(tmp_path):
         "quantization_config": None,
         "_name_or_path": "x",
         "rope_scaling": {},
+        "is_causal": True,
+        "unsloth_fixed": True,
+        "unsloth_version": "2025.1",
+        "pretraining_tp": 1,
+        "tokenizer_class": "Qwen2Tokenizer",
+        "num_labels": 2,
+        "max_length": 20,
+        "temperature": 0.7,
+        "top_k": 50,
+        "do_sample": False,
+        "pruned_heads": {},
     }
     assert huggingface.read_config(make_checkpoint(tmp_path, config=off)).n_layers == 3
 
@@ -213,6 +238,35 @@ def test_a_file_that_the_index_names_but_is_not_there_is_named(tmp_path):
     (directory / gone).unlink()
     with pytest.raises(CheckpointError, match=gone):
         huggingface.load(directory)
+
+
+@pytest.mark.parametrize("sharded", [False, True])
+def test_a_lora_adapter_beside_the_weights_is_refused(sharded, tmp_path):
+    directory = make_checkpoint(tmp_path, **({"shard_size": "20KB"} if sharded else {}))
+    adapter = {"base_model_name_or_path": "Qwen/Qwen2.5-0.5B", "peft_type": "LORA"}
+    (directory / "adapter_config.json").write_text(json.dumps(adapter))
+    with pytest.raises(CheckpointError, match=r"LoRA adapter of Qwen/Qwen2\.5-0\.5B; merge it"):
+        huggingface.load(directory)
+
+
+def test_files_that_transformers_would_not_read_are_not_read(tmp_path):
+    directory = make_checkpoint(tmp_path, shard_size="20KB")
+    named = huggingface.weight_files(directory)
+    shutil.copy(named[0].location.path, directory / "consolidated.safetensors")
+    assert huggingface.weight_files(directory) == named
+    whole = make_checkpoint(tmp_path / "whole") / "model.safetensors"
+    shutil.copy(whole, directory)
+    files = [file.location.name for file in huggingface.weight_files(directory)]
+    assert files == ["model.safetensors"]
+
+
+@pytest.mark.parametrize("weight_map", [None, [], {"x": "../model.safetensors"}, {"x": "/a"}])
+def test_an_index_that_cannot_be_is_refused(weight_map, tmp_path):
+    directory = make_checkpoint(tmp_path, shard_size="20KB")
+    index = {} if weight_map is None else {"weight_map": weight_map}
+    (directory / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(PingLLMError, match=r"no weight_map|not the name of a file"):
+        huggingface.weight_files(directory)
 
 
 def test_a_hub_id_that_cannot_be_had_says_why(monkeypatch, tmp_path):

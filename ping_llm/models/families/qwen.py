@@ -6,27 +6,37 @@ from typing import Any, cast
 from ping_llm.errors import ConfigError
 from ping_llm.models.config import DTYPES, DecoderConfig, Dtype, YarnScaling
 
-# Keys of config.json that change nothing in a forward pass.
-_NO_EFFECT = {
-    "architectures",
-    "attention_dropout",
-    "bos_token_id",
-    "chunk_size_feed_forward",
-    "dtype",
-    "eos_token_id",
-    "id2label",
-    "initializer_range",
-    "label2id",
-    "max_position_embeddings",
-    "output_attentions",
-    "output_hidden_states",
-    "pad_token_id",
-    "problem_type",
-    "return_dict",
-    "torch_dtype",
-    "transformers_version",
-    "use_cache",
+# Keys of config.json that change nothing in a forward pass, of all that transformers has written.
+_NO_EFFECT = frozenset(
+    """
+    architectures attention_dropout bad_words_ids begin_suppress_tokens bos_token_id
+    chunk_size_feed_forward classifier_dropout decoder_start_token_id diversity_penalty do_sample
+    dtype early_stopping encoder_no_repeat_ngram_size eos_token_id
+    exponential_decay_length_penalty finetuning_task forced_bos_token_id forced_eos_token_id
+    id2label initializer_range is_decoder keys_to_ignore_at_inference label2id length_penalty
+    max_length max_new_tokens max_position_embeddings min_length model_max_length name_or_path
+    no_repeat_ngram_size num_beam_groups num_beams num_labels num_return_sequences
+    output_attentions output_hidden_states output_scores pad_token_id prefix pretraining_tp
+    problem_type remove_invalid_values repetition_penalty return_dict return_dict_in_generate
+    sep_token_id suppress_tokens task_specific_params temperature tf_legacy_loss tokenizer_class
+    top_k top_p torch_dtype torchscript transformers_version typical_p use_bfloat16 use_cache
+    """.split()  # noqa: SIM905
+)
+_OWN_PREFIXES = ("_", "unsloth_")  # of keys that others note for themselves
+# Keys that change nothing as long as they have these values.
+_NEUTRAL: dict[str, Any] = {
+    "add_cross_attention": False,
+    "cross_attention_hidden_size": None,
+    "is_causal": True,
+    "is_encoder_decoder": False,
+    "mlp_bias": False,
+    "pruned_heads": {},
+    "tie_encoder_decoder": False,
+    "use_mrope": False,
 }
+_NUMBERS = ("rms_norm_eps", "rope_theta", "max_position_embeddings", "num_key_value_heads")
+_NUMBERS += ("head_dim", "sliding_window", "max_window_layers", "original_max_position_embeddings")
+_LARGEST = 2**31 - 1  # size of anything
 _YARN_KEYS = ("beta_fast", "beta_slow", "attention_factor", "mscale", "mscale_all_dim", "truncate")
 
 # Parameter of the decoder: (tensor in the checkpoint, whether that is stored [out, in]).
@@ -63,6 +73,7 @@ def read_config(fields: Mapping[str, Any], where: str) -> DecoderConfig:
     Raises:
         ConfigError: It asks for something that this decoder does not do, or lacks a size.
     """
+    _check_types(fields, where)
     left = {key: value for key, value in fields.items() if key not in _NO_EFFECT}
 
     def take(key: str, default: Any = None) -> Any:
@@ -70,8 +81,8 @@ def read_config(fields: Mapping[str, Any], where: str) -> DecoderConfig:
 
     def size(key: str) -> int:
         value = take(key)
-        if not isinstance(value, int):
-            raise ConfigError(f"{where}: {key} is {value!r}; expected a whole number")
+        if type(value) is not int or not 0 < value <= _LARGEST:
+            raise ConfigError(f"{where}: {key} is {value!r}; expected a whole number above 0")
         return value
 
     model_type = take("model_type")
@@ -107,13 +118,38 @@ def read_config(fields: Mapping[str, Any], where: str) -> DecoderConfig:
     # Qwen2 has its three biases whatever this says; with it, Qwen3 has a fourth.
     if take("attention_bias", False) and is_qwen3:
         raise ConfigError(f"{where}: attention_bias=True is not supported for {model_type}")
-    refused = [key for key, value in left.items() if value and not key.startswith("_")]
+    # A value of false or 0 may mean something: `is_causal` false makes every token see all others.
+    refused = [
+        key
+        for key, value in left.items()
+        if value is not None
+        and not key.startswith(_OWN_PREFIXES)
+        and (key not in _NEUTRAL or value != _NEUTRAL[key])
+    ]
     if refused:
         shown = ", ".join(f"{key}={left[key]!r}" for key in sorted(refused))
         raise ConfigError(
             f"{where}: not supported: {shown}; remove it only if it does not change the model"
         )
     return config
+
+
+def _check_types(fields: Mapping[str, Any], where: str) -> None:
+    """Raises a `ConfigError` where a value is of a kind that it cannot be."""
+    kinds: dict[str, tuple[type, ...]] = dict.fromkeys(_NUMBERS, (int, float))
+    kinds |= {"rope_scaling": (dict,), "rope_parameters": (dict,), "layer_types": (list,)}
+    scaling = fields.get("rope_scaling") or fields.get("rope_parameters")
+    inner = scaling if isinstance(scaling, dict) else {}
+    numbers = {key: inner[key] for key in (*_YARN_KEYS, "factor", "rope_theta") if key in inner}
+    kinds |= dict.fromkeys(numbers, (int, float))
+    for key, value in {**fields, **numbers}.items():
+        if key not in kinds or value is None or (key == "truncate" and isinstance(value, bool)):
+            continue
+        is_number = kinds[key] == (int, float)
+        wrong = not isinstance(value, kinds[key]) or (is_number and isinstance(value, bool))
+        if wrong or (is_number and not 0 <= value <= _LARGEST):
+            expected = "a number" if is_number else f"a {kinds[key][0].__name__}"
+            raise ConfigError(f"{where}: {key} is {value!r}; expected {expected}")
 
 
 def _dtype(fields: Mapping[str, Any], where: str) -> Dtype:
