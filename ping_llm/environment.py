@@ -74,6 +74,18 @@ def in_force() -> dict[str, object]:
     }
 
 
+def problem() -> str | None:
+    """Returns what is wrong with JAX_PLATFORMS; None: nothing, or JAX was not asked for devices."""
+    asked, jax = os.environ.get("JAX_PLATFORMS"), sys.modules.get("jax")
+    if not asked or jax is None:
+        return None
+    try:
+        jax.devices()
+    except (RuntimeError, AssertionError):
+        return f"JAX_PLATFORMS={asked}: JAX finds no such device; unset it, or set it to cpu"
+    return None
+
+
 def _is_on(name: str) -> bool:
     value = os.environ.get(name, "on")
     if value not in ("on", "off"):

@@ -76,7 +76,12 @@ def _among(*choices: int) -> Callable[[np.ndarray], np.ndarray]:
 _FLOAT, _LARGEST = np.dtype(np.float32), float(np.finfo(np.float32).max)
 _ADDRESS = addresses.ADDRESS, "an address like 192.0.2.1 or 2001:db8::1", columns.read_addresses
 _TIME = _ColumnSpec(
-    "event_time", np.dtype("i8"), "ISO 8601 or seconds since 1970", columns.read_times, NO_TIME
+    "event_time",
+    np.dtype("i8"),
+    "ISO 8601 or seconds since 1970, not milliseconds, up to 2106",
+    columns.read_times,
+    NO_TIME,
+    _within(0, 2**32 - 1),
 )
 _FAMILY = _ColumnSpec("ip_version", np.dtype("i1"), "4 or 6", accepts=_among(4, 6))
 _RTT = _ColumnSpec("rtt", _FLOAT, "ms, -1 = failed", accepts=_within(-_LARGEST, _LARGEST))

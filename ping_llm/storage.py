@@ -15,7 +15,7 @@ import re
 import shutil
 import struct
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -179,13 +179,16 @@ class Location:
         `_`).
 
         Raises:
-            StorageError: Nothing is there, or it cannot be listed.
+            StorageError: Nothing is there, or it cannot be listed; or a name of a local one leads
+                to no file: a dead link, a pipe.
         """
         filesystem, path, prefix = _filesystem(self)
         with _operation(self, "listed"):
             info = filesystem.get_file_info(path)
             if info.type == fs.FileType.File:
                 return [StoredFile(Location(prefix + info.path), info.size)]
+            if info.type == fs.FileType.Unknown:
+                raise StorageError(f"{self} is a pipe or a device; give a regular file")
             if info.type == fs.FileType.Directory:
                 base, wanted = path, None
             else:
@@ -193,15 +196,19 @@ class Location:
                 base, wanted = fixed.rpartition("/")[0] or "/", path
                 if fixed == path:
                     raise StorageError(f"{self} does not exist")
+            below = len(base.rstrip("/")) + 1
+
+            def is_meant(path: str) -> bool:
+                if wanted is None:
+                    return not re.search(r"(^|/)[._]", path[below:])
+                # One `*` stays within one directory, as in a shell.
+                return _matches(path.split("/"), wanted.split("/"))
+
+            if self.is_local:
+                _refuse_what_is_no_file(base, is_meant)
             selector = fs.FileSelector(base, recursive=True, allow_not_found=True)
             files = [f for f in filesystem.get_file_info(selector) if f.is_file]
-        if wanted is None:
-            below = len(base.rstrip("/")) + 1
-            files = [f for f in files if not re.search(r"(^|/)[._]", f.path[below:])]
-        else:
-            # One `*` stays within one directory, as in a shell.
-            parts = wanted.split("/")
-            files = [f for f in files if _matches(f.path.split("/"), parts)]
+        files = [f for f in files if is_meant(f.path)]
         if not files:
             raise StorageError(f"{self}: no file there")
         return sorted(StoredFile(Location(prefix + f.path), f.size) for f in files)
@@ -233,7 +240,7 @@ class Location:
             DataError: It is not UTF-8.
         """
         try:
-            return self.read_bytes().decode()
+            return self.read_bytes().decode().removeprefix("\ufeff")
         except UnicodeDecodeError as error:
             raise DataError(f"{self} cannot be read as UTF-8 text: {error}") from None
 
@@ -336,6 +343,22 @@ class StoredFile:
 
     location: Location
     size: int
+
+
+def _refuse_what_is_no_file(base: str, is_meant: Callable[[str], bool]) -> None:
+    """Raises a `StorageError` where a name that is meant leads to no file: Arrow skips these."""
+    for directory, _, names in os.walk(base):
+        for path in (os.path.join(directory, name) for name in names):
+            if not is_meant(path):
+                continue
+            Location(path)  # or its name is no UTF-8
+            if os.path.islink(path) and not os.path.exists(path):
+                raise StorageError(
+                    f"{safe(path)} is a link to nothing; fetch its content (git-annex, DVC), or "
+                    "remove it"
+                )
+            if not os.path.isfile(path):
+                raise StorageError(f"{safe(path)} is a pipe or a device; remove it")
 
 
 def _filesystem(location: Location) -> tuple[fs.FileSystem, str, str]:

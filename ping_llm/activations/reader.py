@@ -5,7 +5,7 @@ import functools
 import itertools
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -101,7 +101,7 @@ class ActivationReader:
         """Returns rows as tensors: what a torch `DataLoader` over this reader asks for."""
         return [*_as("torch", self[index])]
 
-    def __getitem__(self, index: int | slice | np.ndarray) -> np.ndarray:
+    def __getitem__(self, index: int | slice | Sequence[int] | np.ndarray) -> np.ndarray:
         """Returns rows as NumPy would: one [D], or those of a slice, numbers or a mask [n, D].
 
         Raises:
@@ -112,7 +112,7 @@ class ActivationReader:
         rows = self._gather(self._name, self._numbers(np.array([index]) if one else index))
         return rows[0] if one else rows
 
-    def rows(self, index: slice | np.ndarray) -> Rows:
+    def rows(self, index: slice | Sequence[int] | np.ndarray) -> Rows:
         """Returns what the store says of rows beside their activations.
 
         Raises:
@@ -127,7 +127,7 @@ class ActivationReader:
             samples[chosen] = self._samples(unit, numbers[chosen] - self._starts[unit])
         return Rows(*parts, samples=samples.tolist())
 
-    def _numbers(self, index: slice | np.ndarray) -> np.ndarray:
+    def _numbers(self, index: Any) -> np.ndarray:
         if isinstance(index, slice):
             return np.arange(*index.indices(len(self)))
         numbers = np.asarray(() if isinstance(index, tuple) else index)

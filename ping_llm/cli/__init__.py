@@ -62,6 +62,11 @@ class LazyGroup(click.Group):
                 raise
             click.echo(f"error: {error}", err=True)
             ctx.exit(1)
+        except (RuntimeError, AssertionError):  # what JAX raises where a device is not there
+            if ctx.find_root().meta.get("debug") or (problem := environment.problem()) is None:
+                raise
+            click.echo(f"error: {problem}", err=True)
+            ctx.exit(1)
         except KeyboardInterrupt:
             click.echo("stopped; run the same command again to continue", err=True)
             ctx.exit(130)

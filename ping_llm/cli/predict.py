@@ -32,6 +32,7 @@ def _line(answer: "PairAnswer") -> str:
         f" mean {rtt['mean']:.2f})  fails {answer.p_failed:.1%}"
     )
     text += f"  [nothing known of: {', '.join(answer.unseen)}]" if answer.unseen else ""
+    text += f"  [{answer.later} later measurements left out]" if answer.later else ""
     for each in answer.explained or []:
         text += f"\n  {each.share:6.1%} by {each.src} -> {each.dst}  {each.rtt_ms:.2f} ms"
     return text

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import hashlib
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,7 @@ class ModelSource:
         checkpoint: Directory of a Hugging Face checkpoint; None: it is a run of this package.
         cfg: Its shape; `dtype` is its own.
         max_length: What prompts are limited to unless asked.
+        max_positions: Positions that it was trained for; None: its config does not say.
         sampling: How windows were sampled for a run.
     """
 
@@ -44,9 +46,20 @@ class ModelSource:
     cfg: DecoderConfig
     max_length: int
     sampling: windows.WindowConfig = windows.DEFAULTS
+    max_positions: int | None = None
 
     def fill_in(self, chosen: ExtractSettings) -> ExtractSettings:
-        """Returns the settings with what they leave to the model filled in."""
+        """Returns the settings with what they leave to the model filled in.
+
+        Says so where prompts may be longer than the model was trained for.
+        """
+        if chosen.max_length and self.max_positions and chosen.max_length > self.max_positions:
+            print(
+                f"max_length={chosen.max_length} is more than the {self.max_positions} positions "
+                f"that {self.name} was trained for (max_position_embeddings)",
+                file=sys.stderr,
+                flush=True,
+            )
         return chosen.for_model(
             n_layers=self.cfg.n_layers, max_length=self.max_length, dtype=self.cfg.dtype
         )
@@ -111,4 +124,6 @@ def open_model(model: str) -> ModelSource:
         return ModelSource(model, None, shape, train["seq_len"], windows.WindowConfig.of(train))
     directory = huggingface.resolve(model)
     shape = huggingface.read_config(directory)
-    return ModelSource(model, directory, shape, DEFAULT_MAX_LENGTH)
+    positions = huggingface.read_json(directory / "config.json").get("max_position_embeddings")
+    limit = min(DEFAULT_MAX_LENGTH, positions or DEFAULT_MAX_LENGTH)
+    return ModelSource(model, directory, shape, limit, max_positions=positions)

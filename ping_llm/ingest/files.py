@@ -100,7 +100,8 @@ def _describe(file: StoredFile, index: int) -> InputFile:
     if format_ is None:
         with file.location.open_input() as opened:
             head = opened.read(64)
-        format_ = "ripe" if head.lstrip().startswith(b"{") else None
+        text = head.removeprefix(b"\xef\xbb\xbf").lstrip()
+        format_ = "ripe" if text.startswith((b"{", b"[")) else None
     if format_ is None or (format_ in ("parquet", "arrow") and compression):
         raise DataError(
             f"{file.location}: its ending names no known format; expected one of "

@@ -18,7 +18,7 @@ from ping_llm.ingest.formats.lines import open_text
 from ping_llm.ingest.sources import read_table
 from ping_llm.measurements import NO_TIME, MeasurementTable
 from ping_llm.prediction.explain import Evidence
-from ping_llm.prediction.predictor import LEVELS, Predictor
+from ping_llm.prediction.predictor import LEVELS, Predictor, not_later
 from ping_llm.prediction.settings import PredictSettings
 from ping_llm.progress import progress
 from ping_llm.storage import Location
@@ -41,6 +41,7 @@ class PairAnswer:
         p_failed: Probability that there is none.
         unseen: Of which of `src` and `dst` nothing is known.
         history: Measurements that the answer was drawn from.
+        later: Measurements of `--history` that were left out as later than the question.
         calibrated_on: On how many measurements the model calibrated itself, by kind of question.
         explained: With `explain`, those that counted most; else None.
     """
@@ -52,6 +53,7 @@ class PairAnswer:
     p_failed: float
     unseen: list[str]
     history: int
+    later: int
     calibrated_on: dict[str, int]
     explained: list[Evidence] | None = None
 
@@ -101,8 +103,11 @@ def predict(chosen: PredictSettings) -> PairAnswer | RankingResult | PairsResult
     questions, destinations = _read_questions(chosen)
     history = None if chosen.history is None else read_table([chosen.history])
     predictor = _predictor(chosen)
-    explained = predictor.explain(questions, history) if chosen.explain else None
-    calibrated_on = predictor.calibrated_on(history)
+    known = not_later(history, int(questions.time[0]))  # all are asked at one time
+    if history is not None and known is not None and not len(known) and not len(predictor.known):
+        raise DataError(f"{chosen.history}: all measurements are later than the question")
+    explained = predictor.explain(questions, known) if chosen.explain else None
+    calibrated_on = predictor.calibrated_on(known)
     when = None if questions.time[0] == NO_TIME else int(questions.time[0])
     rows = zip(destinations, predictor.ask(questions, history).to_pylist(), strict=True)
     answers = [
@@ -114,6 +119,7 @@ def predict(chosen: PredictSettings) -> PairAnswer | RankingResult | PairsResult
             p_failed=row["p_failed"],
             unseen=[end for end in ("src", "dst") if row[f"unseen_{end}"]],
             history=row["history"],
+            later=row["later"],
             calibrated_on=calibrated_on,
             explained=explained,
         )

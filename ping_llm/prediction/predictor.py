@@ -1,7 +1,7 @@
 """`Predictor`: what a trained run says of round trips, for tables of any library."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -10,13 +10,14 @@ import pyarrow as pa
 from ping_llm.data.network import read_known
 from ping_llm.errors import CheckpointError, DataError
 from ping_llm.estimators.pairs import Nodes
-from ping_llm.measurements import MeasurementTable
+from ping_llm.measurements import NO_TIME, MeasurementTable
 from ping_llm.prediction.answers import Answerer
 from ping_llm.prediction.calibration import Answers
 from ping_llm.prediction.explain import Evidence, explain
 from ping_llm.runs import PRETRAINED, load_run
 from ping_llm.storage import Location
 
+TIME_GROUPS = 8  # into which questions at many times are divided, each with what was known then
 LEVELS = {"p5": 0.05, "p25": 0.25, "p50": 0.5, "p75": 0.75, "p95": 0.95}
 
 
@@ -80,13 +81,16 @@ class Predictor:
         These are the quantiles of the RTT in ms given that it is answered, `rtt_p5`, `rtt_p25`,
         `rtt_p50`, `rtt_p75` and `rtt_p95`; the likeliest value, `rtt_mode`; its mean, `rtt_mean`;
         `p_failed`, the probability of a failure; `unseen_src` and `unseen_dst`, whether nothing is
-        known of the address; and `history`, how many measurements the answer was drawn from.
+        known of the address; `history`, how many measurements the answer was drawn from; and
+        `later`, how many of those given as history were left out as later than the question.
 
         Args:
             frame: Questions: columns src_addr, dst_addr and, where times are known, event_time, in
                 a pandas, polars or Arrow table, a dictionary of lists, or a `MeasurementTable`. Of
                 a pair itself, what was measured before the time counts; without a time, all of it.
             history: Further measurements in any of these, of any part of the network; None: none.
+                What is later than a question does not count for it. Questions at many times are
+                divided into eight groups, whose networks are as known at the first of each.
 
         Returns:
             A pandas or polars table if `frame` is one, else an Arrow table.
@@ -130,19 +134,22 @@ class Predictor:
 
     def ask(self, questions: MeasurementTable, history: MeasurementTable | None = None) -> pa.Table:
         """Returns the columns that `predict` appends; RTTs of the questions are not looked at."""
-        known, n = self._knowing(history), len(questions)
-        quantiles, (mode, mean, p_failed) = np.zeros((n, len(LEVELS))), np.zeros((3, n))
-        shown = np.zeros(n, np.int32)
-        for rows, answer, count in self.answers(questions, known):
-            quantiles[rows] = answer.quantiles(np.array([*LEVELS.values()]))
-            mode[rows], mean[rows] = answer.mode(), answer.mean()
-            p_failed[rows] = answer.p_failed
-            shown[rows] = count
+        n, levels = len(questions), np.array([*LEVELS.values()])
+        quantiles, (mode, mean, p_failed) = np.zeros((n, len(levels))), np.zeros((3, n))
+        unseen, (shown, later) = np.zeros((n, 2), bool), np.zeros((2, n), np.int32)
+        for group, so_far in _as_of(questions, history):
+            asked, known = questions.take(group), self._knowing(so_far)
+            for rows, answer, count in self.answers(asked, known, self._knowing(history)):
+                at = group[rows]
+                quantiles[at] = answer.quantiles(levels)
+                mode[at], mean[at], p_failed[at] = answer.mode(), answer.mean(), answer.p_failed
+                shown[at] = count
+            unseen[group] = self.unseen(asked, known)
+            later[group] = 0 if history is None or so_far is None else len(history) - len(so_far)
         columns = {f"rtt_{name}": quantiles[:, i] for i, name in enumerate(LEVELS)}
         columns |= {"rtt_mode": mode, "rtt_mean": mean, "p_failed": p_failed}
-        unseen = self.unseen(questions, known)
         columns |= {"unseen_src": unseen[:, 0], "unseen_dst": unseen[:, 1]}
-        return pa.table({**columns, "history": shown})
+        return pa.table({**columns, "history": shown, "later": later})
 
     def explain(
         self, question: MeasurementTable, history: MeasurementTable | None = None
@@ -200,6 +207,30 @@ class Predictor:
     def knowing(self, known: MeasurementTable) -> "Predictor":
         """Returns the predictor of the same decoder for another network."""
         return dataclasses.replace(self, known=known, _calibrated=None)
+
+
+def not_later(history: MeasurementTable | None, time: int) -> MeasurementTable | None:
+    """Returns what was measured up to a time; all of it at `NO_TIME`."""
+    return history if history is None or time == NO_TIME else history.take(history.time <= time)
+
+
+def _as_of(
+    questions: MeasurementTable, history: MeasurementTable | None
+) -> Iterator[tuple[np.ndarray, MeasurementTable | None]]:
+    """Yields (some questions, what of the history was known at the first of them)."""
+    if history is None or not questions.has_time.any():
+        yield np.arange(len(questions)), history
+        return
+    order = np.argsort(history.time, kind="stable")  # unknown times first
+    known = np.searchsorted(history.time[order], questions.time, side="right")
+    known = np.where(questions.has_time, known, len(history))
+    # Four questions of which 3, 3, 7 and 9 measurements came before are asked with 3, 3, 7, 9; of
+    # many, as many different numbers as there are groups are kept, and the others go down to these.
+    steps = np.unique(known)
+    steps = steps[np.unique(np.arange(TIME_GROUPS) * len(steps) // TIME_GROUPS)]
+    group = np.searchsorted(steps, known, side="right") - 1
+    for i, count in enumerate(steps):
+        yield np.flatnonzero(group == i), history.take(np.sort(order[:count]))
 
 
 def _table(frame: Any, *, questions: bool = False) -> MeasurementTable:

@@ -6,14 +6,17 @@ import numpy as np
 import pandas as pd
 import polars as pl
 import pyarrow as pa
+import pyarrow.compute as pc
 import pytest
 import tiny_runs
-from tiny_runs import SEQ_LEN, write_run
+from tiny_runs import SEQ_LEN, questions, write_run
 
 import ping_llm
 from ping_llm import MeasurementTable, Predictor
 from ping_llm.errors import CheckpointError, DataError
+from ping_llm.prediction import predictor as predictor_module
 from ping_llm.prediction import reading
+from ping_llm.prediction.predictor import _as_of
 
 PAIRS = {"src_addr": ["10.0.0.1", "10.0.0.2"], "dst_addr": ["10.0.9.9"] * 2, "note": ["a", "b"]}
 HISTORY = {
@@ -23,7 +26,7 @@ HISTORY = {
     "rtt": [7.0, 9.0, -1.0],
 }
 ANSWERS = ["rtt_p5", "rtt_p25", "rtt_p50", "rtt_p75", "rtt_p95", "rtt_mode", "rtt_mean", "p_failed"]
-ANSWERS += ["unseen_src", "unseen_dst", "history"]
+ANSWERS += ["unseen_src", "unseen_dst", "history", "later"]
 
 
 @pytest.fixture(scope="module")
@@ -151,3 +154,46 @@ def test_a_run_that_learnt_no_grids_refuses_to_answer(tmp_path):
     (run / "config.json").write_text(json.dumps(config))
     with pytest.raises(CheckpointError, match="has learnt no grids"):
         Predictor.load(run).predict(PAIRS)
+
+
+def test_what_is_later_than_a_question_does_not_count_for_it():
+    rng = np.random.default_rng(0)
+    ends = np.sort(np.array([rng.choice(9, 2, replace=False) for _ in range(200)]), axis=1)
+    history = pa.table(
+        {
+            "src_addr": [f"10.0.0.{i}" for i in ends[:, 0]],
+            "dst_addr": [f"10.0.0.{i}" for i in ends[:, 1]],
+            "event_time": rng.integers(1000, 2000, 200),
+            "rtt": rng.uniform(5, 90, 200),
+        }
+    )
+    predictor = Predictor.pretrained()
+    times = [1200, 1500, 1500, None, 999_999, 1900]
+    asked = {"src_addr": ["10.0.0.1"] * 6, "dst_addr": ["10.0.0.7"] * 6, "event_time": times}
+    together = predictor.predict(asked, history=history).to_pylist()
+    for i, time in enumerate(times):
+        one = {name: values[i : i + 1] for name, values in asked.items()}
+        so_far = history if time is None else history.filter(pc.field("event_time") <= time)
+        (alone,) = predictor.predict(one, history=so_far).to_pylist()
+        assert together[i].pop("later") == len(history) - len(so_far)
+        assert alone.pop("later") == 0
+        assert [together[i][name] for name in ANSWERS[:-1]] == pytest.approx(
+            [alone[name] for name in ANSWERS[:-1]], rel=1e-4
+        )
+
+
+def test_questions_at_many_times_are_asked_of_a_past_that_is_theirs(monkeypatch):
+    history = questions([f"10.0.0.{i % 7}" for i in range(100)], ["10.1.0.1"] * 100, range(1, 101))
+    asked = history.take(np.random.default_rng(0).permutation(100))
+    groups = list(_as_of(asked, history))
+    assert len(groups) == predictor_module.TIME_GROUPS
+    assert sorted(np.concatenate([rows for rows, _ in groups])) == list(range(100))
+    for rows, known in groups:
+        assert known.time.max() == asked.time[rows].min()
+
+
+@pytest.mark.parametrize("time", [-5, 2**32, 1_700_000_000_000, 1e18])
+def test_times_that_cannot_be_are_refused_with_a_hint(time, predictor):
+    asked = {"src_addr": ["10.0.0.1"], "dst_addr": ["10.0.0.2"], "event_time": [time]}
+    with pytest.raises(DataError, match="seconds since 1970, not milliseconds, up to 2106"):
+        predictor.predict(asked)

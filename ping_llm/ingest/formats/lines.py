@@ -125,12 +125,47 @@ def decode(data: bytes) -> str:
     return data.decode("utf-8", "backslashreplace")
 
 
+# What a file begins with that is no text: what it is, and what to do.
+_BEGINNINGS = {
+    b"\x1f\x8b": "compressed with gzip; let its name end in .gz",
+    b"BZh": "compressed with bzip2; let its name end in .bz2",
+    b"\x28\xb5\x2f\xfd": "compressed with zstd; let its name end in .zst",
+    b"\xfd7zXZ": "compressed with xz; let its name end in .xz",
+    b"\xff\xfe": "UTF-16 text; save it as UTF-8",
+    b"\xfe\xff": "UTF-16 text; save it as UTF-8",
+    b"PK\x03\x04": "a zip archive; unpack it",
+    b"PAR1": "Parquet; let its name end in .parquet",
+    b"ARROW1": "Arrow; let its name end in .arrow",
+}
+_BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+
+
+def _check_beginning(file: InputFile, block: bytes) -> None:
+    """Raises a `DataError` where a text file begins with what is no text, or no line by line."""
+    found = next((what for start, what in _BEGINNINGS.items() if block.startswith(start)), None)
+    if block[257:262] == b"ustar":
+        found = "a tar archive; unpack it"
+    if file.format == "ripe" and found is None:
+        first, _, second = block.lstrip().partition(b"\n")
+        if first.startswith(b"["):
+            found = "a JSON array; give one result a line (from RIPE Atlas: format=txt)"
+        elif first.rstrip() == b"{" and second.strip():
+            found = "JSON over several lines; give one result a line (from RIPE Atlas: format=txt)"
+    if found:
+        raise DataError(f"{file.location} is {found}")
+
+
 def read_lines(unit: Unit, *, header: bool = False) -> Iterator[Lines]:
     """Yields the lines of a unit, some at a time; the first of a file is left blank if `header`."""
     raw, text = open_text(unit.file)
     header = header and unit.start == 0
+    first = unit.start == 0
     with text:
         for block in line_blocks(text, unit.file.location, unit.start, unit.stop):
+            if first:
+                block = block.removeprefix(_BYTE_ORDER_MARK)
+                _check_beginning(unit.file, block)
+                first = False
             if header:
                 block = b"\n" + block.split(b"\n", 1)[1]  # so that the others keep their numbers
                 header = False

@@ -41,7 +41,10 @@ def cut_parquet(file: InputFile) -> list[Unit]:
 
 
 _EXPECTED = {
-    "event_time": ("a timestamp", pa.types.is_timestamp),
+    "event_time": (
+        "a timestamp or seconds since 1970",
+        lambda t: pa.types.is_timestamp(t) or pa.types.is_floating(t) or pa.types.is_integer(t),
+    ),
     "src_addr": ("a string", is_text),
     "dst_addr": ("a string", is_text),
     "ip_version": ("an integer", pa.types.is_integer),
@@ -59,12 +62,23 @@ def _columns_to_read(file: InputFile, schema: pa.Schema) -> list[str]:
     return names
 
 
+def _dictionaries(metadata: Any) -> list[str]:
+    """Returns the address columns that Arrow can read as dictionaries: not delta-encoded ones."""
+    delta = set()
+    for group in (metadata.row_group(i) for i in range(metadata.num_row_groups)):
+        for column in (group.column(i) for i in range(group.num_columns)):
+            if any("DELTA" in encoding for encoding in column.encodings):
+                delta.add(column.path_in_schema)
+    return [name for name in ("src_addr", "dst_addr") if name not in delta]
+
+
 def read_parquet(unit: Unit) -> Iterator[Part]:
     """Yields the records in one unit of a Parquet file."""
     import pyarrow.parquet as pq
 
     options: dict[str, Any] = {"page_checksum_verification": True}
-    options["read_dictionary"] = ["src_addr", "dst_addr"]
+    with unit.file.location.open_input() as source, pq.ParquetFile(source) as parquet:
+        options["read_dictionary"] = _dictionaries(parquet.metadata)
     with unit.file.location.open_input() as source, pq.ParquetFile(source, **options) as parquet:
         names = _columns_to_read(unit.file, parquet.schema_arrow)
         groups = list(range(unit.start, unit.stop or 0))
@@ -92,11 +106,20 @@ def read_arrow(unit: Unit) -> Iterator[Part]:
 
 
 def _part(unit: Unit, batch: pa.RecordBatch, done: float) -> Part:
+    batch = pa.RecordBatch.from_arrays(list(map(_without_views, batch.columns)), batch.schema.names)
     table, verdict = check_columns(dict(zip(batch.schema.names, batch.columns, strict=True)))
     bad = np.flatnonzero(verdict.codes)
     records = _row_texts(batch.take(pa.array(bad)))
     rejected = rejected_batch(unit.file.location, bad + 1, verdict.codes[bad], records)
     return Part(table, rejected, len(batch), done)
+
+
+def _without_views(column: pa.Array) -> pa.Array:
+    """Returns a column whose strings are no views, which few functions of Arrow take."""
+    if pa.types.is_dictionary(column.type):
+        values = _without_views(column.dictionary)
+        return pa.DictionaryArray.from_arrays(column.indices, values)
+    return column.cast(pa.large_string()) if column.type == pa.string_view() else column
 
 
 def _row_texts(rows: pa.RecordBatch) -> list[str]:
