@@ -5,6 +5,7 @@ import hashlib
 import io
 import itertools
 import json
+import re
 from collections.abc import Iterator
 from typing import Any, BinaryIO
 
@@ -13,11 +14,13 @@ import pyarrow.parquet as pq
 
 from ping_llm.errors import DataError
 from ping_llm.storage import Location, StoredFile
+from ping_llm.text import safe
 
 JSON_ENDINGS = (".jsonl", ".ndjson", ".json")
 PARQUET_ENDINGS = (".parquet", ".pq")
 COMPRESSIONS = {".gz": "gzip", ".bz2": "bz2", ".zst": "zstd"}
 TO_THE_END = -1
+LONGEST_LINE = 1 << 27  # bytes, unpacked
 _BLOCKS, _BLOCK_BYTES = 16, 16384
 
 
@@ -76,23 +79,32 @@ class Records:
         units: The work units, in input order.
     """
 
-    def __init__(self, path: str, *, columns: tuple[str, ...], unit_bytes: int, limit: int | None):
+    def __init__(
+        self,
+        path: str,
+        *,
+        columns: tuple[str, ...],
+        also: tuple[str, ...] = (),
+        unit_bytes: int,
+        limit: int | None,
+    ):
         """Finds the files and plans the units.
 
         Args:
             path: A file, directory or glob, local or remote.
-            columns: The columns of Parquet to read, those that are there.
+            columns: What a record is read for; a Parquet file must have one of them.
+            also: What else is read of it, where it is there.
             unit_bytes: Size of a unit.
             limit: Number of records to take, the first ones; None: all.
 
         Raises:
             StorageError: Nothing is there, or it cannot be read.
-            DataError: A file is of no known format.
+            DataError: A file is of no known format, or has none of `columns`.
         """
         files = find_files(path)
         self._locations = [file.location for file in files]
         self._kinds = [_kind(file.location.url) for file in files]
-        self._columns = columns
+        self._wanted, self._columns = columns, (*columns, *also)
         self.files = describe_files(files)
         self.units: list[WorkUnit] = []
         left = limit
@@ -123,6 +135,12 @@ class Records:
     def _plan_parquet(self, index: int, unit_bytes: int, left: int | None) -> int | None:
         with _open_parquet(self._locations[index]) as file:
             groups = [file.metadata.row_group(i) for i in range(file.num_row_groups)]
+            names = file.schema_arrow.names
+        if not set(self._wanted) & set(names):
+            raise DataError(
+                f"{self._locations[index]} has no column {' or '.join(self._wanted)}; its columns "
+                f"are {safe(', '.join(names))}; rename the one that is meant"
+            )
         cuts, rows, gathered = [0], 0, 0
         for group in groups:
             # Groups are gathered up to the size of a unit; one that is larger is divided.
@@ -145,17 +163,61 @@ class Records:
         """Yields (id, record) of a unit. The id is the record's own `id`, or its place.
 
         Raises:
-            DataError: A record is not a JSON object, or the file cannot be read.
+            DataError: A record is not a JSON object, or holds half a character, or the file cannot
+                be read.
         """
         location, name = self._locations[unit.file], self.files[unit.file]["name"]
         kind, compression = self._kinds[unit.file]
         if kind == "parquet":
             records, mark = _rows(location, unit.start, unit.stop, self._columns), "#"
         else:
-            records, mark = _objects(location, compression, unit), "@"
+            records, mark = _objects(location, compression, unit, self._columns), "@"
         for position, record in records:
             given = record.get("id")
-            yield (f"{name}{mark}{position}" if given is None else str(given)), record
+            sample = f"{name}{mark}{position}" if given is None else str(given)
+            yield whole_text(sample, f"{location}{mark}{position}: the sample's id"), record
+
+
+def whole_text(text: str, what: str) -> str:
+    """Returns `text`.
+
+    Raises:
+        DataError: It holds half a character, a lone surrogate, which UTF-8 cannot write.
+    """
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise DataError(
+            f"{safe(what)} holds half a character, {safe(text[error.start])} at {error.start}; "
+            "replace it, as by U+FFFD"
+        ) from None
+    return text
+
+
+_HALF = re.compile(rb"\\u[dD][89a-fA-F]")  # a surrogate, perhaps without its other half
+
+
+def parse_json(data: bytes, where: str, keys: tuple[str, ...] | None = None) -> Any:
+    """Returns what JSON says.
+
+    Args:
+        data: The JSON, in UTF-8.
+        where: What to call it in an error.
+        keys: Which values of an object are used; None: all.
+
+    Raises:
+        DataError: It is no JSON, or nested too deep, or what is used holds half a character.
+    """
+    try:
+        content = json.loads(data.decode("utf-8-sig"))
+        if _HALF.search(data):
+            used = content
+            if keys is not None and isinstance(content, dict):
+                used = {key: content[key] for key in keys if key in content}
+            whole_text(json.dumps(used, ensure_ascii=False), where)
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{where}: no JSON in UTF-8: {error}") from None
+    return content
 
 
 def _kind(url: str) -> tuple[str, str | None]:
@@ -197,12 +259,16 @@ def _lines(
     offset = max(start - 1, 0)
     try:
         with _open_text(location, compression, offset) as file:
-            if start:
-                offset += len(file.readline())  # the rest of a line that begins before, or its end
+            while start and (rest := file.readline(1 << 20)):  # of a line that begins before
+                offset += len(rest)
+                if rest.endswith(b"\n"):
+                    break
             while offset < stop or stop == TO_THE_END:
-                line = file.readline()
+                line = file.readline(LONGEST_LINE + 1)
                 if not line:
                     return
+                if len(line) > LONGEST_LINE:
+                    raise DataError(f"{location}, byte {offset}: the line is over {LONGEST_LINE=}")
                 if not line.isspace():
                     yield offset, line
                 offset += len(line)
@@ -211,14 +277,11 @@ def _lines(
 
 
 def _objects(
-    location: Location, compression: str | None, unit: WorkUnit
+    location: Location, compression: str | None, unit: WorkUnit, columns: tuple[str, ...]
 ) -> Iterator[tuple[int, dict[str, Any]]]:
     for offset, line in _lines(location, compression, unit.start, unit.stop):
         where = f"{location}, byte {offset}"
-        try:
-            record = json.loads(line)
-        except ValueError as error:
-            raise DataError(f"{where}: no JSON on this line: {error}") from None
+        record = parse_json(line, where, columns)
         if not isinstance(record, dict):
             raise DataError(f"{where}: expected a JSON object, got {line[:40]!r}")
         yield offset, record
@@ -246,7 +309,9 @@ def _rows(
             for batch in file.iter_batches(batch_size=1024, row_groups=wanted, columns=names):
                 low, high = max(start - row, 0), min(stop - row, len(batch))
                 if low < high:
-                    yield from enumerate(batch.slice(low, high - low).to_pylist(), row + low)
+                    rows = batch.slice(low, high - low)
+                    rows.validate(full=True)  # names what is not UTF-8
+                    yield from enumerate(rows.to_pylist(), row + low)
                 row += len(batch)
-        except (OSError, pa.ArrowException) as error:
+        except (OSError, ValueError, OverflowError, pa.ArrowException) as error:
             raise DataError(f"{location} cannot be read after row {row}: {error}") from None
