@@ -188,8 +188,8 @@ def whole_text(text: str, what: str) -> str:
         text.encode()
     except UnicodeEncodeError as error:
         raise DataError(
-            f"{safe(what)} holds half a character, {safe(text[error.start])} at {error.start}; "
-            "replace it, as by U+FFFD"
+            f"{safe(what)} holds half a character, {safe(text[error.start])} after "
+            f"{text[max(error.start - 20, 0) : error.start]!r}; replace it, as by U+FFFD"
         ) from None
     return text
 

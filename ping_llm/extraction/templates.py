@@ -41,14 +41,15 @@ class CheckpointTokenizer:
         self._vocab_size = vocab_size
         settings = _read_optional(directory / "tokenizer_config.json")
         model_type = _read_optional(directory / "config.json").get("model_type")
-        kind = (settings.get("tokenizer_class") or "Qwen2Tokenizer").removesuffix("Fast")
+        usual = "Qwen2Tokenizer" if model_type in ("qwen2", "qwen3") else ""
+        kind = str(settings.get("tokenizer_class") or usual).removesuffix("Fast")
         is_qwen = model_type == "qwen2" or kind == "Qwen2Tokenizer"
         content, self._tokenizer = _read_tokenizer(directory, settings, is_qwen=is_qwen)
         # Some checkpoints are saved with either, which would cut or pad prompts unseen.
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
         try:
-            _set_prefix_space(self._tokenizer, settings, is_qwen=is_qwen)
+            _set_steps(self._tokenizer, settings, is_qwen=is_qwen)
             named, added = _add_tokens(self._tokenizer, directory, settings, is_qwen=is_qwen)
         except (TypeError, ValueError, AttributeError, KeyError) as error:
             raise DataError(
@@ -86,7 +87,7 @@ class CheckpointTokenizer:
                 tokens, vocab_size = np.array(one.ids, np.int32), self._vocab_size
                 if len(tokens) and tokens.max() >= vocab_size:
                     raise DataError(
-                        f"{sample}: token id {tokens.max()} is not below the model's "
+                        f"{safe(sample)}: token id {tokens.max()} is not below the model's "
                         f"{vocab_size=}; the tokenizer is not this model's"
                     )
                 yield sample, tokens
@@ -123,33 +124,33 @@ def _read_tokenizer(
             )
         path = words
         bpe = tokenizers.models.BPE.from_file(str(words), str(merges))
-        tokenizer = tokenizers.Tokenizer(bpe)
-        split = tokenizers.pre_tokenizers.Split(tokenizers.Regex(_QWEN_WORDS), "isolated")
-        to_bytes = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-        tokenizer.normalizer = tokenizers.normalizers.NFC()
-        tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Sequence([split, to_bytes])
-        return words.read_bytes() + merges.read_bytes(), tokenizer
+        return words.read_bytes() + merges.read_bytes(), tokenizers.Tokenizer(bpe)
     except DataError:
         raise
     except Exception as error:  # the library raises nothing narrower
         raise DataError(f"{path} is not a tokenizer: {error}") from None
 
 
-def _set_prefix_space(tokenizer: "Tokenizer", settings: dict[str, Any], *, is_qwen: bool) -> None:
-    from tokenizers import pre_tokenizers
+def _set_steps(tokenizer: "Tokenizer", settings: dict[str, Any], *, is_qwen: bool) -> None:
+    """Sets what comes before the merges as transformers does, which knows Qwen's by heart."""
+    from tokenizers import Regex, models, normalizers, pre_tokenizers
 
-    wanted, steps = settings.get("add_prefix_space"), tokenizer.pre_tokenizer
+    prefix, steps = settings.get("add_prefix_space"), tokenizer.pre_tokenizer
+    if isinstance(tokenizer.model, models.BPE):
+        tokenizer.model.dropout = None  # would cut a text another way each time
+        if is_qwen:
+            words = pre_tokenizers.Split(Regex(_QWEN_WORDS), "isolated")
+            to_bytes = pre_tokenizers.ByteLevel(add_prefix_space=bool(prefix), use_regex=False)
+            tokenizer.normalizer = normalizers.NFC()
+            tokenizer.pre_tokenizer = pre_tokenizers.Sequence([words, to_bytes])
+            return
     for step in steps if isinstance(steps, pre_tokenizers.Sequence) else [steps]:
-        if isinstance(step, pre_tokenizers.ByteLevel) and wanted not in (
-            None,
-            step.add_prefix_space,
-        ):
-            if not is_qwen:  # versions of transformers differ in whether it counts
-                raise DataError(
-                    f"tokenizer_config.json says add_prefix_space={wanted}, tokenizer.json "
-                    f"{step.add_prefix_space}; make them agree"
-                )
-            step.add_prefix_space = bool(wanted)
+        given = step.add_prefix_space if isinstance(step, pre_tokenizers.ByteLevel) else prefix
+        if prefix is not None and prefix != given:  # versions of transformers differ on this
+            raise DataError(
+                f"tokenizer_config.json says add_prefix_space={prefix}, tokenizer.json {given}; "
+                "make them agree"
+            )
 
 
 def _token(value: Any) -> "AddedToken":

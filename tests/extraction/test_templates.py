@@ -8,7 +8,7 @@ import tokenizers
 import transformers
 from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers, processors
 
-from ping_llm.errors import DataError
+from ping_llm.errors import DataError, PingLLMError
 from ping_llm.extraction.templates import CheckpointTokenizer
 
 WORDS = transformers.models.qwen2.tokenization_qwen2.PRETOKENIZE_REGEX
@@ -16,13 +16,23 @@ SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 MERGES = [("Ġ", "t"), ("Ġt", "h"), ("h", "e"), ("1", "2"), ("<", "t"), ("!", "!"), ("Ġ", "Ġ")]
 
 
-def write_tokenizer(directory, *, qwen, special=SPECIAL, post_processor=None):
+def write_tokenizer(directory, *, qwen, cut=None, special=SPECIAL, post_processor=None):
+    """Writes a tokenizer.
+
+    Args:
+        directory: Where to.
+        qwen: Whether it is of a qwen2, else of a qwen3 that has another tokenizer than Qwen's.
+        cut: Whether it cuts words as Qwen's; None: as `qwen`.
+        special: Its special tokens.
+        post_processor: Its post-processor, if it has one.
+    """
+    cut = qwen if cut is None else cut
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     pieces = {piece: i for i, piece in enumerate([*alphabet, *("".join(m) for m in MERGES)])}
     tokenizer = tokenizers.Tokenizer(models.BPE(pieces, MERGES))
-    to_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=not qwen)
+    to_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=not cut)
     tokenizer.pre_tokenizer = to_bytes
-    if qwen:
+    if cut:
         tokenizer.normalizer = normalizers.NFC()
         words = pre_tokenizers.Split(tokenizers.Regex(WORDS), "isolated")
         tokenizer.pre_tokenizer = pre_tokenizers.Sequence([words, to_bytes])
@@ -65,6 +75,8 @@ TEXTS = [
 
 CONFIGS = {
     "plain": {},
+    "tokenizer_class": {"tokenizer_class": "Qwen2TokenizerFast"},
+    "another tokenizer_class": {"tokenizer_class": "LlamaTokenizerFast"},
     "decoder": {"added_tokens_decoder": numbered(entry("<think>"))},
     "decoder, special": {"added_tokens_decoder": numbered(entry("<think>", special=True))},
     "decoder, strips": {
@@ -118,6 +130,98 @@ def test_ids_are_those_of_transformers_whatever_stands_beside_the_tokenizer(name
         return
     ours, theirs = both_ids(tmp_path)
     assert ours == theirs
+
+
+@pytest.mark.parametrize("name", ["plain", "prefix", "no prefix", "decoder", "split"])
+def test_how_qwen2_cuts_words_is_known_whatever_the_file_says(name, tmp_path):
+    write_tokenizer(tmp_path, qwen=True, cut=False)
+    change(tmp_path, **CONFIGS[name])
+    ours, theirs = both_ids(tmp_path)
+    assert ours == theirs
+
+
+def test_dropout_saved_with_a_tokenizer_does_not_apply(tmp_path):
+    write_tokenizer(tmp_path, qwen=False)
+    expected, _ = both_ids(tmp_path)
+    content = json.loads((tmp_path / "tokenizer.json").read_text())
+    content["model"]["dropout"] = 0.9
+    change(tmp_path, "tokenizer.json", **content)
+    assert both_ids(tmp_path)[0] == expected
+
+
+CHARACTERS = {c: i for i, c in enumerate(sorted({*"".join(TEXTS), *" [UNK]\u2581"}))}
+BYTES = {f"<0x{i:02X}>": len(CHARACTERS) + i for i in range(256)}
+WORDS_OF_TEXTS = {word: i for i, word in enumerate(["[UNK]", *sorted({*" ".join(TEXTS).split()})])}
+PARTS = {"[UNK]": 0, "the": 1, "##n": 2, "t": 3, "##h": 4, "a": 5, "word": 6, "!": 7}
+SHAPES = {
+    "words": (models.WordLevel(WORDS_OF_TEXTS, "[UNK]"), None, pre_tokenizers.Whitespace()),
+    "word pieces": (
+        models.WordPiece(PARTS, unk_token="[UNK]"),
+        normalizers.BertNormalizer(),
+        pre_tokenizers.BertPreTokenizer(),
+    ),
+    "unigrams": (
+        models.Unigram([("<unk>", 0.0), ("\u2581the", -1.0), ("\u2581", -2.0), ("t", -3.0)], 0),
+        normalizers.NFKC(),
+        pre_tokenizers.Metaspace(),
+    ),
+    "bytes where characters fail": (
+        models.BPE(BYTES | CHARACTERS, [], byte_fallback=True, fuse_unk=True, unk_token="[UNK]"),
+        normalizers.Replace(" ", "\u2581"),
+        None,
+    ),
+    "digits, lower case": (
+        models.BPE(CHARACTERS, []),
+        normalizers.Sequence([normalizers.NFD(), normalizers.Lowercase()]),
+        pre_tokenizers.Sequence([pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Digits(True)]),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", SHAPES)
+@pytest.mark.parametrize("config", ["plain", "extra", "named", "split"])
+def test_tokenizers_of_other_kinds_are_taken_as_they_are(name, config, tmp_path):
+    write_tokenizer(tmp_path, qwen=False)
+    model, normalizer, cut = SHAPES[name]
+    tokenizer = tokenizers.Tokenizer(model)
+    if normalizer:
+        tokenizer.normalizer = normalizer
+    if cut:
+        tokenizer.pre_tokenizer = cut
+    tokenizer.add_special_tokens(SPECIAL)
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    change(tmp_path, **CONFIGS[config])
+    ours, theirs = both_ids(tmp_path)
+    assert ours == theirs
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "reason"),
+    [
+        ("tokenizer.json", "{}", r"tokenizer\.json is not a tokenizer"),
+        ("tokenizer.json", "[" * 9999, r"tokenizer\.json is not a tokenizer"),
+        ("tokenizer_config.json", "[]", "holds no JSON object"),
+        ("tokenizer_config.json", '{"added_tokens_decoder": []}', "malformed"),
+        ("tokenizer_config.json", '{"added_tokens_decoder": {"x": {}}}', "malformed"),
+        ("tokenizer_config.json", '{"added_tokens_decoder": {"1": {"a": 1}}}', "malformed"),
+        ("tokenizer_config.json", '{"extra_special_tokens": 5}', "malformed"),
+        ("tokenizer_config.json", '{"extra_special_tokens": [5]}', "malformed"),
+        ("tokenizer_config.json", '{"bos_token": 5}', "malformed"),
+        (
+            "tokenizer_config.json",
+            json.dumps({"added_tokens_decoder": {"999": entry("<think>")}}),
+            "<think> is given the id 999, yet the tokenizer has 266",
+        ),
+        ("added_tokens.json", '{"<think>": "x"}', "malformed"),
+        ("special_tokens_map.json", "x", "cannot be read as JSON"),
+    ],
+)
+def test_malformed_files_of_a_tokenizer_are_refused_in_one_line(file, content, reason, tmp_path):
+    write_tokenizer(tmp_path, qwen=True)
+    (tmp_path / file).write_text(content)
+    with pytest.raises(PingLLMError, match=reason) as refused:
+        CheckpointTokenizer(tmp_path, chat=False, vocab_size=1000)
+    assert len(str(refused.value).splitlines()) == 1
 
 
 LEGACY = {
