@@ -20,7 +20,8 @@ JSON_ENDINGS = (".jsonl", ".ndjson", ".json")
 PARQUET_ENDINGS = (".parquet", ".pq")
 COMPRESSIONS = {".gz": "gzip", ".bz2": "bz2", ".zst": "zstd"}
 TO_THE_END = -1
-LONGEST_LINE = 1 << 27  # bytes, unpacked
+LONGEST_LINE = 1 << 25  # bytes, unpacked
+ROWS_AT_ONCE = 32
 _BLOCKS, _BLOCK_BYTES = 16, 16384
 
 
@@ -268,7 +269,9 @@ def _lines(
                 if not line:
                     return
                 if len(line) > LONGEST_LINE:
-                    raise DataError(f"{location}, byte {offset}: the line is over {LONGEST_LINE=}")
+                    raise DataError(
+                        f"{location}, byte {offset}: the line has over {LONGEST_LINE} bytes"
+                    )
                 if not line.isspace():
                     yield offset, line
                 offset += len(line)
@@ -306,7 +309,10 @@ def _rows(
         ]
         row = ends[wanted[0]] - groups[wanted[0]] if wanted else stop
         try:
-            for batch in file.iter_batches(batch_size=1024, row_groups=wanted, columns=names):
+            # Few rows, as a file of a few bytes may hold one long text many times.
+            for batch in file.iter_batches(
+                batch_size=ROWS_AT_ONCE, row_groups=wanted, columns=names
+            ):
                 low, high = max(start - row, 0), min(stop - row, len(batch))
                 if low < high:
                     rows = batch.slice(low, high - low)

@@ -15,7 +15,7 @@ from typing import Any
 
 CPU_SECONDS = 2.0  # of one prompt
 MEMORY_BYTES = 1 << 29
-LONGEST_TEXT = 1 << 22  # characters
+LONGEST_TEXT = 1 << 21  # characters
 
 
 class Renderer:

@@ -1,7 +1,6 @@
 """A checkpoint's own tokenizer and chat template, both as transformers has them."""
 
 import hashlib
-import itertools
 import json
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -19,7 +18,7 @@ from ping_llm.text import safe
 if TYPE_CHECKING:
     from tokenizers import AddedToken, Tokenizer
 
-TEXTS_AT_ONCE = 256
+TEXTS_AT_ONCE, CHARACTERS_AT_ONCE = 256, 1 << 20  # a character takes 140 bytes on its way
 NAMED_TOKENS = ("bos", "eos", "unk", "sep", "pad", "cls", "mask")  # each a setting, as `bos_token`
 
 # How Qwen2Tokenizer cuts a text into words.
@@ -78,8 +77,8 @@ class CheckpointTokenizer:
         Raises:
             DataError: A text holds half a character, or the model does not know a token id.
         """
-        encode, texts = self._tokenizer.encode_batch_fast, iter(texts)
-        while batch := list(itertools.islice(texts, TEXTS_AT_ONCE)):
+        encode = self._tokenizer.encode_batch_fast
+        for batch in _batches(texts):
             for sample, text in batch:
                 whole_text(text, f"{sample}: its text")
             encoded = encode([text for _, text in batch], add_special_tokens=add_special)
@@ -97,6 +96,18 @@ class CheckpointTokenizer:
         roles = np.where(np.isin(tokens, self._special), SPECIAL, REAL).astype(np.uint8)
         roles[tokens == (-1 if self._bos is None else self._bos)] = BOS
         return roles
+
+
+def _batches(texts: Iterable[tuple[str, str]]) -> Iterator[list[tuple[str, str]]]:
+    batch, characters = [], 0
+    for sample, text in texts:
+        batch.append((sample, text))
+        characters += len(text)
+        if len(batch) == TEXTS_AT_ONCE or characters >= CHARACTERS_AT_ONCE:
+            yield batch
+            batch, characters = [], 0
+    if batch:
+        yield batch
 
 
 def _read_optional(path: Path) -> dict[str, Any]:

@@ -147,7 +147,7 @@ def test_a_line_without_end_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr("ping_llm.extraction.records.LONGEST_LINE", 1000)
     path = tmp_path / "x.jsonl.gz"
     path.write_bytes(gzip.compress(b'{"text": "a"}\n{"text": "' + b"a" * 100_000))
-    with pytest.raises(DataError, match=r"x\.jsonl\.gz, byte 14: the line is over"):
+    with pytest.raises(DataError, match=r"x\.jsonl\.gz, byte 14: the line has over"):
         read_all(open_records(path))
 
 
