@@ -6,7 +6,6 @@ A task shows pairs of grids that follow one rule, and asks for the output of fur
 import dataclasses
 import hashlib
 import itertools
-import json
 import math
 import re
 from collections.abc import Iterator
@@ -15,7 +14,9 @@ from typing import Any
 import numpy as np
 
 from ping_llm.errors import ConfigError, DataError
+from ping_llm.extraction.records import parse_json
 from ping_llm.storage import Location, StoredFile
+from ping_llm.text import safe
 
 LONGEST_SIDE = 30
 N_COLORS = 10
@@ -69,27 +70,20 @@ def _contents(location: Location) -> Iterator[tuple[str, Any, str]]:
         raise DataError(f"{url}: tasks are read from .json, .jsonl and .ndjson")
     data = location.read_bytes()
     if ending == "json":
-        content = _parse_json(data, url)
+        content = parse_json(data, url)
         if not isinstance(content, dict) or not content:
             raise DataError(f"{url}: expected a task, or tasks by their ids; got {_short(content)}")
         if "train" in content or "test" in content:
             yield str(content.get("id", stem)), content, url
         else:
-            yield from ((name, task, f"{url}, task {name}") for name, task in content.items())
+            yield from ((name, task, f"{url}, task {safe(name)}") for name, task in content.items())
         return
     for number, line in enumerate(data.splitlines(), 1):
         if line.strip():
             where = f"{url}, line {number}"
-            task = _parse_json(line, where)
+            task = parse_json(line, where)
             given = task.get("id") if isinstance(task, dict) else None
             yield f"{stem}@{number}" if given is None else str(given), task, where
-
-
-def _parse_json(data: bytes, where: str) -> Any:
-    try:
-        return json.loads(data)
-    except ValueError as error:
-        raise DataError(f"{where}: no JSON: {error}") from None
 
 
 def _short(content: Any) -> str:

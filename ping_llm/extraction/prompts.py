@@ -16,12 +16,14 @@ from ping_llm.extraction import arc
 from ping_llm.extraction.records import Records, WorkUnit, describe_files, find_files
 from ping_llm.extraction.settings import ExtractSettings
 from ping_llm.extraction.templates import CheckpointTokenizer
+from ping_llm.text import safe
 from ping_llm.tokenizer import LANGUAGE_VERSION
 
-COLUMNS = {
-    "text": ("text",),
-    "chat": ("messages", "tools"),
-    "tokens": ("tokens", "input_ids", "attention_mask"),
+COLUMNS = {"text": ("text",), "chat": ("messages",), "tokens": ("tokens", "input_ids")}
+ALSO = {
+    "text": ("id",),
+    "chat": ("id", "tools"),
+    "tokens": ("id", "attention_mask", "position_ids"),
 }
 
 
@@ -81,9 +83,12 @@ class TextPrompts:
 
     def __init__(self, cfg: ExtractSettings, *, model: Path | None, vocab_size: int):
         self._cfg, self._vocab_size = cfg, vocab_size
-        columns = (*COLUMNS[cfg.format], "id")
         self._records = Records(
-            cfg.input, columns=columns, unit_bytes=max(int(cfg.unit_mb * 1e6), 1), limit=cfg.limit
+            cfg.input,
+            columns=COLUMNS[cfg.format],
+            also=ALSO[cfg.format],
+            unit_bytes=max(int(cfg.unit_mb * 1e6), 1),
+            limit=cfg.limit,
         )
         self.units = self._records.units
         self._tokenizer = None
@@ -104,10 +109,10 @@ class TextPrompts:
         """
         records = self._records.read(unit)
         if self._cfg.format == "tokens":
-            encoded = ((sample, self._checked(record, sample)) for sample, record in records)
+            encoded = ((sample, self._checked(record, safe(sample))) for sample, record in records)
         else:
             assert self._tokenizer is not None
-            texts = ((sample, self._text(record, sample)) for sample, record in records)
+            texts = ((sample, self._text(record, safe(sample))) for sample, record in records)
             # A chat template writes the special tokens itself.
             special = self._cfg.format == "text"
             encoded = self._tokenizer.encode(texts, add_special=special)
@@ -115,33 +120,53 @@ class TextPrompts:
 
     def _text(self, record: dict[str, Any], sample: str) -> str:
         if self._cfg.format == "chat":
-            messages = record.get("messages")
-            if not isinstance(messages, list) or not messages:
-                raise DataError(f"{sample}: it has no list `messages`; its keys are {list(record)}")
-            # A template takes what is missing for empty, and says nothing.
-            if not all(isinstance(m, dict) and m.get("role") for m in messages):
-                raise DataError(f"{sample}: each of its `messages` must be an object with a `role`")
+            if not isinstance(record.get("messages"), list):
+                raise _missing("list `messages`", record, sample)
             assert self._tokenizer
             assert self._tokenizer.template
             return self._tokenizer.template.render(record, sample)
         if not isinstance(record.get("text"), str):
-            raise DataError(f"{sample}: it has no string `text`; its keys are {list(record)}")
+            raise _missing("string `text`", record, sample)
         return record["text"]
 
     def _checked(self, record: dict[str, Any], sample: str) -> np.ndarray:
-        ids = record.get("tokens", record.get("input_ids"))
+        given = (record[key] for key in COLUMNS["tokens"] if record.get(key) is not None)
+        ids = next(given, None)
         if not isinstance(ids, list) or not all(type(i) is int for i in ids):
-            raise DataError(f"{sample}: it has no list of whole numbers `tokens` or `input_ids`")
+            raise _missing("list of whole numbers `tokens` or `input_ids`", record, sample)
+        mask = _per_id("attention_mask", record, ids, sample)
+        kept = list(range(len(ids))) if mask is None else _not_padding(mask, sample)
+        positions = _per_id("position_ids", record, ids, sample)
+        if positions is not None and [positions[i] for i in kept] != list(range(len(kept))):
+            raise DataError(f"{sample}: its `position_ids` do not count from 0; make each its own")
+        ids = [ids[i] for i in kept]
         if wrong := [i for i in ids if not 0 <= i < self._vocab_size]:
             raise DataError(f"{sample}: id {wrong[0]} is not in 0..{self._vocab_size - 1}")
-        if (mask := record.get("attention_mask")) is None:
-            return np.array(ids, np.int32)
-        if not isinstance(mask, list) or len(mask) != len(ids) or {*map(repr, mask)} - {"0", "1"}:
-            raise DataError(f"{sample}: its attention_mask is not a 0 or 1 for each of its tokens")
-        kept = np.flatnonzero(mask)
-        if len(kept) and kept[-1] - kept[0] + 1 != len(kept):
-            raise DataError(f"{sample}: its attention_mask has holes; only padding can be left out")
-        return np.array(ids, np.int32)[kept]
+        return np.array(ids, np.int32)
+
+
+def _missing(wanted: str, record: dict[str, Any], sample: str) -> DataError:
+    return DataError(f"{sample}: it has no {wanted}; its keys are {safe(', '.join(record))}")
+
+
+def _per_id(key: str, record: dict[str, Any], ids: list[int], sample: str) -> list[Any] | None:
+    """Returns what a record says of each of its ids, or None."""
+    values = record.get(key)
+    if values is not None and not (isinstance(values, list) and len(values) == len(ids)):
+        raise DataError(f"{sample}: `{key}` must be a list of {len(ids)}, one for each id")
+    return values
+
+
+def _not_padding(mask: list[Any], sample: str) -> list[int]:
+    """Returns where an attention mask is 1, all in a row: elsewhere is padding, at either end."""
+    if wrong := [value for value in mask if type(value) not in (int, bool) or value not in (0, 1)]:
+        raise DataError(f"{sample}: its `attention_mask` has {wrong[0]!r}; expected 0 or 1")
+    kept = np.flatnonzero(mask).tolist()
+    if kept and len(kept) != kept[-1] - kept[0] + 1:
+        raise DataError(
+            f"{sample}: its `attention_mask` has a 0 between 1s; only padding at the ends can go"
+        )
+    return kept
 
 
 def _gather(
@@ -177,7 +202,7 @@ def _cut(tokens: np.ndarray, overlong: str, max_length: int, sample: str) -> lis
     if overlong == "split":
         return [tokens[start : start + max_length] for start in range(0, len(tokens), max_length)]
     raise DataError(
-        f"{sample} has {len(tokens)} tokens, more than {max_length=}; raise it, or choose "
+        f"{safe(sample)} has {len(tokens)} tokens, more than {max_length=}; raise it, or choose "
         "another --overlong than `error`: truncate-left, truncate-right, split"
     )
 

@@ -4,6 +4,7 @@ import dataclasses
 import io
 import itertools
 import json
+import re
 from collections.abc import Iterator
 from typing import Any, BinaryIO
 
@@ -19,7 +20,8 @@ JSON_ENDINGS = (".jsonl", ".ndjson", ".json")
 PARQUET_ENDINGS = (".parquet", ".pq")
 COMPRESSIONS = {".gz": "gzip", ".bz2": "bz2", ".zst": "zstd"}
 TO_THE_END = -1
-OPTIONAL = {"id", "tools", "attention_mask"}  # columns that a record may lack
+LONGEST_LINE = 1 << 25  # bytes, unpacked
+ROWS_AT_ONCE = 32
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,23 +73,32 @@ class Records:
         units: The work units, in input order.
     """
 
-    def __init__(self, path: str, *, columns: tuple[str, ...], unit_bytes: int, limit: int | None):
+    def __init__(
+        self,
+        path: str,
+        *,
+        columns: tuple[str, ...],
+        also: tuple[str, ...] = (),
+        unit_bytes: int,
+        limit: int | None,
+    ):
         """Finds the files and plans the units.
 
         Args:
             path: A file, directory or glob, local or remote.
-            columns: The columns of Parquet to read, those that are there.
+            columns: What a record is read for; a Parquet file must have one of them.
+            also: What else is read of it, where it is there.
             unit_bytes: Size of a unit.
             limit: Number of records to take, the first ones; None: all.
 
         Raises:
             StorageError: Nothing is there, or it cannot be read.
-            DataError: A file is of no known format.
+            DataError: A file is of no known format, or has none of `columns`.
         """
         files = find_files(path)
         self._locations = [file.location for file in files]
         self._kinds = [_kind(file.location.url) for file in files]
-        self._columns = columns
+        self._wanted, self._columns = columns, (*columns, *also)
         self.files = describe_files(files)
         self.units: list[WorkUnit] = []
         left = limit
@@ -118,6 +129,12 @@ class Records:
     def _plan_parquet(self, index: int, unit_bytes: int, left: int | None) -> int | None:
         with _open_parquet(self._locations[index]) as file:
             groups = [file.metadata.row_group(i) for i in range(file.num_row_groups)]
+            names = file.schema_arrow.names
+        if not set(self._wanted) & set(names):
+            raise DataError(
+                f"{self._locations[index]} has no column {' or '.join(self._wanted)}; its columns "
+                f"are {safe(', '.join(names))}; rename the one that is meant"
+            )
         cuts, rows, gathered = [0], 0, 0
         for group in groups:
             # Groups are gathered up to the size of a unit; one that is larger is divided.
@@ -140,31 +157,61 @@ class Records:
         """Yields (id, record) of a unit. The id is the record's own `id`, or its place.
 
         Raises:
-            DataError: A record is not a JSON object, or the file cannot be read.
+            DataError: A record is not a JSON object, or holds half a character, or the file cannot
+                be read.
         """
         location, name = self._locations[unit.file], self.files[unit.file]["name"]
         kind, compression = self._kinds[unit.file]
         if kind == "parquet":
             records, mark = _rows(location, unit.start, unit.stop, self._columns), "#"
         else:
-            records, mark = _objects(location, compression, unit), "@"
+            records, mark = _objects(location, compression, unit, self._columns), "@"
         for position, record in records:
             given = record.get("id")
             sample = f"{name}{mark}{position}" if given is None else str(given)
-            check_unicode(sample, f"{location}, the id of record {position}")
-            yield sample, record
+            yield whole_text(sample, f"{location}{mark}{position}: the sample's id"), record
 
 
-def check_unicode(text: str, where: str) -> None:
-    """Raises a `DataError` where a text holds half a surrogate pair, as cut JSON does."""
+def whole_text(text: str, what: str) -> str:
+    """Returns `text`.
+
+    Raises:
+        DataError: It holds half a character, a lone surrogate, which UTF-8 cannot write.
+    """
     try:
         text.encode()
     except UnicodeEncodeError as error:
-        half = text[error.start]
         raise DataError(
-            f"{safe(where)}: character {error.start} is {half!a}, half of a surrogate pair; "
-            "replace it by U+FFFD"
+            f"{safe(what)} holds half a character, {safe(text[error.start])} after "
+            f"{text[max(error.start - 20, 0) : error.start]!r}; replace it, as by U+FFFD"
         ) from None
+    return text
+
+
+_HALF = re.compile(rb"\\u[dD][89a-fA-F]")  # a surrogate, perhaps without its other half
+
+
+def parse_json(data: bytes, where: str, keys: tuple[str, ...] | None = None) -> Any:
+    """Returns what JSON says.
+
+    Args:
+        data: The JSON, in UTF-8.
+        where: What to call it in an error.
+        keys: Which values of an object are used; None: all.
+
+    Raises:
+        DataError: It is no JSON, or nested too deep, or what is used holds half a character.
+    """
+    try:
+        content = json.loads(data.decode("utf-8-sig"))
+        if _HALF.search(data):
+            used = content
+            if keys is not None and isinstance(content, dict):
+                used = {key: content[key] for key in keys if key in content}
+            whole_text(json.dumps(used, ensure_ascii=False), where)
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{where}: no JSON in UTF-8: {error}") from None
+    return content
 
 
 def _kind(url: str) -> tuple[str, str | None]:
@@ -206,12 +253,18 @@ def _lines(
     offset = max(start - 1, 0)
     try:
         with _open_text(location, compression, offset) as file:
-            if start:
-                offset += len(file.readline())  # the rest of a line that begins before, or its end
+            while start and (rest := file.readline(1 << 20)):  # of a line that begins before
+                offset += len(rest)
+                if rest.endswith(b"\n"):
+                    break
             while offset < stop or stop == TO_THE_END:
-                line = file.readline()
+                line = file.readline(LONGEST_LINE + 1)
                 if not line:
                     return
+                if len(line) > LONGEST_LINE:
+                    raise DataError(
+                        f"{location}, byte {offset}: the line has over {LONGEST_LINE} bytes"
+                    )
                 if not line.isspace():
                     yield offset, line
                 offset += len(line)
@@ -220,14 +273,11 @@ def _lines(
 
 
 def _objects(
-    location: Location, compression: str | None, unit: WorkUnit
+    location: Location, compression: str | None, unit: WorkUnit, columns: tuple[str, ...]
 ) -> Iterator[tuple[int, dict[str, Any]]]:
     for offset, line in _lines(location, compression, unit.start, unit.stop):
         where = f"{location}, byte {offset}"
-        try:
-            record = json.loads(line)
-        except ValueError as error:
-            raise DataError(f"{where}: no JSON on this line: {error}") from None
+        record = parse_json(line, where, columns)
         if not isinstance(record, dict):
             raise DataError(f"{where}: expected a JSON object, got {line[:40]!r}")
         yield offset, record
@@ -244,14 +294,7 @@ def _rows(
     location: Location, start: int, stop: int, columns: tuple[str, ...]
 ) -> Iterator[tuple[int, dict[str, Any]]]:
     with _open_parquet(location) as file:
-        held = file.schema_arrow.names
-        names = [name for name in columns if name in held]
-        if not set(names) - OPTIONAL:
-            wanted_names = " or ".join(name for name in columns if name not in OPTIONAL)
-            raise DataError(
-                f"{location} has no column {wanted_names}; its columns are "
-                f"{', '.join(map(safe, held))}; rename one"
-            )
+        names = [name for name in columns if name in file.schema_arrow.names]
         groups = [file.metadata.row_group(i).num_rows for i in range(file.num_row_groups)]
         ends = list(itertools.accumulate(groups))
         wanted = [
@@ -259,10 +302,15 @@ def _rows(
         ]
         row = ends[wanted[0]] - groups[wanted[0]] if wanted else stop
         try:
-            for batch in file.iter_batches(batch_size=1024, row_groups=wanted, columns=names):
+            # Few rows, as a file of a few bytes may hold one long text many times.
+            for batch in file.iter_batches(
+                batch_size=ROWS_AT_ONCE, row_groups=wanted, columns=names
+            ):
                 low, high = max(start - row, 0), min(stop - row, len(batch))
                 if low < high:
-                    yield from enumerate(batch.slice(low, high - low).to_pylist(), row + low)
+                    rows = batch.slice(low, high - low)
+                    rows.validate(full=True)  # names what is not UTF-8
+                    yield from enumerate(rows.to_pylist(), row + low)
                 row += len(batch)
-        except (OSError, ValueError, pa.ArrowException) as error:  # or its text is no UTF-8
+        except (OSError, ValueError, OverflowError, pa.ArrowException) as error:
             raise DataError(f"{location} cannot be read after row {row}: {error}") from None

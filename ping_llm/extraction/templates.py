@@ -1,33 +1,28 @@
-"""A checkpoint's own tokenizer and chat template."""
+"""A checkpoint's own tokenizer and chat template, both as transformers has them."""
 
-import contextlib
 import hashlib
-import itertools
 import json
-import subprocess
-import sys
-import threading
-import weakref
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from ping_llm.activations.roles import BOS, REAL, SPECIAL
 from ping_llm.errors import DataError
-from ping_llm.extraction.records import check_unicode
+from ping_llm.extraction.records import parse_json, whole_text
+from ping_llm.extraction.rendering import Renderer
 from ping_llm.models.huggingface import read_json
 from ping_llm.text import safe
 
-TEXTS_AT_ONCE = 256
-SECONDS = 5  # that a chat template may take
-NAMED_TOKENS = tuple(f"{kind}_token" for kind in ("bos", "eos", "unk", "sep", "pad", "cls", "mask"))
-# What transformers' class of Qwen's tokenizers takes where the config names none.
-DEFAULT_TOKENS = dict.fromkeys(("eos_token", "unk_token", "pad_token"), "<|endoftext|>")
-REASONING = ("reasoning_content", "thinking", "reasoning")
-# How Qwen's tokenizers cut text, where a checkpoint has `vocab.json` and `merges.txt` alone.
-_WORDS = (
+if TYPE_CHECKING:
+    from tokenizers import AddedToken, Tokenizer
+
+TEXTS_AT_ONCE, CHARACTERS_AT_ONCE = 256, 1 << 20  # a character takes 140 bytes on its way
+NAMED_TOKENS = ("bos", "eos", "unk", "sep", "pad", "cls", "mask")  # each a setting, as `bos_token`
+
+# How Qwen2Tokenizer cuts a text into words.
+_QWEN_WORDS = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
@@ -42,33 +37,37 @@ class CheckpointTokenizer:
     """
 
     def __init__(self, directory: Path, *, chat: bool, vocab_size: int):
-        """Reads it as transformers does.
-
-        Raises:
-            DataError: There is none, or it asks for something that is not done here.
-        """
         self._vocab_size = vocab_size
-        self._tokenizer, content = _read_tokenizer(directory)
+        settings = _read_optional(directory / "tokenizer_config.json")
+        model_type = _read_optional(directory / "config.json").get("model_type")
+        usual = "Qwen2Tokenizer" if model_type in ("qwen2", "qwen3") else ""
+        kind = str(settings.get("tokenizer_class") or usual).removesuffix("Fast")
+        is_qwen = model_type == "qwen2" or kind == "Qwen2Tokenizer"
+        content, self._tokenizer = _read_tokenizer(directory, settings, is_qwen=is_qwen)
         # Some checkpoints are saved with either, which would cut or pad prompts unseen.
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
-        path = directory / "tokenizer_config.json"
-        settings = DEFAULT_TOKENS | (read_json(path) if path.is_file() else {})
-        if settings.get("add_prefix_space"):
-            raise DataError(f"{path}: add_prefix_space=true is not supported")
         try:
-            _add_tokens(self._tokenizer, settings)
-        except (TypeError, ValueError, AttributeError) as error:
-            raise DataError(f"{path} has values that cannot be: {safe(error)}") from None
+            _set_steps(self._tokenizer, settings, is_qwen=is_qwen)
+            named, added = _add_tokens(self._tokenizer, directory, settings, is_qwen=is_qwen)
+        except (TypeError, ValueError, AttributeError, KeyError) as error:
+            raise DataError(
+                f"{directory / 'tokenizer_config.json'} or a file beside it is malformed: {error}"
+            ) from None
         self._tokenizer.encode_special_tokens = bool(settings.get("split_special_tokens"))
-        added = self._tokenizer.get_added_tokens_decoder()
-        self._special = np.array([i for i, token in added.items() if token.special], np.int64)
-        bos = _content(settings.get("bos_token"))
-        self._bos = None if bos is None else self._tokenizer.token_to_id(bos)
-        self.template = ChatTemplate(directory, settings) if chat else None
-        how = f"{sorted(added.items())} {self._tokenizer.encode_special_tokens}"
-        parts = [content, how.encode(), self.template.source.encode() if self.template else b""]
-        self.identity = hashlib.sha256(b"".join(parts)).hexdigest()[:32]
+        tokens = self._tokenizer.get_added_tokens_decoder()
+        self._special = np.array([i for i, token in tokens.items() if token.special], np.int64)
+        self._bos = (
+            self._tokenizer.token_to_id(named["bos_token"]) if "bos_token" in named else None
+        )
+        self.template = ChatTemplate(directory, settings, named) if chat else None
+        beside = [
+            settings.get("split_special_tokens"),
+            settings.get("add_prefix_space"),
+            [str(token) + repr(token) for token in added],
+            [self.template.sources, named] if self.template else None,
+        ]
+        self.identity = hashlib.sha256(content + json.dumps(beside).encode()).hexdigest()[:32]
 
     def encode(
         self, texts: Iterable[tuple[str, str]], *, add_special: bool
@@ -76,18 +75,18 @@ class CheckpointTokenizer:
         """Yields (sample, token ids) of each (sample, text).
 
         Raises:
-            DataError: The model does not know a token id, or a text is no Unicode.
+            DataError: A text holds half a character, or the model does not know a token id.
         """
-        encode, texts = self._tokenizer.encode_batch_fast, iter(texts)
-        while batch := list(itertools.islice(texts, TEXTS_AT_ONCE)):
+        encode = self._tokenizer.encode_batch_fast
+        for batch in _batches(texts):
             for sample, text in batch:
-                check_unicode(text, sample)
+                whole_text(text, f"{sample}: its text")
             encoded = encode([text for _, text in batch], add_special_tokens=add_special)
             for (sample, _), one in zip(batch, encoded, strict=True):
                 tokens, vocab_size = np.array(one.ids, np.int32), self._vocab_size
                 if len(tokens) and tokens.max() >= vocab_size:
                     raise DataError(
-                        f"{sample}: token id {tokens.max()} is not below the model's "
+                        f"{safe(sample)}: token id {tokens.max()} is not below the model's "
                         f"{vocab_size=}; the tokenizer is not this model's"
                     )
                 yield sample, tokens
@@ -99,208 +98,216 @@ class CheckpointTokenizer:
         return roles
 
 
-def _read_tokenizer(directory: Path) -> tuple[Any, bytes]:
-    """Returns (the tokenizer of a checkpoint, the files that it was made of)."""
+def _batches(texts: Iterable[tuple[str, str]]) -> Iterator[list[tuple[str, str]]]:
+    batch, characters = [], 0
+    for sample, text in texts:
+        batch.append((sample, text))
+        characters += len(text)
+        if len(batch) == TEXTS_AT_ONCE or characters >= CHARACTERS_AT_ONCE:
+            yield batch
+            batch, characters = [], 0
+    if batch:
+        yield batch
+
+
+def _read_optional(path: Path) -> dict[str, Any]:
+    return read_json(path) if path.is_file() else {}
+
+
+def _read_tokenizer(
+    directory: Path, settings: dict[str, Any], *, is_qwen: bool
+) -> tuple[bytes, "Tokenizer"]:
+    """Returns what a tokenizer was read from, and the tokenizer."""
     import tokenizers
 
-    path, vocab, merges = (
+    path, words, merges = (
         directory / name for name in ("tokenizer.json", "vocab.json", "merges.txt")
     )
-    files = [path] if path.is_file() else [vocab, merges]
-    if not all(file.is_file() for file in files):
-        raise DataError(
-            f"{path} does not exist; the checkpoint needs it, or vocab.json and merges.txt"
-        )
-    content = b"".join(file.read_bytes() for file in files)
     try:
         if path.is_file():
-            return tokenizers.Tokenizer.from_buffer(content), content
-        tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE.from_file(str(vocab), str(merges)))
+            content = path.read_bytes()
+            return content, tokenizers.Tokenizer.from_buffer(content)
+        ends = settings.get("add_bos_token") or settings.get("add_eos_token")
+        if not (is_qwen and words.is_file() and merges.is_file()) or ends:
+            raise DataError(
+                f"{path} does not exist; write it with transformers: "
+                "AutoTokenizer.from_pretrained(DIR).save_pretrained(DIR)"
+            )
+        path = words
+        bpe = tokenizers.models.BPE.from_file(str(words), str(merges))
+        return words.read_bytes() + merges.read_bytes(), tokenizers.Tokenizer(bpe)
+    except DataError:
+        raise
     except Exception as error:  # the library raises nothing narrower
-        named = " and ".join(map(str, files))
-        raise DataError(f"{named} is not a tokenizer: {safe(error)}") from None
-    tokenizer.normalizer = tokenizers.normalizers.NFC()
-    cut = tokenizers.pre_tokenizers.Split(tokenizers.Regex(_WORDS), behavior="isolated")
-    as_bytes = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Sequence([cut, as_bytes])
-    return tokenizer, content
+        raise DataError(f"{path} is not a tokenizer: {error}") from None
 
 
-def _add_tokens(tokenizer: Any, settings: Mapping[str, Any]) -> None:
-    """Adds the tokens that stand in `tokenizer_config.json`.
+def _set_steps(tokenizer: "Tokenizer", settings: dict[str, Any], *, is_qwen: bool) -> None:
+    """Sets what comes before the merges as transformers does, which knows Qwen's by heart."""
+    from tokenizers import Regex, models, normalizers, pre_tokenizers
 
-    In the order of transformers, which decides their ids: those of `added_tokens_decoder`, the
-    named ones, then the extra ones. The latter two are special, whatever else is said of them.
+    prefix, steps = settings.get("add_prefix_space"), tokenizer.pre_tokenizer
+    if isinstance(tokenizer.model, models.BPE):
+        tokenizer.model.dropout = None  # would cut a text another way each time
+        if is_qwen:
+            words = pre_tokenizers.Split(Regex(_QWEN_WORDS), "isolated")
+            to_bytes = pre_tokenizers.ByteLevel(add_prefix_space=bool(prefix), use_regex=False)
+            tokenizer.normalizer = normalizers.NFC()
+            tokenizer.pre_tokenizer = pre_tokenizers.Sequence([words, to_bytes])
+            return
+    for step in steps if isinstance(steps, pre_tokenizers.Sequence) else [steps]:
+        given = step.add_prefix_space if isinstance(step, pre_tokenizers.ByteLevel) else prefix
+        if prefix is not None and prefix != given:  # versions of transformers differ on this
+            raise DataError(
+                f"tokenizer_config.json says add_prefix_space={prefix}, tokenizer.json {given}; "
+                "make them agree"
+            )
 
-    Raises:
-        ValueError: An entry is no token, or `added_tokens_decoder` lacks tokens of
-            `tokenizer.json`, which transformers then does without.
+
+def _token(value: Any) -> "AddedToken":
+    """Returns a token as settings write it: a string, which is special, or an object."""
+    from tokenizers import AddedToken
+
+    fields = value if isinstance(value, dict) else {"content": value, "special": True}
+    return AddedToken(**{key: field for key, field in fields.items() if key != "__type"})
+
+
+def _add_tokens(
+    tokenizer: "Tokenizer", directory: Path, settings: dict[str, Any], *, is_qwen: bool
+) -> tuple[dict[str, str], list["AddedToken"]]:
+    """Adds the tokens that stand beside `tokenizer.json`, in the order in which transformers does.
+
+    Returns:
+        The named tokens, such as `bos_token`, and the tokens that were added.
     """
     from tokenizers import AddedToken
 
-    held = {token.content for token in tokenizer.get_added_tokens_decoder().values()}
-    decoder = settings.get("added_tokens_decoder")
-    listed = [entry for _, entry in sorted((decoder or {}).items(), key=lambda item: int(item[0]))]
-    if decoder is not None and (lacking := held - {*map(_content, listed)}):
-        raise ValueError(
-            f"added_tokens_decoder lacks tokens of tokenizer.json: {', '.join(sorted(lacking))}"
+    standard = [f"{name}_token" for name in NAMED_TOKENS]
+    if is_qwen:
+        settings = (
+            dict.fromkeys(("unk_token", "eos_token", "pad_token"), "<|endoftext|>") | settings
         )
+    present = tokenizer.get_added_tokens_decoder()
+    if "added_tokens_decoder" in settings:
+        numbered = {int(i): _token(t) for i, t in settings["added_tokens_decoder"].items()}
+    else:  # as older versions of transformers saved them
+        settings = settings | _read_optional(directory / "special_tokens_map.json")
+        older = _read_optional(directory / "added_tokens.json")
+        numbered = {int(i): AddedToken(t, normalized=True) for t, i in older.items()} | present
     extra = settings.get("extra_special_tokens") or settings.get("additional_special_tokens") or []
-    extra = extra.values() if isinstance(extra, dict) else extra
-    entries = [*(settings.get(key) for key in NAMED_TOKENS), *extra]
-    special = [_content(entry) for entry in entries if entry is not None]
-    if any(not isinstance(text, str) for text in (*map(_content, listed), *special)):
-        raise ValueError("an added token has no text")
-    flags = [{key: value for key, value in entry.items() if key != "__type"} for entry in listed]
-    tokenizer.add_tokens([AddedToken(**each) for each in flags])
-    tokenizer.add_tokens([AddedToken(text, special=True) for text in special])
+    named = {key: settings.get(key) for key in standard} | {
+        key: value
+        for key, value in settings.items()
+        if key.endswith("_token") and key not in standard and isinstance(value, str | dict)
+    }
+    if isinstance(extra, dict):
+        named, extra = named | extra, []
+    named = {key: _token(value) for key, value in named.items() if value is not None}
+    extra = [_token(value) for value in extra]
+    as_added = {token.content: token for token in numbered.values()}
+    wanted = [token for _, token in sorted(numbered.items()) if token not in present.values()]
+    known = {token.content for token in [*present.values(), *wanted]}
+    for token in (*named.values(), *extra):
+        token = as_added.get(token.content, token)
+        if token.content not in known:
+            wanted.append(token)
+            known.add(token.content)
+    names = {key: token.content for key, token in named.items()}
+    for token in wanted:
+        token.special = token.special or token.content in names.values()
+    tokenizer.add_tokens(wanted)
+    if is_qwen:
+        specials = dict.fromkeys([*names.values(), *(token.content for token in extra)])
+        tokenizer.add_tokens([AddedToken(content, special=True) for content in specials])
+    for i, token in numbered.items():
+        if tokenizer.token_to_id(token.content) != i:
+            raise DataError(
+                f"{directory}: {safe(token.content)} is given the id {i}, yet the tokenizer has "
+                f"{tokenizer.token_to_id(token.content)} for it"
+            )
+    return names, wanted
 
 
-def _content(token: Any) -> str | None:
-    """Returns the text of a token in `tokenizer_config.json`, where it is a string or an object."""
-    return token.get("content") if isinstance(token, dict) else token
+def _read_templates(directory: Path, settings: dict[str, Any]) -> dict[str, str]:
+    """Returns the chat templates of a checkpoint by name; where there is one, it is `default`."""
+    files = {path.stem: path for path in directory.glob("additional_chat_templates/*.jinja")}
+    if (path := directory / "chat_template.jinja").is_file():
+        files["default"] = path
+    try:
+        if files:
+            return {name: path.read_text(encoding="utf-8") for name, path in files.items()}
+        legacy = _read_optional(directory / "chat_template.json")
+        given = settings.get("chat_template") or legacy.get("chat_template") or {}
+        if isinstance(given, list):
+            given = {entry["name"]: entry["template"] for entry in given}
+        sources = given if isinstance(given, dict) else {"default": given}
+        if not all(isinstance(source, str) for source in sources.values()):
+            raise TypeError("a template is a string")
+    except (TypeError, KeyError, UnicodeDecodeError) as error:
+        raise DataError(f"{directory}: its chat template cannot be read: {error!r}") from None
+    if not sources:
+        raise DataError(f"{directory} has no chat template; use an instruct model or --format text")
+    return sources
 
 
 class ChatTemplate:
-    """The model's own chat template; renders what transformers' `apply_chat_template` does.
-
-    It runs in a process of its own, for it came with the checkpoint: there it can neither take much
-    memory nor hang.
+    """The model's own chat templates; they write what transformers' `apply_chat_template` does.
 
     Attributes:
-        source: What decides the texts: the template, or several by name as JSON.
+        sources: The templates by name.
     """
 
-    def __init__(self, directory: Path, settings: dict[str, Any]):
-        self._directory = directory
-        self._templates = _find_templates(directory, settings)
-        if "default" not in self._templates:
-            raise DataError(
-                f"{directory} has no chat template; use an instruct model or --format text"
-            )
-        alone = len(self._templates) == 1
-        self.source = self._templates["default"] if alone else json.dumps(self._templates)
-        named = {key: _content(settings.get(key)) for key in NAMED_TOKENS}
-        self._tokens = {key: token for key, token in named.items() if token is not None}
-        self._process: subprocess.Popen[str] | None = None
-        self._answer_of(self._templates, "")
+    def __init__(self, directory: Path, settings: dict[str, Any], named: dict[str, str]):
+        self.sources, self._named = _read_templates(directory, settings), named
+        self._renderer = Renderer(self.sources)
+        try:
+            self._renderer.compile()
+        except ValueError as error:
+            reason = safe(error)
+            raise DataError(f"{directory}: its chat template cannot be used: {reason}") from None
 
     def render(self, record: dict[str, Any], sample: str, *, generate: bool = False) -> str:
         """Returns the text of the chat in a record's `messages`, with its `tools` if it has any.
 
         Args:
-            record: The chat.
+            record: The chat; `tools` is a list of objects, or that as JSON.
             sample: What to call it in an error.
             generate: Whether the text ends where the model's answer begins.
 
         Raises:
-            DataError: The template refuses it, or takes too long or too much memory.
+            DataError: The chat is not what it should be, or the template refuses it.
         """
-        tools = _tools(record.get("tools"), sample)
-        name = "tool_use" if tools is not None and "tool_use" in self._templates else "default"
-        variables = {
-            "messages": [_message(message) for message in record["messages"]],
-            "tools": tools,
-            "documents": None,
-            "add_generation_prompt": generate,
-            **self._tokens,
-        }
-        return self._answer_of({"name": name, "variables": variables}, sample)["text"]
-
-    def _answer_of(self, request: dict[str, Any], sample: str) -> dict[str, str]:
-        """Returns what the process answers; the first request are the templates."""
-        if self._process is None:
-            self._process = _start()
-            weakref.finalize(self, _stop, self._process)
-            if "variables" in request:
-                self._answer_of(self._templates, "")
-        lines: list[str] = []
-        asked = threading.Thread(
-            target=_exchange, args=(self._process, json.dumps(request), lines), daemon=True
-        )
-        asked.start()
-        asked.join(SECONDS)
-        if lines and lines[0]:
-            answer = json.loads(lines[0])
-        else:
-            slow = asked.is_alive()
-            answer = {"error": f"it takes more than {SECONDS} s" if slow else "its process died"}
-            self._process.kill()
-            asked.join()
-            self._process = None
-        if "error" in answer:
-            refuses = f"{self._directory}: its chat template cannot be used"
-            if sample:
-                refuses = f"{sample}: the chat template refuses these messages"
-            raise DataError(f"{refuses}: {safe(answer['error'])}")
-        return answer
-
-
-def _find_templates(directory: Path, settings: dict[str, Any]) -> dict[str, str]:
-    """Returns the chat templates of a checkpoint by name; a single one is `default`."""
-    source = settings.get("chat_template")
-    if (path := directory / "chat_template.json").is_file() and source is None:
-        source = read_json(path).get("chat_template")
-    if isinstance(source, list):  # several, by name
-        entries = [entry for entry in source if isinstance(entry, dict)]
-        source = {entry.get("name"): entry.get("template") for entry in entries}
-    templates = source if isinstance(source, dict) else {"default": source}
-    files = [directory / "chat_template.jinja", *directory.glob("additional_chat_templates/*")]
-    for file in files:
-        if file.is_file() and file.suffix == ".jinja":
-            try:
-                text = file.read_text(encoding="utf-8")
-            except (OSError, ValueError) as error:
-                raise DataError(f"{file} cannot be read: {error}") from None
-            templates["default" if file.parent == directory else file.stem] = text
-    return {
-        name: text
-        for name, text in templates.items()
-        if isinstance(name, str) and isinstance(text, str)
-    }
-
-
-def _message(message: dict[str, Any]) -> dict[str, Any]:
-    """Returns a message as templates see it: without what is null, reasoning by all its names."""
-    message = {key: value for key, value in message.items() if value is not None}
-    reasoning = next((message[key] for key in REASONING if key in message), None)
-    if reasoning is None:
-        return message
-    return {"thinking": reasoning, **message, "reasoning_content": reasoning}
-
-
-def _tools(tools: Any, sample: str) -> list[dict[str, Any]] | None:
-    """Returns the tools of a record, which may be JSON, as Parquet holds them."""
-    if isinstance(tools, str):
+        messages = [_message(message, sample) for message in record["messages"]]
+        tools = record.get("tools")
+        if isinstance(tools, str):
+            tools = parse_json(tools.encode(), f"{sample}: its `tools`")
+        if tools is not None and not (
+            isinstance(tools, list) and all(isinstance(tool, dict) for tool in tools)
+        ):
+            raise DataError(f"{sample}: its `tools` must be a list of objects, or that as JSON")
+        name = "tool_use" if tools is not None and "tool_use" in self.sources else "default"
+        if name not in self.sources:
+            raise DataError(
+                f"{sample}: there is no chat template `default`, only {', '.join(self.sources)}"
+            )
+        chat = {"messages": messages, "tools": tools, "documents": None}
         try:
-            tools = json.loads(tools)
+            return self._renderer.render(
+                name, self._named | chat | {"add_generation_prompt": generate}
+            )
         except ValueError as error:
-            raise DataError(f"{sample}: its `tools` are no JSON: {error}") from None
-    is_list = isinstance(tools, list) and all(isinstance(tool, dict) for tool in tools)
-    if tools is not None and not is_list:
-        raise DataError(f"{sample}: its `tools` must be a list of objects, or JSON of one")
-    return tools
+            raise DataError(
+                f"{sample}: the chat template refuses these messages: {safe(error)}"
+            ) from None
 
 
-def _start() -> "subprocess.Popen[str]":
-    words = [sys.executable, "-m", "ping_llm.extraction.template_process"]
-    pipe = subprocess.PIPE
-    # In a session of its own, Ctrl-C is told to this process alone.
-    return subprocess.Popen(words, stdin=pipe, stdout=pipe, text=True, start_new_session=True)
-
-
-def _stop(process: "subprocess.Popen[str]") -> None:
-    process.kill()
-    with contextlib.suppress(OSError):  # what was not yet sent
-        process.__exit__(None, None, None)
-
-
-def _exchange(process: "subprocess.Popen[str]", request: str, lines: list[str]) -> None:
-    assert process.stdin
-    assert process.stdout
-    try:
-        process.stdin.write(request + "\n")
-        process.stdin.flush()
-        lines.append(process.stdout.readline())
-    except OSError:  # it died
-        lines.append("")
+def _message(message: Any, sample: str) -> dict[str, Any]:
+    """Returns a message as transformers gives it to templates."""
+    # A template takes what is missing for empty, and says nothing.
+    if not isinstance(message, dict) or not message.get("role"):
+        raise DataError(f"{sample}: each of its `messages` must be an object with a `role`")
+    message = {key: value for key, value in message.items() if value is not None}
+    thoughts = [message[k] for k in ("reasoning_content", "thinking", "reasoning") if k in message]
+    if thoughts:  # templates read one name or another
+        message = {"thinking": thoughts[0]} | message | {"reasoning_content": thoughts[0]}
+    return message

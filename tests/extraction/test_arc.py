@@ -12,7 +12,7 @@ from stores import assert_equal_stores
 
 from ping_llm.activations.inspection import inspect_activations
 from ping_llm.activations.reader import ActivationReader
-from ping_llm.errors import ConfigError, DataError
+from ping_llm.errors import ConfigError, DataError, PingLLMError
 from ping_llm.extraction import arc
 from ping_llm.extraction.prompts import open_source
 from ping_llm.extraction.run import extract_activations
@@ -207,6 +207,17 @@ PAIR = {"input": [[1]], "output": [[2]]}
     ("content", "message"),
     [
         ("{", "no JSON"),
+        ("", "no JSON"),
+        ("[" * 100_000, "no JSON"),
+        (r'{"\ud800": {}}', r"holds half a character, \ud800"),
+        ({"id": "\udcff", "train": [PAIR], "test": [PAIR]}, r"holds half a character, \udcff"),
+        ({"x": {"train": {"0": PAIR}, "test": [PAIR]}}, "`train` must be a list of pairs"),
+        ({"train": [PAIR], "test": [{"input": [[1e400]]}]}, "a cell is inf"),
+        ({"train": [PAIR], "test": [{"input": [[10**30]]}]}, "a cell is 1000"),
+        ({"train": [PAIR], "test": [{"input": [[-1]]}]}, "a cell is -1"),
+        ({"train": [PAIR], "test": [{"input": [[[1]]]}]}, "a cell is [1]"),
+        ({"train": [PAIR], "test": [{"input": {"a": 1}}]}, "expected a list of rows"),
+        (None, "expected a task, or tasks by their ids; got None"),
         ([], "expected a task, or tasks by their ids; got []"),
         ({}, "expected a task, or tasks by their ids; got {}"),
         ({"x": [[[1]]]}, "task x: expected an object with `train` and `test`; a solutions file?"),
@@ -244,6 +255,37 @@ def test_a_malformed_task_says_where_and_what_it_is(content, message, tmp_path):
         read(path)
     assert message in str(caught.value)
     assert "tasks.json" in str(caught.value)
+    assert len(str(caught.value).splitlines()) == 1
+
+
+ANYTHING = st.recursive(
+    st.none() | st.booleans() | st.integers(-1, 10) | st.floats() | st.text(st.characters()),
+    lambda inner: (
+        st.lists(inner) | st.dictionaries(st.sampled_from(["train", "test", "id"]), inner)
+    ),
+    max_leaves=12,
+)
+ROWS = st.lists(st.lists(st.integers(0, 9), min_size=1, max_size=2), min_size=1, max_size=2)
+PAIRS = st.lists(
+    st.fixed_dictionaries({}, optional={"input": ROWS | ANYTHING, "output": ROWS | ANYTHING})
+)
+TASK = st.fixed_dictionaries({"train": PAIRS | ANYTHING, "test": PAIRS | ANYTHING}) | ANYTHING
+
+
+@pytest.mark.parametrize("ending", ["json", "jsonl"])
+@given(
+    content=(TASK | st.dictionaries(st.text(), TASK)).map(json.dumps).map(str.encode) | st.binary()
+)
+def test_any_file_is_tasks_or_refused_in_one_line(ending, content, tmp_path_factory):
+    path = tmp_path_factory.mktemp("fuzz") / f"tasks.{ending}"
+    path.write_bytes(content)
+    try:
+        for task in read(path):
+            assert task.train
+            assert task.tests
+            task.id.encode()
+    except PingLLMError as error:
+        assert len(str(error).splitlines()) == 1  # noqa: PT017
 
 
 def test_two_tasks_of_one_id_and_other_files_are_refused(tmp_path):

@@ -1,4 +1,6 @@
+import functools
 import json
+from unittest import mock
 
 import numpy as np
 import pyarrow as pa
@@ -7,12 +9,17 @@ import pytest
 import transformers
 from extraction_settings import settings
 from hf_checkpoints import CHAT_TEMPLATE, add_tokenizer
+from hypothesis import given
+from hypothesis import settings as settings_of_hypothesis
+from hypothesis import strategies as st
 
 from ping_llm import tokenizer
 from ping_llm.activations.roles import BOS, REAL, SPECIAL
 from ping_llm.data.windows import WindowConfig
-from ping_llm.errors import ConfigError, DataError
+from ping_llm.errors import ConfigError, DataError, PingLLMError
+from ping_llm.extraction import prompts as prompts_module
 from ping_llm.extraction.prompts import open_source
+from ping_llm.extraction.templates import CheckpointTokenizer
 from ping_llm.ingest.prepare import prepare_data
 from ping_llm.simulation.simulate import simulate
 
@@ -92,6 +99,77 @@ def test_what_becomes_of_overlong_prompts(overlong, expected, tmp_path):
     assert len(set(prompts.ids)) == len(prompts.ids)
 
 
+IDS, PADS = [5, 6, 7, 8], [250, 250, 999]  # a pad need not be an id of the model
+MASKED = [
+    {"input_ids": IDS},
+    {"input_ids": IDS, "attention_mask": [1, 1, 1, 1]},
+    {"input_ids": PADS + IDS, "attention_mask": [0, 0, 0, 1, 1, 1, 1]},
+    {"input_ids": IDS + PADS, "attention_mask": [1, 1, 1, 1, 0, 0, 0]},
+    {"input_ids": PADS + IDS + PADS, "attention_mask": [0] * 3 + [1] * 4 + [0] * 3},
+    {"tokens": None, "input_ids": IDS, "attention_mask": None, "position_ids": [0, 1, 2, 3]},
+    {
+        "input_ids": PADS + IDS,
+        "attention_mask": [0, 0, 0, 1, 1, 1, 1],
+        "position_ids": [1, 1, 1, 0, 1, 2, 3],
+    },
+]
+
+
+def test_padding_that_an_attention_mask_names_is_no_token(tmp_path):
+    prompts = prompts_of(tmp_path, MASKED, None, format="tokens")
+    assert samples(prompts) == [IDS] * len(MASKED)
+    masked = [{"input_ids": PADS, "attention_mask": [0, 0, 0]}, {"tokens": [7, 8]}]
+    prompts = prompts_of(tmp_path, masked, None, format="tokens")
+    assert (samples(prompts), prompts.empty) == ([[], [7, 8]], 1)
+
+
+@pytest.mark.parametrize(
+    ("ids", "mask"),
+    [
+        (pa.list_(pa.int64()), pa.list_(pa.int8())),
+        (pa.list_(pa.int32(), 7), pa.list_(pa.int8(), 7)),
+        (pa.large_list(pa.uint16()), pa.list_(pa.bool_())),
+    ],
+    ids=["list", "fixed_size_list", "bool"],
+)
+def test_attention_masks_of_parquet(ids, mask, tmp_path):
+    rows = [MASKED[2], MASKED[3]]
+    columns = {
+        "input_ids": pa.array([row["input_ids"] for row in rows], ids),
+        "attention_mask": pa.array([row["attention_mask"] for row in rows], pa.list_(pa.int8())),
+    }
+    columns["attention_mask"] = columns["attention_mask"].cast(mask)
+    pq.write_table(pa.table(columns), tmp_path / "in.parquet")
+    cfg = settings(input=tmp_path / "in.parquet", format="tokens")
+    source = open_source(cfg, model=None, vocab_size=288)
+    assert samples(source.read(source.units[0])) == [IDS, IDS]
+
+
+@pytest.mark.parametrize(
+    ("said", "reason"),
+    [
+        ({"attention_mask": [1, 0, 1, 1]}, "a 0 between 1s"),
+        ({"attention_mask": [0, 1, 0, 1]}, "a 0 between 1s"),
+        ({"attention_mask": [1, 1, 1]}, "`attention_mask` must be a list of 4"),
+        ({"attention_mask": []}, "`attention_mask` must be a list of 4"),
+        ({"attention_mask": "1111"}, "`attention_mask` must be a list of 4"),
+        ({"attention_mask": 1}, "`attention_mask` must be a list of 4"),
+        ({"attention_mask": [1, 1, 2, 1]}, "`attention_mask` has 2; expected 0 or 1"),
+        ({"attention_mask": [1, 1, -1, 1]}, "`attention_mask` has -1; expected 0 or 1"),
+        ({"attention_mask": [1.0, 1, 1, 1]}, "`attention_mask` has 1.0; expected 0 or 1"),
+        ({"attention_mask": [None, 1, 1, 1]}, "`attention_mask` has None; expected 0 or 1"),
+        ({"attention_mask": [[1], 1, 1, 1]}, r"`attention_mask` has \[1\]; expected 0 or 1"),
+        ({"position_ids": [0, 1, 0, 1]}, "`position_ids` do not count from 0"),
+        ({"position_ids": [3, 4, 5, 6]}, "`position_ids` do not count from 0"),
+        ({"position_ids": [[0, 1, 2, 3]]}, "`position_ids` must be a list of 4"),
+    ],
+)
+def test_a_mask_or_positions_that_do_not_do_are_refused_by_name(said, reason, tmp_path):
+    record = {"id": "mine", "input_ids": IDS} | said
+    with pytest.raises(DataError, match=f"mine: .*{reason}"):
+        prompts_of(tmp_path, [record], None, format="tokens")
+
+
 @pytest.mark.parametrize(
     ("record", "format_", "reason"),
     [
@@ -101,18 +179,7 @@ def test_what_becomes_of_overlong_prompts(overlong, expected, tmp_path):
         ({"tokens": [True]}, "tokens", "whole numbers"),
         ({"words": "x"}, "text", "no string `text`"),
         ({"text": None}, "text", "no string `text`"),
-        ({"tokens": [1], "attention_mask": [1, 1]}, "tokens", "not a 0 or 1 for each"),
-        ({"tokens": [1], "attention_mask": [2]}, "tokens", "not a 0 or 1 for each"),
-        ({"tokens": [1], "attention_mask": "1"}, "tokens", "not a 0 or 1 for each"),
-        ({"tokens": [1, 2, 3], "attention_mask": [1, 0, 1]}, "tokens", "has holes"),
-        ({"text": "cut \ud83d"}, "text", r"character 4 is '.ud83d', half of a surrogate pair"),
-        ({"text": "a", "id": "\ud83d"}, "text", r"in\.jsonl, the id of record \d+: character 0 is"),
-        ({"messages": [{"role": "user", "content": "\udc00"}]}, "chat", "half of a surrogate"),
         ({"messages": "x"}, "chat", "no list `messages`"),
-        ({"messages": []}, "chat", "no list `messages`"),
-        ({"messages": CHAT, "tools": "["}, "chat", "its `tools` are no JSON"),
-        ({"messages": CHAT, "tools": {"name": "x"}}, "chat", "must be a list of objects"),
-        ({"messages": CHAT, "tools": ["{}"]}, "chat", "must be a list of objects"),
         ({"messages": ["x"]}, "chat", "an object with a `role`"),
         ({"messages": [{"content": "x"}]}, "chat", "an object with a `role`"),
     ],
@@ -121,37 +188,11 @@ def test_a_record_that_does_not_do_is_named(record, format_, reason, tmp_path, c
     with pytest.raises(DataError, match=reason) as error:
         prompts_of(
             tmp_path,
-            [{"tokens": [1], "text": "a", "messages": CHAT}, record],
+            [{"tokens": [1], "text": "a", "messages": []}, record],
             checkpoint,
             format=format_,
         )
-    assert "in.jsonl" in str(error.value)
-
-
-@pytest.mark.parametrize("form", ["json", "parquet", "fixed"])
-def test_padding_is_left_out(form, tmp_path):
-    ids = [[5, 6, 7, 8], [0, 0, 5, 6], [5, 6, 0, 0], [0, 0, 0, 0], [5, 6, 7, 8]]
-    masks = [[1, 1, 1, 1], [0, 0, 1, 1], [1, 1, 0, 0], [0, 0, 0, 0], None]
-    expected = [[5, 6, 7, 8], [5, 6], [5, 6], [], [5, 6, 7, 8]]
-    if form == "json":
-        records = [{"tokens": t, "attention_mask": m} for t, m in zip(ids, masks, strict=True)]
-        assert samples(prompts_of(tmp_path, records, None, format="tokens")) == expected
-        return
-    kind = pa.list_(pa.int8(), 4) if form == "fixed" else pa.list_(pa.int8())
-    table = {"input_ids": ids, "attention_mask": pa.array(masks, kind)}
-    pq.write_table(pa.table(table), tmp_path / "in.parquet")
-    cfg = settings(input=tmp_path / "in.parquet", format="tokens")
-    source = open_source(cfg, model=None, vocab_size=288)
-    assert samples(source.read(source.units[0])) == expected
-
-
-@pytest.mark.parametrize("format_", ["text", "chat", "tokens"])
-def test_a_column_that_is_missing_is_named_with_those_that_are_there(format_, tmp_path, checkpoint):
-    path = tmp_path / "in.parquet"
-    pq.write_table(pa.table({"content": ["a"], "url": ["b"], "id": ["c"]}), path)
-    source = open_source(settings(input=path, format=format_), model=checkpoint, vocab_size=288)
-    with pytest.raises(DataError, match=r"has no column .*; its columns are content, url, id; ren"):
-        source.read(source.units[0])
+    assert "in.jsonl@" in str(error.value)
 
 
 def test_a_template_can_not_reach_out_of_its_sandbox(tmp_path):
@@ -175,6 +216,61 @@ def test_templates_in_a_file_or_by_name_are_found(tmp_path):
         prompts_of(tmp_path, [{"messages": CHAT}], tmp_path, format="chat")
     (tmp_path / "chat_template.jinja").write_text(CHAT_TEMPLATE)
     assert samples(prompts_of(tmp_path, [{"messages": CHAT}], tmp_path, format="chat")) == expected
+
+
+def test_a_template_that_writes_half_a_character_is_refused(tmp_path):
+    add_tokenizer(tmp_path)
+    path = tmp_path / "tokenizer_config.json"
+    path.write_text(json.dumps({"chat_template": "{{ messages[0].content[:1] }}\ud83d"}))
+    with pytest.raises(
+        DataError, match=r"in\.jsonl@0: its text holds half a character, \\ud83d after 'b'"
+    ):
+        prompts_of(tmp_path, [{"messages": CHAT}], tmp_path, format="chat")
+
+
+# Values of any kind where something else may be expected.
+VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(st.characters(), max_size=9),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=5), inner),
+    max_leaves=12,
+)
+MESSAGES = st.lists(
+    st.fixed_dictionaries({"role": VALUES, "content": VALUES}, optional={"tool_calls": VALUES})
+)
+IDS_LIKE = st.lists(st.integers(-1, 300) | VALUES, max_size=8) | VALUES
+RECORD = st.fixed_dictionaries(
+    {},
+    optional={
+        "id": VALUES,
+        "text": VALUES,
+        "messages": MESSAGES | VALUES,
+        "tools": VALUES,
+        "input_ids": IDS_LIKE,
+        "tokens": IDS_LIKE,
+        "attention_mask": st.lists(st.integers(0, 1), max_size=8) | VALUES,
+        "position_ids": IDS_LIKE,
+    },
+)
+read_once = functools.cache(CheckpointTokenizer)
+LINE = RECORD.map(lambda record: json.dumps(record).encode()) | st.binary(max_size=40)
+
+
+@pytest.mark.parametrize("format_", ["text", "chat", "tokens"])
+@settings_of_hypothesis(max_examples=100)
+@given(lines=st.lists(LINE, min_size=1, max_size=4))
+def test_any_input_is_read_or_refused_in_one_line(format_, lines, checkpoint, tmp_path_factory):
+    path = tmp_path_factory.mktemp("fuzz") / "in.jsonl"
+    path.write_bytes(b"\n".join(lines) + b"\n")
+    try:
+        cfg = settings(input=path, format=format_, overlong="truncate-left")
+        with mock.patch.object(prompts_module, "CheckpointTokenizer", read_once):
+            source = open_source(cfg, model=checkpoint, vocab_size=288)
+        for unit in source.units:
+            prompts = source.read(unit)
+            assert len(prompts.tokens) == len(prompts.roles) == prompts.offsets[-1]
+            "".join(prompts.ids).encode()
+    except PingLLMError as error:
+        assert len(str(error).splitlines()) == 1  # noqa: PT017
 
 
 def test_a_tokenizer_of_another_model_is_refused(tmp_path, checkpoint):

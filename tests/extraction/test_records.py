@@ -92,6 +92,65 @@ def test_a_line_that_is_no_record_is_named(line, tmp_path):
         read_all(open_records(path))
 
 
+CUT = rb"ok \ud83d bad"  # an emoji cut in half
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        b'{"text": "' + CUT + b'"}',
+        b'{"text": "' + CUT.replace(rb"\ud83d", rb"\UDE00".lower()) + b'"}',
+        b'{"text": {"deep": ["' + CUT + b'"]}}',
+        b'{"text": "ok \xed\xa0\xbd bad"}',
+        b'{"text": "ok \xff bad"}',
+        b'{"text": "a", "id": "' + CUT + b'"}',
+        b'{"text": ' + b"[" * 100_000 + b"]" * 100_000 + b"}",
+    ],
+    ids=["high", "low", "nested", "bytes", "not utf-8", "id", "deep"],
+)
+def test_half_a_character_is_named_with_file_and_place(line, tmp_path):
+    path = tmp_path / "x.jsonl"
+    path.write_bytes(b'{"text": "whole \\ud83d\\ude00 \xf0\x9f\x98\x80"}\n' + line + b"\n")
+    with pytest.raises(DataError, match=r"x\.jsonl, byte 36[: ]|x\.jsonl@36") as error:
+        read_all(open_records(path))
+    assert len(str(error.value).splitlines()) == 1
+
+
+def test_half_a_character_in_a_value_that_is_not_read_does_no_harm(tmp_path):
+    path = tmp_path / "x.jsonl"
+    path.write_bytes(b'\xef\xbb\xbf{"text": "a", "title": "' + CUT + b'"}\n')
+    assert [record["text"] for _, record in read_all(open_records(path))] == ["a"]
+
+
+@pytest.mark.parametrize("column", ["text", "id"])
+def test_parquet_that_is_not_utf_8_is_named(column, tmp_path):
+    columns = {"text": ["a"] * 3, "id": ["b"] * 3} | {column: [b"a", b"ok \xed\xa0\xbd", b"b"]}
+    arrays = {
+        name: pa.array(values, pa.binary()).view(pa.string()) if name == column else values
+        for name, values in columns.items()
+    }
+    pq.write_table(pa.table(arrays), tmp_path / "x.parquet")
+    with pytest.raises(DataError, match=r"x\.parquet cannot be read after row 0: .*index 1"):
+        read_all(open_records(tmp_path / "x.parquet"))
+
+
+def test_parquet_without_the_column_says_which_it_has(tmp_path):
+    table = pa.table({"content": ["a"], "url": ["b"], "id": ["c"]})
+    pq.write_table(table, tmp_path / "x.parquet")
+    with pytest.raises(DataError, match=r"no column text; its columns are content, url, id; ren"):
+        Records(
+            str(tmp_path / "x.parquet"), columns=("text",), also=("id",), unit_bytes=9, limit=None
+        )
+
+
+def test_a_line_without_end_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr("ping_llm.extraction.records.LONGEST_LINE", 1000)
+    path = tmp_path / "x.jsonl.gz"
+    path.write_bytes(gzip.compress(b'{"text": "a"}\n{"text": "' + b"a" * 100_000))
+    with pytest.raises(DataError, match=r"x\.jsonl\.gz, byte 14: the line has over"):
+        read_all(open_records(path))
+
+
 def test_a_damaged_parquet_file_and_an_unknown_ending_are_named(tmp_path):
     (tmp_path / "x.parquet").write_bytes(b"PAR1 no")
     with pytest.raises(DataError, match=r"x\.parquet is not a readable Parquet file"):
