@@ -2,11 +2,15 @@ import bz2
 import collections
 import datetime
 import gzip
+import io
 import json
 import lzma
 import math
+import os
+import tarfile
 
 import numpy as np
+import polars as pl
 import pyarrow as pa
 import pyarrow.csv as pc_csv
 import pyarrow.parquet as pq
@@ -298,8 +302,78 @@ def test_what_is_rejected_and_what_is_read_add_up_to_what_was_there(tmp_path):
     assert max(collections.Counter(rejected["line"].to_pylist()).values()) == 1
 
 
+def test_strings_as_other_writers_store_them_are_read(tmp_path):
+    expected, _ = read(write(tmp_path / "x.parquet", table()))
+    delta = {"src_addr": "DELTA_LENGTH_BYTE_ARRAY", "dst_addr": "DELTA_BYTE_ARRAY"}
+    for i, encoding in enumerate([delta, {"src_addr": "DELTA_BYTE_ARRAY"}]):
+        path = tmp_path / f"{i}.parquet"
+        dictionary = [name for name in table().schema.names if name not in encoding]
+        pq.write_table(table(), path, use_dictionary=dictionary, column_encoding=encoding)
+        found, rejected = read(path)
+        assert found == expected
+        assert not len(rejected)
+    views = {name: table()[name].cast(pa.string_view()) for name in ("src_addr", "dst_addr")}
+    for name, changes in (
+        ("both", views),
+        ("one", {"dst_addr": views["dst_addr"]}),
+        ("large", {name: table()[name].cast(pa.large_string()) for name in views}),
+    ):
+        found, rejected = read(write(tmp_path / f"{name}.arrow", table(**changes)))
+        assert found == expected
+    path = tmp_path / "polars.arrow"
+    pl.DataFrame(table()).with_columns(pl.col("src_addr").cast(pl.Categorical)).write_ipc(path)
+    found, _ = read(path)
+    assert found == expected
+    texts = ["1.2.3.4", "1.2.3.4", "2001:db8::1", None]
+    bad = {"src_addr": pa.array(texts, pa.string_view())}
+    _, rejected = read(write(tmp_path / "bad.arrow", table(**bad)))
+    assert rejected["reason"].to_pylist() == ["missing src_addr"]
+
+
+@pytest.mark.parametrize("kind", [pa.int64(), pa.float64(), pa.uint32()])
+def test_times_may_be_seconds_and_never_milliseconds(tmp_path, kind):
+    expected, _ = read(write(tmp_path / "x.parquet", table()))
+    seconds = pa.array([T0, T0 + 1, T0 + 2, T0 + 3]).cast(kind)
+    found, _ = read(write(tmp_path / "s.parquet", table(event_time=seconds)))
+    assert found == expected
+    if kind != pa.uint32():
+        thousands = pa.array([T0 * 1000, -1, T0, T0]).cast(kind)
+        _, rejected = read(write(tmp_path / "ms.arrow", table(event_time=thousands)))
+        assert set(rejected["reason"].to_pylist()) == {"event_time outside 1970..2106"}
+
+
+def test_a_byte_order_mark_costs_no_record(tmp_path, monkeypatch):
+    monkeypatch.setattr(sources, "UNIT_BYTES", 300)
+    for name, data in (("x.ndjson", ripe_lines(9)), ("x.csv", CSV_HEADER + CSV_ROW * 9)):
+        found, rejected = read(write(tmp_path / name, b"\xef\xbb\xbf" + data))
+        assert (len(found), len(rejected)) == (9, 0)
+
+
 def make(tmp_path, name, data):
     return [str(write(tmp_path / name, data))]
+
+
+def link(path, target):
+    path.symlink_to(target)
+    return path
+
+
+def pipe(path):
+    os.mkfifo(path)
+    return str(path)
+
+
+def write_raw(directory, name, data):
+    with open(os.path.join(os.fsencode(directory), name), "wb") as file:
+        file.write(data)
+    return True
+
+
+def tar_bytes():
+    sink = io.BytesIO()
+    with tarfile.open(fileobj=sink, mode="w") as archive:
+        archive.addfile(tarfile.TarInfo("x.ndjson"))
+    return sink.getvalue()
 
 
 def parquet_bytes(**changes):
@@ -347,9 +421,9 @@ BROKEN = {
         "no column src_addr, rtt",
     ),
     "no columns": (lambda p: make(p, "x.parquet", pa.table({})), "found none"),
-    "integer times": (
-        lambda p: make(p, "x.parquet", table(event_time=[1, 2, 3, 4])),
-        "event_time is int64; expected a timestamp",
+    "boolean times": (
+        lambda p: make(p, "x.parquet", table(event_time=[True] * 4)),
+        "event_time is bool; expected a timestamp or seconds since 1970",
     ),
     "dates": (
         lambda p: make(p, "x.parquet", table(event_time=[datetime.date(2024, 1, 1)] * 4)),
@@ -405,6 +479,47 @@ BROKEN = {
     "utf-16 csv": (
         lambda p: make(p, "x.csv", CSV_HEADER.decode().encode("utf-16")),
         "is no CSV header",
+    ),
+    "json array": (
+        lambda p: make(p, "x.json", b"[" + ripe_lines(1) + b"]"),
+        "is a JSON array; give",
+    ),
+    "json array by lines": (
+        lambda p: make(p, "x.json", b" [\n" + ripe_lines(3).replace(b"}\n", b"},\n") + b"]"),
+        "is a JSON array; give one result a line",
+    ),
+    "json array, marked, no ending": (
+        lambda p: make(p, "x", b"\xef\xbb\xbf [{}]"),
+        "is a JSON array",
+    ),
+    "json array in gzip": (lambda p: make(p, "x.json.gz", gzip.compress(b"[{}]")), "a JSON array"),
+    "json over lines": (
+        lambda p: make(p, "x.json", json.dumps({"a": 1}, indent=1).encode()),
+        "is JSON over several lines",
+    ),
+    "gzip named json": (lambda p: make(p, "x.ndjson", gzip.compress(b"{}")), "end in .gz"),
+    "bz2 named csv": (lambda p: make(p, "x.json", bz2.compress(b"{}")), "end in .bz2"),
+    "xz named json": (lambda p: make(p, "x.json", lzma.compress(b"{}")), "end in .xz"),
+    "parquet named json": (lambda p: make(p, "x.json", parquet_bytes()), "end in .parquet"),
+    "utf-16 json": (lambda p: make(p, "x.json", "{}".encode("utf-16")), "is UTF-16 text"),
+    "tar": (lambda p: make(p, "x.tar.gz", gzip.compress(tar_bytes())), "is a tar archive; unpack"),
+    "dead link": (lambda p: [link(p / "b.ndjson", p / "gone") and str(p)], "b.ndjson is a link to"),
+    "dead link by glob": (
+        lambda p: [link(p / "b.ndjson", p / "gone") and str(p / "*.ndjson")],
+        "b.ndjson is a link to nothing; fetch its content",
+    ),
+    "dead link below": (
+        lambda p: [(p / "d").mkdir() or (link(p / "d" / "b.csv", p / "gone") and str(p))],
+        "b.csv is a link to nothing",
+    ),
+    "pipe": (lambda p: [pipe(p / "x.ndjson")], "is a pipe or a device; give a regular file"),
+    "pipe in a directory": (
+        lambda p: [pipe(p / "x.ndjson") and str(p)],
+        "is a pipe or a device; remove it",
+    ),
+    "name that is no utf-8": (
+        lambda p: [write_raw(p, b"caf\xe9.ndjson", ripe_lines(1)) and str(p)],
+        r"caf.udce9.ndjson: the path is not UTF-8; rename it",
     ),
     "one endless line": (
         lambda p: make(p, "x.json", b"[" + b" " * lines_format.LONGEST_LINE * 2),
