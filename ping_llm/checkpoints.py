@@ -5,8 +5,9 @@ paths in the tree, so that what is on disk knows nothing of Flax's and Optax's c
 """
 
 import contextlib
+import json
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -14,8 +15,10 @@ from typing import Any
 import jax
 import orbax.checkpoint as ocp
 
-from ping_llm.errors import CheckpointError
+from ping_llm.errors import CheckpointError, DataError, Stopped
 from ping_llm.models.trees import by_path, check_shapes
+from ping_llm.outputs import digest_files, publish_json
+from ping_llm.storage import Location, StoredFile
 
 TREES = ("params", "opt_state")
 _NOTES = "notes"
@@ -133,13 +136,44 @@ class Checkpoints:
         args = ocp.args.Composite(**items, **{_NOTES: ocp.args.JsonSave(notes)})
         with _failing_with(self._not_written):
             self._manager.save(step, args=args, force=True)
-        if self._on_saved is not None:
-            self._saved = self._pool.submit(self._after_save, step)
+        self._saved = self._pool.submit(self._after_save, step)
 
     def _after_save(self, step: int) -> None:
         self._manager.wait_until_finished()
+        if jax.process_index() == 0:
+            objective = self._objectives.get(step)
+            content = {"objective": objective, "files": _digests(self.directory / str(step))}
+            publish_json(self._list_of(step), content)
+            for file in self.directory.glob("*.json"):  # of checkpoints that are not kept
+                if not file.with_suffix("").is_dir():
+                    file.unlink()
         if self._on_saved is not None:
             self._on_saved(step, self._objectives)
+
+    def _list_of(self, step: int) -> Location:
+        return Location.of(self.directory) / f"{step}.json"
+
+    def _check(self, step: int, trees: Iterable[str]) -> None:
+        """Raises a `CheckpointError` where a file of some trees is not what was written."""
+        where, damaged = self.directory / str(step), None
+        only = (*(f"{name}/" for name in (*trees, _NOTES)), "_")
+        if not self._list_of(step).is_file():  # killed before it was listed
+            return
+        try:
+            listed = json.loads(self._list_of(step).read_text())["files"]
+            found = _digests(where, only)
+            damaged = [
+                n for n in sorted(listed) if n.startswith(only) and listed[n] != found.get(n)
+            ]
+        except (ValueError, KeyError, TypeError, AttributeError, DataError):
+            raise CheckpointError(
+                f"{self._list_of(step)} is damaged; remove it to use the checkpoint unchecked"
+            ) from None
+        if damaged:
+            raise CheckpointError(
+                f"{where}/{damaged[0]} is damaged: its checksum is another; remove {where} to go "
+                "on from the checkpoint before it"
+            )
 
     def wait(self) -> None:
         """Returns when all checkpoints are written, and `on_saved` has returned.
@@ -168,6 +202,7 @@ class Checkpoints:
                 "remove that directory to go on from the checkpoint before it"
             )
 
+        self._check(step, trees)
         wanted = {name: by_path(tree) for name, tree in trees.items()}
         with _failing_with(unreadable):
             stored = self._manager.item_metadata(step)
@@ -192,6 +227,15 @@ class Checkpoints:
         return f"{self.directory}: a checkpoint could not be written: {line}; {kept}"
 
 
+def _digests(directory: Path, only: tuple[str, ...] = ("",)) -> dict[str, str]:
+    """Returns the SHA-256 of the files below a directory whose names there begin as `only` says."""
+    paths = {path.relative_to(directory).as_posix(): path for path in directory.rglob("*")}
+    paths = {n: path for n, path in paths.items() if n.startswith(only) and path.is_file()}
+    stored = [StoredFile(Location.of(path), path.stat().st_size) for path in paths.values()]
+    digests = digest_files(stored, shown=False)
+    return {name: digest.sha256 for name, digest in zip(paths, digests, strict=True)}
+
+
 def best_step(objectives: Mapping[int, float | None]) -> int:
     """Returns the step of the lowest objective, or the newest where none is known."""
     known = {step: value for step, value in objectives.items() if value is not None}
@@ -204,6 +248,10 @@ def _failing_with(message: Callable[[str], str]) -> Iterator[None]:
     try:
         yield
     except Exception as error:  # Orbax and TensorStore raise many kinds
+        cause: BaseException | None = error
+        while cause := cause.__cause__ or cause.__context__:
+            if isinstance(cause, (Stopped, KeyboardInterrupt)):  # it broke off, nothing is damaged
+                raise cause from None
         lines = str(error).strip().splitlines()
         line = ": ".join([type(error).__name__, *(text[:300] for text in lines[:1])])
         raise CheckpointError(message(line)) from error

@@ -454,18 +454,27 @@ class FileDigest(NamedTuple):
     sha256: str
 
 
-def digest_files(files: Sequence[StoredFile], *, workers: int = 8) -> list[FileDigest]:
+def digest_files(
+    files: Sequence[StoredFile], *, workers: int = 8, shown: bool = True
+) -> list[FileDigest]:
     """Returns the digest of each file, in their order; reads them whole, in `workers` threads.
+
+    Args:
+        files: The files.
+        workers: How many are read at once.
+        shown: Whether progress is.
 
     Raises:
         DataError: A file breaks off or cannot be read.
         StorageError: A file is absent.
     """
     total, digests = sum(file.size for file in files), []
-    with ThreadPoolExecutor(workers) as pool, progress("hash", total=total, unit="bytes") as bar:
+    bar = progress("hash", total=total, unit="bytes") if shown else contextlib.nullcontext()
+    with ThreadPoolExecutor(workers) as pool, bar as opened:
         for each in pool.map(_digest_file, files):
             digests.append(each)
-            bar.update(each.size)
+            if opened is not None:
+                opened.update(each.size)
     return digests
 
 

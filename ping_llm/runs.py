@@ -6,22 +6,23 @@ them with their checksums. A checkpoint without that list is not whole.
 """
 
 import dataclasses
+import hashlib
 import json
 import re
-import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 from flax import nnx
 
 from ping_llm import settings, tokenizer
 from ping_llm.data.network import KNOWN
 from ping_llm.errors import CheckpointError, ConfigError, DataError
-from ping_llm.hashing import file_digest
+from ping_llm.hashing import digest, file_digest
 from ping_llm.models.config import DecoderConfig
 from ping_llm.models.decoder import Decoder
 from ping_llm.models.trees import by_path, check_shapes
@@ -103,11 +104,19 @@ def read_config(run: Location) -> dict[str, Any]:
         )
     try:
         config = json.loads(path.read_text())
+        checksum = config.pop("checksum", None)  # none in runs of earlier versions
         _ = {**config["model"]}, {**config["train"]}, config["data"]["fingerprint"]
+        if checksum not in (None, digest(config)):
+            raise ValueError("its checksum is another")
     except (ValueError, KeyError, TypeError, DataError) as error:
         reason = f"{type(error).__name__}: {error}"
         raise CheckpointError(f"{path} is damaged: {reason}; restore it") from None
     return config
+
+
+def with_checksum(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns what `config.json` is to hold, which `read_config` checks."""
+    return {**config, "checksum": digest(config)}
 
 
 def check_language(run: Location, config: Mapping[str, Any]) -> None:
@@ -134,6 +143,10 @@ def _read_exported(run: Location, directory: Path, abstract: Any) -> Any:
     where, wanted = run / EXPORTED, by_name(abstract)
     try:
         with safe_open(directory / EXPORTED, framework="numpy") as file:
+            checksum = (file.metadata() or {}).get("checksum")
+            names = sorted(file.keys())
+            if checksum not in (None, tensors_digest((n, file.get_tensor(n)) for n in names)):
+                raise OSError("its checksum is another")
             shapes = {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118
             check_shapes(where, wanted, shapes)
             leaves = [
@@ -145,6 +158,15 @@ def _read_exported(run: Location, directory: Path, abstract: Any) -> Any:
             f"{where} is not a sound safetensors file ({error}); export it again"
         ) from None
     return jax.tree.unflatten(jax.tree.structure(abstract), leaves)
+
+
+def tensors_digest(tensors: Iterable[tuple[str, np.ndarray]]) -> str:
+    """Returns the SHA-256 of named tensors, which are in the order of their names."""
+    sha256 = hashlib.sha256()
+    for name, tensor in tensors:
+        sha256.update(f"{name} {tensor.dtype} {tensor.shape}\n".encode())
+        sha256.update(tensor.tobytes())
+    return sha256.hexdigest()
 
 
 def _read_best_checkpoint(run: Location, directory: Path, abstract: Any) -> Any:
@@ -253,7 +275,7 @@ class RemoteRun:
         newest = max(self.objectives, default=None)
         for other in (directory / "checkpoints").glob("*"):
             if other.name != str(newest):
-                shutil.rmtree(other)
+                Location.of(other).remove()
         for name in _FILES:
             (directory / name).unlink(missing_ok=True)
             if newest is not None and (location / name).is_file():
@@ -271,15 +293,9 @@ class RemoteRun:
         self.push_files()
         local = self._directory / "checkpoints" / str(step)
         remote = self._location / "checkpoints" / str(step)
-
-        def copy(path: Path) -> tuple[str, str]:
-            name = path.relative_to(local).as_posix()
-            (remote / name).upload(path)
-            return name, _digest(path)
-
+        content = json.loads(_list_of(Location.of(self._directory), step).read_text())
         with ThreadPoolExecutor(_TRANSFERS) as pool:
-            files = dict(pool.map(copy, filter(Path.is_file, sorted(local.rglob("*")))))
-        content = {"objective": kept[step], "files": files}
+            list(pool.map(lambda name: (remote / name).upload(local / name), content["files"]))
         publish_json(_list_of(self._location, step), content, claim=self._claim)
         for old in self.objectives.keys() - kept.keys():
             _list_of(self._location, old).remove()

@@ -79,7 +79,8 @@ def test_only_the_newest_are_kept(tmp_path):
     with Checkpoints(tmp_path, keep=2) as checkpoints:
         for step in (1, 2, 5):
             checkpoints.save(step, {"params": tree()}, {})
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["2", "5"]
+    assert sorted(path.name for path in tmp_path.iterdir() if path.is_dir()) == ["2", "5"]
+    assert sorted(path.stem for path in tmp_path.glob("*.json")) == ["2", "5"]
 
 
 def test_what_a_killed_process_left_is_removed_and_not_taken_for_a_checkpoint(tmp_path):

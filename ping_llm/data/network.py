@@ -5,6 +5,7 @@ It is kept with the run as probe rows, thinned: a run answers without its data s
 
 import dataclasses
 import functools
+import hashlib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -22,6 +23,7 @@ from ping_llm.hashing import hash_addresses
 from ping_llm.measurements import MeasurementTable
 from ping_llm.storage import Location
 
+_CHECKSUM = b"checksum"  # of its content, among its metadata
 KNOWN = "known.arrow"  # in a run directory: what the run answers from
 NEWEST_KEPT = 160  # measurements of each pair: as far back as a history grid looks
 WORLD_NODES = 2500  # matrices of so many nodes take 25 MB each
@@ -155,8 +157,10 @@ def write_known(path: Path, measurements: MeasurementTable) -> None:
     sources = table.src[np.append(0, starts)] if len(table) else table.src
     measured = {name: getattr(table, name) for name in MEASURED}
     rows = RowBatch.grouped(np.cumsum(source), sources, measured)
-    with pa.ipc.new_file(str(path), ROW_SCHEMA) as writer:
-        writer.write_batch(rows.to_arrow())
+    batch = rows.to_arrow()
+    checksum = {_CHECKSUM: _digest([rows])}
+    with pa.ipc.new_file(str(path), ROW_SCHEMA.with_metadata(checksum)) as writer:
+        writer.write_batch(batch)
 
 
 def read_known(run: Location) -> MeasurementTable:
@@ -179,4 +183,17 @@ def _read_batches(file: Location) -> list[RowBatch]:
     with file.open_input() as source, pa.ipc.open_file(source) as reader:
         if reader.schema != ROW_SCHEMA:
             raise pa.ArrowInvalid("it holds other columns than probe rows have")
-        return [checked(reader.get_batch(i)) for i in range(reader.num_record_batches)]
+        batches = [checked(reader.get_batch(i)) for i in range(reader.num_record_batches)]
+        checksum = (reader.schema.metadata or {}).get(_CHECKSUM)
+        if checksum not in (None, _digest(batches)):
+            raise pa.ArrowInvalid("its checksum is another")
+        return batches
+
+
+def _digest(batches: list[RowBatch]) -> bytes:
+    """Returns the SHA-256 of what batches of rows hold, in hexadecimal."""
+    sha256 = hashlib.sha256()
+    for batch in batches:
+        for values in vars(batch).values():
+            sha256.update(np.ascontiguousarray(values).tobytes())
+    return sha256.hexdigest().encode()

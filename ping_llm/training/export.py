@@ -7,7 +7,7 @@ import numpy as np
 
 from ping_llm import outputs, settings
 from ping_llm.data.network import KNOWN
-from ping_llm.runs import EXPORTED, by_name, load_run
+from ping_llm.runs import EXPORTED, by_name, load_run, tensors_digest, with_checksum
 from ping_llm.storage import Location
 from ping_llm.training.settings import ExportSettings
 
@@ -45,8 +45,9 @@ def export_run(chosen: ExportSettings) -> ExportResult:
     with outputs.claim(output, what="export") as claim:
         run = load_run(chosen.run)
         tensors = {name: np.asarray(leaf) for name, leaf in by_name(run.params).items()}
-        weights = save(tensors, metadata={"format": "ping-llm"})
-        config = (json.dumps(run.config, indent=2) + "\n").encode()
+        checksum = tensors_digest(sorted(tensors.items()))
+        weights = save(tensors, metadata={"checksum": checksum})  # of several the order varies
+        config = (json.dumps(with_checksum(run.config), indent=2) + "\n").encode()
         content = {EXPORTED: weights, "config.json": config}
         known = Location.of(chosen.run) / KNOWN
         if known.is_file():

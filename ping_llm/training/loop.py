@@ -22,7 +22,7 @@ from ping_llm.errors import ConfigError, Stopped, StorageError
 from ping_llm.outputs import publish_file, publish_json
 from ping_llm.packing import Batch
 from ping_llm.progress import progress
-from ping_llm.runs import PRETRAINED, load_run
+from ping_llm.runs import PRETRAINED, load_run, with_checksum
 from ping_llm.storage import Location
 from ping_llm.training.directory import RunDirectory, open_run
 from ping_llm.training.metrics import Meter, RunLog, by_field
@@ -105,7 +105,7 @@ def train(cfg: TrainSettings) -> TrainResult:
         if done < cfg.steps:
             is_first = jax.process_index() == 0
             if is_first:
-                publish_json(Location.of(run.path) / "config.json", run.config)
+                publish_json(Location.of(run.path) / "config.json", with_checksum(run.config))
                 if not (run.path / KNOWN).is_file():
                     with publish_file(Location.of(run.path) / KNOWN) as path:
                         write_known(path, thinned(ProbeRows(data, "train").to_table()))
