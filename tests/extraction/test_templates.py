@@ -95,6 +95,10 @@ CONFIGS = {
     "extra": {"extra_special_tokens": ["<think>", "<tool>"]},
     "additional": {"additional_special_tokens": ["<think>", "<|im_start|>"]},
     "both": {"additional_special_tokens": ["<think>"], "extra_special_tokens": ["<tool>"]},
+    "extra, named, and additional": {
+        "extra_special_tokens": {"x_token": "<think>"},
+        "additional_special_tokens": ["<tool>"],
+    },
     "decoder and extra": {
         "added_tokens_decoder": numbered(entry("<think>")),
         "extra_special_tokens": ["<tool>", "<think>"],
@@ -235,10 +239,13 @@ LEGACY = {
 
 
 @pytest.mark.parametrize("qwen", [True, False], ids=["qwen", "other"])
-@pytest.mark.parametrize("file", LEGACY)
-def test_tokens_in_older_files_are_added_too(file, qwen, tmp_path):
+@pytest.mark.parametrize("files", [[file] for file in LEGACY] + [list(LEGACY)], ids=str)
+@pytest.mark.parametrize("name", ["plain", "additional", "extra, named", "decoder"])
+def test_tokens_in_older_files_are_added_too(name, files, qwen, tmp_path):
     write_tokenizer(tmp_path, qwen=qwen)
-    change(tmp_path, file, **LEGACY[file])
+    change(tmp_path, **CONFIGS[name])
+    for file in files:
+        change(tmp_path, file, **LEGACY[file])
     ours, theirs = both_ids(tmp_path)
     assert ours == theirs
 
