@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -126,6 +127,10 @@ def _read_tokenizer(
     try:
         if path.is_file():
             content = path.read_bytes()
+            # On merges that lack their prefix the library ends the process.
+            prefix = re.search(rb'"continuing_subword_prefix"\s*:\s*"[^"]', content)
+            if prefix and json.loads(content)["model"].get("type") != "WordPiece":
+                raise DataError(f"{path}: continuing_subword_prefix of merges is not supported")
             return content, tokenizers.Tokenizer.from_buffer(content)
         ends = settings.get("add_bos_token") or settings.get("add_eos_token")
         if not (is_qwen and words.is_file() and merges.is_file()) or ends:

@@ -228,6 +228,15 @@ def test_malformed_files_of_a_tokenizer_are_refused_in_one_line(file, content, r
     assert len(str(refused.value).splitlines()) == 1
 
 
+def test_merges_with_a_prefix_end_in_a_message_and_not_the_process(tmp_path):
+    write_tokenizer(tmp_path, qwen=True)
+    content = json.loads((tmp_path / "tokenizer.json").read_text())
+    content["model"]["continuing_subword_prefix"] = "x"
+    change(tmp_path, "tokenizer.json", **content)
+    with pytest.raises(DataError, match="continuing_subword_prefix of merges is not supported"):
+        CheckpointTokenizer(tmp_path, chat=False, vocab_size=1000)
+
+
 LEGACY = {
     "special_tokens_map.json": {
         "bos_token": "<s>",
