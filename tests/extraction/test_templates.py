@@ -205,6 +205,7 @@ def test_tokenizers_of_other_kinds_are_taken_as_they_are(name, config, tmp_path)
         ("tokenizer.json", "{}", r"tokenizer\.json is not a tokenizer"),
         ("tokenizer.json", "[" * 9999, r"tokenizer\.json is not a tokenizer"),
         ("tokenizer_config.json", "[]", "holds no JSON object"),
+        ("tokenizer_config.json", "[" * 99_999, "cannot be read as JSON"),
         ("tokenizer_config.json", '{"added_tokens_decoder": []}', "malformed"),
         ("tokenizer_config.json", '{"added_tokens_decoder": {"x": {}}}', "malformed"),
         ("tokenizer_config.json", '{"added_tokens_decoder": {"1": {"a": 1}}}', "malformed"),
