@@ -269,7 +269,8 @@ def _lines(
                     yield offset, line
                 offset += len(line)
     except (OSError, EOFError, pa.ArrowException) as error:
-        raise DataError(f"{location} cannot be read after byte {offset}: {error}") from None
+        reason = safe(str(error).strip())
+        raise DataError(f"{location} cannot be read after byte {offset}: {reason}") from None
 
 
 def _objects(
@@ -286,8 +287,9 @@ def _objects(
 def _open_parquet(location: Location) -> pq.ParquetFile:
     try:
         return pq.ParquetFile(location.open_input())
-    except (OSError, pa.ArrowException) as error:
-        raise DataError(f"{location} is not a readable Parquet file: {error}") from None
+    except (OSError, ValueError, pa.ArrowException) as error:
+        reason = safe(str(error).strip())
+        raise DataError(f"{location} is not a readable Parquet file: {reason}") from None
 
 
 def _rows(
@@ -313,4 +315,5 @@ def _rows(
                     yield from enumerate(rows.to_pylist(), row + low)
                 row += len(batch)
         except (OSError, ValueError, OverflowError, pa.ArrowException) as error:
-            raise DataError(f"{location} cannot be read after row {row}: {error}") from None
+            reason = safe(str(error).strip())
+            raise DataError(f"{location} cannot be read after row {row}: {reason}") from None

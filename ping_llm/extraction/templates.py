@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -126,6 +127,10 @@ def _read_tokenizer(
     try:
         if path.is_file():
             content = path.read_bytes()
+            # On merges that lack their prefix the library ends the process.
+            prefix = re.search(rb'"continuing_subword_prefix"\s*:\s*"[^"]', content)
+            if prefix and json.loads(content)["model"].get("type") != "WordPiece":
+                raise DataError(f"{path}: continuing_subword_prefix of merges is not supported")
             return content, tokenizers.Tokenizer.from_buffer(content)
         ends = settings.get("add_bos_token") or settings.get("add_eos_token")
         if not (is_qwen and words.is_file() and merges.is_file()) or ends:
@@ -182,36 +187,45 @@ def _add_tokens(
     """
     from tokenizers import AddedToken
 
-    standard = [f"{name}_token" for name in NAMED_TOKENS]
+    older = {}  # what older versions of transformers saved elsewhere
+    if "added_tokens_decoder" not in settings:
+        older = _read_optional(directory / "special_tokens_map.json")
+    extra = settings.get("extra_special_tokens") or settings.get("additional_special_tokens")
+    settings = settings | older
     if is_qwen:
-        settings = (
-            dict.fromkeys(("unk_token", "eos_token", "pad_token"), "<|endoftext|>") | settings
-        )
-    present = tokenizer.get_added_tokens_decoder()
-    if "added_tokens_decoder" in settings:
-        numbered = {int(i): _token(t) for i, t in settings["added_tokens_decoder"].items()}
-    else:  # as older versions of transformers saved them
-        settings = settings | _read_optional(directory / "special_tokens_map.json")
-        older = _read_optional(directory / "added_tokens.json")
-        numbered = {int(i): AddedToken(t, normalized=True) for t, i in older.items()} | present
-    extra = settings.get("extra_special_tokens") or settings.get("additional_special_tokens") or []
+        usual = dict.fromkeys(("unk_token", "eos_token", "pad_token"), "<|endoftext|>")
+        settings = usual | settings
+    standard = [f"{name}_token" for name in NAMED_TOKENS]
     named = {key: settings.get(key) for key in standard} | {
         key: value
         for key, value in settings.items()
         if key.endswith("_token") and key not in standard and isinstance(value, str | dict)
     }
     if isinstance(extra, dict):
-        named, extra = named | extra, []
+        named, extra = named | extra, None
+    if extra is None:
+        extra = settings.get("additional_special_tokens") or []
+    if not isinstance(extra, list):
+        raise TypeError("extra_special_tokens is neither a list nor an object")
     named = {key: _token(value) for key, value in named.items() if value is not None}
     extra = [_token(value) for value in extra]
-    as_added = {token.content: token for token in numbered.values()}
-    wanted = [token for _, token in sorted(numbered.items()) if token not in present.values()]
-    known = {token.content for token in [*present.values(), *wanted]}
+    present = tokenizer.get_added_tokens_decoder()
+    if "added_tokens_decoder" in settings:
+        numbered = {int(i): _token(t) for i, t in settings["added_tokens_decoder"].items()}
+    else:
+        specials = {token.content for token in (*named.values(), *extra)}
+        numbered = {
+            int(i): AddedToken(
+                content, normalized=content not in specials, special=content in specials
+            )
+            for content, i in _read_optional(directory / "added_tokens.json").items()
+        } | present
+    shown = {repr(token) for token in present.values()}
+    wanted = [token for _, token in sorted(numbered.items()) if repr(token) not in shown]
+    known = {token.content for token in (*present.values(), *wanted)}
     for token in (*named.values(), *extra):
-        token = as_added.get(token.content, token)
-        if token.content not in known:
+        if token.content not in known and token not in wanted:
             wanted.append(token)
-            known.add(token.content)
     names = {key: token.content for key, token in named.items()}
     for token in wanted:
         token.special = token.special or token.content in names.values()

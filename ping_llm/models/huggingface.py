@@ -71,7 +71,7 @@ def read_json(path: Path | Location) -> dict[str, Any]:
     """
     try:
         content = json.loads(Location.of(path).read_bytes())
-    except (StorageError, ValueError) as error:
+    except (StorageError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} cannot be read as JSON: {error}") from None
     if not isinstance(content, dict):
         raise CheckpointError(f"{path} holds no JSON object")

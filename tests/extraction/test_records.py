@@ -122,6 +122,21 @@ def test_half_a_character_in_a_value_that_is_not_read_does_no_harm(tmp_path):
     assert [record["text"] for _, record in read_all(open_records(path))] == ["a"]
 
 
+@given(flips=st.dictionaries(st.integers(0, 5000), st.integers(0, 255), min_size=1, max_size=4))
+def test_any_damage_to_parquet_is_refused_in_one_line_or_does_no_harm(flips, tmp_path_factory):
+    path = tmp_path_factory.mktemp("damaged") / "x.parquet"
+    table = pa.table({"text": ["the \u00e9", None, "a"] * 9, "id": ["b"] * 27})
+    pq.write_table(table, path, row_group_size=20)
+    content = bytearray(path.read_bytes())
+    for place, value in flips.items():
+        content[place % len(content)] = value
+    path.write_bytes(content)
+    try:
+        read_all(open_records(path))
+    except DataError as error:
+        assert len(str(error).splitlines()) == 1  # noqa: PT017
+
+
 @pytest.mark.parametrize("column", ["text", "id"])
 def test_parquet_that_is_not_utf_8_is_named(column, tmp_path):
     columns = {"text": ["a"] * 3, "id": ["b"] * 3} | {column: [b"a", b"ok \xed\xa0\xbd", b"b"]}

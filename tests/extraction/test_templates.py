@@ -95,6 +95,10 @@ CONFIGS = {
     "extra": {"extra_special_tokens": ["<think>", "<tool>"]},
     "additional": {"additional_special_tokens": ["<think>", "<|im_start|>"]},
     "both": {"additional_special_tokens": ["<think>"], "extra_special_tokens": ["<tool>"]},
+    "extra, named, and additional": {
+        "extra_special_tokens": {"x_token": "<think>"},
+        "additional_special_tokens": ["<tool>"],
+    },
     "decoder and extra": {
         "added_tokens_decoder": numbered(entry("<think>")),
         "extra_special_tokens": ["<tool>", "<think>"],
@@ -201,6 +205,7 @@ def test_tokenizers_of_other_kinds_are_taken_as_they_are(name, config, tmp_path)
         ("tokenizer.json", "{}", r"tokenizer\.json is not a tokenizer"),
         ("tokenizer.json", "[" * 9999, r"tokenizer\.json is not a tokenizer"),
         ("tokenizer_config.json", "[]", "holds no JSON object"),
+        ("tokenizer_config.json", "[" * 99_999, "cannot be read as JSON"),
         ("tokenizer_config.json", '{"added_tokens_decoder": []}', "malformed"),
         ("tokenizer_config.json", '{"added_tokens_decoder": {"x": {}}}', "malformed"),
         ("tokenizer_config.json", '{"added_tokens_decoder": {"1": {"a": 1}}}', "malformed"),
@@ -224,6 +229,15 @@ def test_malformed_files_of_a_tokenizer_are_refused_in_one_line(file, content, r
     assert len(str(refused.value).splitlines()) == 1
 
 
+def test_merges_with_a_prefix_end_in_a_message_and_not_the_process(tmp_path):
+    write_tokenizer(tmp_path, qwen=True)
+    content = json.loads((tmp_path / "tokenizer.json").read_text())
+    content["model"]["continuing_subword_prefix"] = "x"
+    change(tmp_path, "tokenizer.json", **content)
+    with pytest.raises(DataError, match="continuing_subword_prefix of merges is not supported"):
+        CheckpointTokenizer(tmp_path, chat=False, vocab_size=1000)
+
+
 LEGACY = {
     "special_tokens_map.json": {
         "bos_token": "<s>",
@@ -235,10 +249,13 @@ LEGACY = {
 
 
 @pytest.mark.parametrize("qwen", [True, False], ids=["qwen", "other"])
-@pytest.mark.parametrize("file", LEGACY)
-def test_tokens_in_older_files_are_added_too(file, qwen, tmp_path):
+@pytest.mark.parametrize("files", [[file] for file in LEGACY] + [list(LEGACY)], ids=str)
+@pytest.mark.parametrize("name", ["plain", "additional", "extra, named", "decoder"])
+def test_tokens_in_older_files_are_added_too(name, files, qwen, tmp_path):
     write_tokenizer(tmp_path, qwen=qwen)
-    change(tmp_path, file, **LEGACY[file])
+    change(tmp_path, **CONFIGS[name])
+    for file in files:
+        change(tmp_path, file, **LEGACY[file])
     ours, theirs = both_ids(tmp_path)
     assert ours == theirs
 
