@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from ping_llm import settings
@@ -93,17 +94,24 @@ def inspect_activations(chosen: InspectActivationsSettings) -> InspectActivation
     errors: list[str] = []
     done: dict[int, dict[str, Any]] = {}
     holders: dict[int, Holder] = {}
-    for unit in range(len(manifest["units"])):
+    identity = store.identity(manifest)
+
+    def look(unit: int) -> None:
         try:
             if (published := store.read_done(kv, unit)) is not None:
                 done[unit] = published
-                if published["identity"] != store.identity(manifest):
+                if published["identity"] != identity:
                     marker = f"{kv.url}/{store.done_key(unit)}"
                     errors.append(f"{marker} is of a store with other settings")
             elif (holder := read_holder(kv, unit)) is not None:
                 holders[unit] = holder
         except StorageError as error:
             errors.append(str(error))
+
+    with ThreadPoolExecutor(16) as pool:  # many small reads
+        list(pool.map(look, range(len(manifest["units"]))))
+    done, holders = dict(sorted(done.items())), dict(sorted(holders.items()))
+    errors.sort()
     stale = find_stale(kv, holders, manifest["lease_seconds"]) if chosen.watch else None
     entries, units = list(done.values()), len(manifest["units"])
     counts = store.totals(entries, "samples", "tokens", "bytes")

@@ -167,10 +167,15 @@ class RunLog:
 
 def _read_whole_lines(path: Path) -> list[dict[str, Any]]:
     rows = []
-    if path.exists():
-        for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
-            try:
-                rows.append(json.loads(line))
-            except ValueError:  # torn by a kill: what follows was never whole
-                break
+    lines = (
+        path.read_text(encoding="utf-8", errors="replace").split("\n") if path.exists() else [""]
+    )
+    for number, line in enumerate(lines[:-1], 1):  # what follows the last newline, a kill has torn
+        try:
+            row = json.loads(line)
+            _ = row["step"] < 0, {**row}
+            rows.append(row)
+        except (ValueError, KeyError, TypeError, RecursionError):
+            said = f"{path}: line {number} is damaged and left out"
+            print(said, file=sys.stderr, flush=True)
     return rows

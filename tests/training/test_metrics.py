@@ -100,6 +100,16 @@ def test_lines_after_the_last_step_and_torn_ones_are_cut(tmp_path):
     assert lines == log.rows == [{"step": 1, "loss": 3.5}, {"step": 2, "loss": 3.0}]
 
 
+@pytest.mark.parametrize(
+    "bad", ["{", "7", "[]", '{"loss": 1}', '{"step": "x"}', "\x00", "[" * 9999]
+)
+def test_a_damaged_line_is_left_out_and_said(bad, tmp_path, capsys):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text(f'{{"step": 1}}\n{bad}\n{{"step": 2}}\n')
+    assert RunLog(path, last_step=2).rows == [{"step": 1}, {"step": 2}]
+    assert capsys.readouterr().err == f"{path}: line 2 is damaged and left out\n"
+
+
 def test_a_file_that_cannot_be_written_is_named(tmp_path):
     absent = tmp_path / "absent" / "metrics.jsonl"
     with pytest.raises(StorageError, match=r"metrics\.jsonl: cannot be written"):
