@@ -15,7 +15,8 @@ from typing import Any
 import jax
 import orbax.checkpoint as ocp
 
-from ping_llm.errors import CheckpointError, DataError, Stopped
+from ping_llm.environment import signals_held
+from ping_llm.errors import CheckpointError, DataError
 from ping_llm.models.trees import by_path, check_shapes
 from ping_llm.outputs import digest_files, publish_json
 from ping_llm.storage import Location, StoredFile
@@ -156,7 +157,7 @@ class Checkpoints:
     def _check(self, step: int, trees: Iterable[str]) -> None:
         """Raises a `CheckpointError` where a file of some trees is not what was written."""
         where, damaged = self.directory / str(step), None
-        only = (*(f"{name}/" for name in (*trees, _NOTES)), "_")
+        skipped = tuple(f"{name}/" for name in {*TREES} - {*trees})
         if not self._list_of(step).is_file():  # killed before it was listed
             return
         try:
@@ -227,10 +228,10 @@ class Checkpoints:
         return f"{self.directory}: a checkpoint could not be written: {line}; {kept}"
 
 
-def _digests(directory: Path, only: tuple[str, ...] = ("",)) -> dict[str, str]:
-    """Returns the SHA-256 of the files below a directory whose names there begin as `only` says."""
+def _digests(directory: Path, skipped: tuple[str, ...] = ()) -> dict[str, str]:
+    """Returns the SHA-256 of the files below a directory but those whose names begin so."""
     paths = {path.relative_to(directory).as_posix(): path for path in directory.rglob("*")}
-    paths = {n: path for n, path in paths.items() if n.startswith(only) and path.is_file()}
+    paths = {n: path for n, path in paths.items() if not n.startswith(skipped) and path.is_file()}
     stored = [StoredFile(Location.of(path), path.stat().st_size) for path in paths.values()]
     digests = digest_files(stored, shown=False)
     return {name: digest.sha256 for name, digest in zip(paths, digests, strict=True)}
@@ -244,14 +245,14 @@ def best_step(objectives: Mapping[int, float | None]) -> int:
 
 @contextlib.contextmanager
 def _failing_with(message: Callable[[str], str]) -> Iterator[None]:
-    """Makes any error a `CheckpointError`: a message about the first line of that error."""
+    """Makes any error a `CheckpointError`: a message about the first line of that error.
+
+    Signals wait until the end: Orbax would take one for an error, or leave a save half done.
+    """
     try:
-        yield
+        with signals_held():
+            yield
     except Exception as error:  # Orbax and TensorStore raise many kinds
-        cause: BaseException | None = error
-        while cause := cause.__cause__ or cause.__context__:
-            if isinstance(cause, (Stopped, KeyboardInterrupt)):  # it broke off, nothing is damaged
-                raise cause from None
         lines = str(error).strip().splitlines()
         line = ": ".join([type(error).__name__, *(text[:300] for text in lines[:1])])
         raise CheckpointError(message(line)) from error

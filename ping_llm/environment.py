@@ -10,7 +10,9 @@ import ctypes
 import hashlib
 import os
 import re
+import signal
 import sys
+import threading
 import warnings
 from collections.abc import Iterator
 
@@ -186,3 +188,24 @@ def _entries(directory: str) -> Iterator[tuple[str, os.stat_result]]:
 def _remove(path: str) -> None:
     with contextlib.suppress(OSError):
         os.unlink(path)
+
+
+@contextlib.contextmanager
+def signals_held() -> Iterator[None]:
+    """Lets SIGINT and SIGTERM wait, where what would be interrupted cannot be ended halfway.
+
+    XLA compiles on, and crashes when Python exits; Orbax takes them for errors of its own.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    held: list[int] = []
+    stops = (signal.SIGINT, signal.SIGTERM)
+    before = {stop: signal.signal(stop, lambda signum, _: held.append(signum)) for stop in stops}
+    try:
+        yield
+    finally:
+        for stop, handler in before.items():
+            signal.signal(stop, handler)
+        for signum in held:
+            signal.raise_signal(signum)

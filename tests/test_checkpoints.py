@@ -1,9 +1,11 @@
 import resource
 import shutil
+import signal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 import tiny_runs
 from jax.sharding import NamedSharding
@@ -12,8 +14,10 @@ from safetensors.numpy import load_file
 
 from ping_llm import sharding
 from ping_llm.checkpoints import Checkpoints
-from ping_llm.errors import CheckpointError, ConfigError
+from ping_llm.data.network import read_known
+from ping_llm.errors import CheckpointError, ConfigError, Stopped
 from ping_llm.runs import load_run
+from ping_llm.storage import Location
 from ping_llm.training.export import export_run
 
 ROWS = 512
@@ -148,6 +152,50 @@ def test_a_failed_write_is_an_error_and_leaves_the_checkpoint_before(tmp_path):
         assert checkpoints.latest() == 2
 
 
+def test_no_flipped_byte_of_a_checkpoint_is_read(tmp_path):
+    save_one(tmp_path)
+    assert (tmp_path / "1.json").is_file()
+    files = [path for path in (tmp_path / "1").rglob("*") if path.is_file() and path.stat().st_size]
+    rng = np.random.default_rng(0)
+    with Checkpoints(tmp_path, keep=3) as checkpoints:
+        for path in (files * 200)[:200]:
+            sound = path.read_bytes()
+            flipped = bytearray(sound)
+            flipped[rng.integers(len(sound))] ^= 1 << rng.integers(8)
+            path.write_bytes(flipped)
+            with pytest.raises(CheckpointError, match=f"{path} is damaged.*; remove {tmp_path}/1"):
+                checkpoints.restore(1, {"params": shapes(tree())})
+            path.write_bytes(sound)
+        checkpoints.restore(1, {"params": shapes(tree())})
+
+
+@pytest.mark.parametrize("at", ["restore", "wait_until_finished", "close"])
+def test_a_signal_waits_for_a_restore_and_a_save_and_is_no_damage(tmp_path, at, monkeypatch):
+    def stop(signum, _):
+        raise Stopped(signum)
+
+    def interrupted(self, *args, **kwargs):
+        signal.raise_signal(signal.SIGTERM)
+        return original(self, *args, **kwargs)
+
+    save_one(tmp_path)
+    original = getattr(ocp.CheckpointManager, at)
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        checkpoints = Checkpoints(tmp_path, keep=3)
+        monkeypatch.setattr(ocp.CheckpointManager, at, interrupted)
+        with pytest.raises(Stopped), checkpoints:  # noqa: PT012
+            checkpoints.restore(1, {"params": shapes(tree())})
+            checkpoints.save(2, {"params": tree()}, {})
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    monkeypatch.undo()
+    with Checkpoints(tmp_path, keep=3) as checkpoints:
+        step = 1 if at != "close" else 2
+        assert checkpoints.latest() == step
+        checkpoints.restore(step, {"params": shapes(tree())})
+
+
 # --- exports ------------------------------------------------------------------------------------
 
 
@@ -190,3 +238,28 @@ def test_a_damaged_export_is_named(exported):
     path.write_bytes(path.read_bytes()[:-4])
     with pytest.raises(CheckpointError, match=r"model\.safetensors is not a sound"):
         load_run(exported[1])
+
+
+def test_no_flipped_byte_of_an_export_is_read(exported):
+    output = exported[1]
+    names, rng = ("model.safetensors", "known.arrow", "config.json"), np.random.default_rng(0)
+
+    def content():
+        run, known = load_run(output), read_known(Location.of(output))
+        leaves = [np.asarray(leaf).tobytes() for leaf in jax.tree.leaves(run.params)]
+        # A flip in the name `checksum` leaves a key that means nothing.
+        used = {name: run.config.get(name) for name in ("model", "train", "data")}
+        return used, leaves, [getattr(known, name).tolist() for name in ("time", "rtt")]
+
+    sound, refused = content(), 0
+    for path in [output / name for name in names * 20]:
+        whole = path.read_bytes()
+        flipped = bytearray(whole)
+        flipped[rng.integers(len(whole))] ^= 1 << rng.integers(8)
+        path.write_bytes(flipped)
+        try:
+            assert content() == sound  # what was flipped says nothing, such as white space
+        except CheckpointError as error:
+            refused += str(path) in str(error)
+        path.write_bytes(whole)
+    assert refused > 50

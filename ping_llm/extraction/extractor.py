@@ -1,10 +1,7 @@
 """A loaded model with its compiled forward pass: from packed batches to activations."""
 
-import contextlib
-import signal
-import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -14,7 +11,7 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from ping_llm import sharding
+from ping_llm import environment, sharding
 from ping_llm.activations.arrays import ColumnSlice
 from ping_llm.errors import ConfigError
 from ping_llm.extraction.batches import PackedBatch
@@ -58,7 +55,7 @@ class Extractor:
             started = time.monotonic()
             # Force full float32 matmuls; GPUs and TPUs default to lower precision.
             precision = jax.default_matmul_precision("highest" if self._exact else "default")
-            with _signals_held(), jax.set_mesh(self._mesh), precision:
+            with environment.signals_held(), jax.set_mesh(self._mesh), precision:
                 lowered = self._forward.lower(self._params, *arrays)
                 self._compiled[shape] = lowered.compile()
             self.compile_seconds += time.monotonic() - started
@@ -78,24 +75,6 @@ class Extractor:
     def peak_device_bytes(self) -> int:
         """The most memory used on one device so far; on a CPU, by the process."""
         return sharding.peak_device_bytes()
-
-
-@contextlib.contextmanager
-def _signals_held() -> Iterator[None]:
-    """Lets SIGINT and SIGTERM wait: interrupted, XLA compiles on, and crashes when Python exits."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    held: list[int] = []
-    stops = (signal.SIGINT, signal.SIGTERM)
-    before = {stop: signal.signal(stop, lambda signum, _: held.append(signum)) for stop in stops}
-    try:
-        yield
-    finally:
-        for stop, handler in before.items():
-            signal.signal(stop, handler)
-    for signum in held:
-        signal.raise_signal(signum)
 
 
 def _columns(mesh: Mesh) -> NamedSharding:
