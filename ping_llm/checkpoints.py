@@ -162,10 +162,9 @@ class Checkpoints:
             return
         try:
             listed = json.loads(self._list_of(step).read_text())["files"]
-            found = _digests(where, only)
-            damaged = [
-                n for n in sorted(listed) if n.startswith(only) and listed[n] != found.get(n)
-            ]
+            found = _digests(where, skipped)
+            meant = sorted(name for name in listed if not name.startswith(skipped))
+            damaged = [name for name in meant if listed[name] != found.get(name)]
         except (ValueError, KeyError, TypeError, AttributeError, DataError):
             raise CheckpointError(
                 f"{self._list_of(step)} is damaged; remove it to use the checkpoint unchecked"
