@@ -284,6 +284,7 @@ def augmentations(task: ArcTask, count: int, *, colors: str, seed: int) -> list[
     examples, same = len(task.train), tuple(range(N_COLORS))
     possible = len(SYMMETRIES) * math.factorial(N_COLORS - fixed) * math.factorial(examples)
     chosen = [Augmentation("identity", same, tuple(range(examples)))]
+    seen = {*chosen}
     while len(chosen) < count:
         moved = (fixed + rng.permutation(N_COLORS - fixed)).tolist()
         drawn = Augmentation(
@@ -291,7 +292,8 @@ def augmentations(task: ArcTask, count: int, *, colors: str, seed: int) -> list[
             (*same[:fixed], *moved),
             tuple(rng.permutation(examples).tolist()),
         )
-        if drawn not in chosen or len(chosen) >= possible:
+        if drawn not in seen or len(chosen) >= possible:
+            seen.add(drawn)
             chosen.append(drawn)
     return chosen[:count]
 

@@ -189,7 +189,7 @@ def _predict_pairs(chosen: PredictSettings) -> PairsResult:
                         outputs.publish_json(blocks / "settings.json", facts, claim=claim)
                         finished.add("settings.json")
                     with outputs.publish_file(blocks / f"{i:06d}.parquet", claim=claim) as path:
-                        pq.write_table(answers, path)
+                        pq.write_table(answers, path, write_page_checksum=True)
                     seconds += time.monotonic() - started
                     answered += len(questions)
                 done += len(questions)
@@ -215,10 +215,17 @@ def _join(blocks: Location, output: Location, kept: dict[str, Any], claim: outpu
     with outputs.publish_file(output, claim=claim) as path:
         writer = None
         for file in files:
-            with file.open_input() as source:
-                table = pq.read_table(source).replace_schema_metadata({_KEY: json.dumps(kept)})
-            writer = writer or pq.ParquetWriter(path, table.schema)
-            writer.write_table(table)
+            try:
+                with file.open_input() as source:
+                    table = pq.read_table(source, page_checksum_verification=True)
+                table = table.replace_schema_metadata({_KEY: json.dumps(kept)})
+                writer = writer or pq.ParquetWriter(path, table.schema)
+                writer.write_table(table)
+            except (*READ_ERRORS, ValueError) as error:
+                why = str(error).splitlines()[0][:200]
+                raise DataError(
+                    f"{file} is damaged: {why}; remove it and run the same command again"
+                ) from None
         if writer is not None:
             writer.close()
     blocks.remove()
