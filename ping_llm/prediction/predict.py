@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import hashlib
 import json
 import time
 from collections.abc import Iterator
@@ -173,7 +174,7 @@ def _predict_pairs(chosen: PredictSettings) -> PairsResult:
         return json.loads(begun.read_text()) if begun.is_file() else None
 
     with outputs.claim(output, what="predict", settings=facts, stored=stored) as claim:
-        finished = set(blocks.names())
+        finished = {name.partition("-")[0] for name in blocks.names()}
         if output.exists() or "settings.json" not in finished:
             blocks.remove()  # left by a process that was killed when it had joined them
             finished = set()
@@ -182,14 +183,18 @@ def _predict_pairs(chosen: PredictSettings) -> PairsResult:
         total, done, answered, seconds = _count(files), 0, 0, 0.0
         with progress(f"predict {output.name}", total=total, unit="pairs") as bar:
             for i, questions in enumerate(_read_blocks(files, pairs)):
-                if f"{i:06d}.parquet" not in finished:
+                if f"{i:06d}" not in finished:
                     started = time.monotonic()
                     answers = predictor.ask(questions, history)
                     if "settings.json" not in finished:
                         outputs.publish_json(blocks / "settings.json", facts, claim=claim)
                         finished.add("settings.json")
-                    with outputs.publish_file(blocks / f"{i:06d}.parquet", claim=claim) as path:
-                        pq.write_table(answers, path, write_page_checksum=True)
+                    block = pa.BufferOutputStream()
+                    pq.write_table(answers, block)
+                    content = block.getvalue().to_pybytes()
+                    name = f"{i:06d}-{_digest(content)}.parquet"
+                    with outputs.publish_file(blocks / name, claim=claim) as path:
+                        path.write_bytes(content)
                     seconds += time.monotonic() - started
                     answered += len(questions)
                 done += len(questions)
@@ -215,20 +220,21 @@ def _join(blocks: Location, output: Location, kept: dict[str, Any], claim: outpu
     with outputs.publish_file(output, claim=claim) as path:
         writer = None
         for file in files:
-            try:
-                with file.open_input() as source:
-                    table = pq.read_table(source, page_checksum_verification=True)
-                table = table.replace_schema_metadata({_KEY: json.dumps(kept)})
-                writer = writer or pq.ParquetWriter(path, table.schema)
-                writer.write_table(table)
-            except (*READ_ERRORS, ValueError) as error:
-                why = str(error).splitlines()[0][:200]
-                raise DataError(
-                    f"{file} is damaged: {why}; remove it and run the same command again"
-                ) from None
+            content = file.read_bytes()
+            if file.name != f"{file.name[:6]}-{_digest(content)}.parquet":
+                raise DataError(f"{file} is damaged; remove it and run the same command again")
+            table = pq.read_table(pa.BufferReader(content))
+            table = table.replace_schema_metadata({_KEY: json.dumps(kept)})
+            writer = writer or pq.ParquetWriter(path, table.schema)
+            writer.write_table(table)
         if writer is not None:
             writer.close()
     blocks.remove()
+
+
+def _digest(content: bytes) -> str:
+    """Returns what is in the name of a block, by which a damaged one is known."""
+    return hashlib.sha256(content).hexdigest()[:16]
 
 
 def _count(files: list[InputFile]) -> int | None:

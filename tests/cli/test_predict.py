@@ -9,6 +9,7 @@ from tiny_runs import write_run
 
 from ping_llm import outputs
 from ping_llm.cli import cli
+from ping_llm.errors import DataError
 from ping_llm.ingest.prepare import prepare_data
 from ping_llm.prediction import predict as predict_module
 from ping_llm.prediction.predict import predict
@@ -124,6 +125,30 @@ def test_a_file_of_pairs_stopped_and_started_again_gives_what_one_call_gives(mad
     monkeypatch.undo()
 
 
+def test_a_block_that_was_damaged_is_named_and_answered_again_once_it_is_removed(
+    made, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(predict_module, "BLOCK_PAIRS", 16)
+    given = {"run": made / "run", "pairs": made / "pairs.parquet"}
+    output = tmp_path / "answers.parquet"
+    with monkeypatch.context() as patch:
+        patch.setattr(predict_module, "_join", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            predict(**given, output=output)
+    (block,) = (tmp_path / "answers.parquet.parts").glob("000001-*.parquet")
+    whole, rng = block.read_bytes(), np.random.default_rng(0)
+    for at in rng.integers(len(whole), size=200):
+        flipped = bytearray(whole)
+        flipped[at] ^= 1 << rng.integers(8)
+        assert predict_module._digest(bytes(flipped)) not in block.name
+        block.write_bytes(flipped)
+    with pytest.raises(DataError, match=r"000001-.*parquet is damaged; remove it and run the same"):
+        predict(**given, output=output)
+    block.unlink()
+    assert predict(**given, output=output).pairs == 50
+    assert len(pq.read_table(output)) == 50
+
+
 def test_a_finished_file_is_left_alone_and_other_pairs_are_refused_by_name(made):
     given = ["--run", made / "run", "--output", made / "again.parquet", "--json"]
     first = invoke(*given, "--pairs", made / "pairs.parquet")
@@ -145,7 +170,7 @@ def test_blocks_that_a_killed_process_had_joined_are_not_taken_for_answers(made,
     assert invoke(*given, "--pairs", made / "pairs.parquet").exit_code == 0
     whole = output.read_bytes()
     blocks.mkdir()  # killed while it removed them: the settings are gone, a block is not
-    (blocks / "000000.parquet").write_bytes(whole)
+    (blocks / f"000000-{predict_module._digest(whole)}.parquet").write_bytes(whole)
     other = pq.read_table(made / "pairs.parquet").slice(10, 5)
     pq.write_table(other, tmp_path / "other.parquet")
     output.unlink()
