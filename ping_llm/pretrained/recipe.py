@@ -16,12 +16,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from ping_llm import addresses
-from ping_llm.data.network import thinned
+from ping_llm.data.network import KNOWN, thinned
 from ping_llm.data.rows import ProbeRows
 from ping_llm.errors import DataError, PingLLMError
 from ping_llm.hashing import file_digest
 from ping_llm.ingest.prepare import prepare_data
 from ping_llm.measurements import MeasurementTable
+from ping_llm.outputs import publish_json
+from ping_llm.runs import read_config, with_checksum
 from ping_llm.storage import Location
 from ping_llm.training.export import export_run
 from ping_llm.training.loop import train
@@ -106,8 +108,12 @@ def pretrain(
         pq.write_table(pa.table(MeasurementTable.concat([*tables])), merged)
         prepare_data([str(merged)], output=rows, test_fraction=0.0, valid_fraction=0.02, seed=SEED)
     train(rows, output / "run", seed=SEED, **(TRAINING | changes))
-    export_run(output / "run", output / "pretrained")
-    (output / "pretrained" / "known.arrow").unlink()  # it answers about networks it is given
+    made = Location.of(output / "pretrained")
+    export_run(output / "run", made)
+    (made / KNOWN).remove()  # it answers about networks it is given
+    config = read_config(made)
+    config["data"]["path"] = rows.name  # not where they were on this machine
+    publish_json(made / "config.json", with_checksum(config))
 
 
 def _train_rows(file: Location, source: Source, place: Path) -> MeasurementTable:
