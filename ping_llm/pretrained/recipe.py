@@ -109,7 +109,7 @@ def pretrain(
         prepare_data([str(merged)], output=rows, test_fraction=0.0, valid_fraction=0.02, seed=SEED)
     train(rows, output / "run", seed=SEED, **(TRAINING | changes))
     made = Location.of(output / "pretrained")
-    export_run(output / "run", made)
+    export_run(output / "run", str(made))
     (made / KNOWN).remove()  # it answers about networks it is given
     config = read_config(made)
     config["data"]["path"] = rows.name  # not where they were on this machine
