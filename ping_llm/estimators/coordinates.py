@@ -33,7 +33,8 @@ def embed(a: np.ndarray, b: np.ndarray, log_rtt: np.ndarray, key: np.ndarray) ->
     y, n = log_rtt, len(key)
     chosen = _choose(a, b, mix(np.minimum(key[a], key[b]), np.maximum(key[a], key[b])))
     a, b, center = a[chosen], b[chosen], np.median(y[chosen] if len(chosen) else y)
-    y = y[chosen] - center
+    # Descent blows up what rounding leaves of a factor that all RTTs are multiplied by.
+    y = np.round(y[chosen] - center, 2)
     fits = []
     for start in range(STARTS):
         uniform = [
