@@ -20,7 +20,7 @@ from ping_llm.checkpoints import Checkpoints
 from ping_llm.data import pipeline
 from ping_llm.errors import CheckpointError, ConfigError, DataError, Stopped, TrainingError
 from ping_llm.outputs import claim
-from ping_llm.runs import load_run
+from ping_llm.runs import load_run, whole_steps
 from ping_llm.storage import Location
 from ping_llm.training.loop import train
 from ping_llm.training.step import make_eval_step
@@ -68,7 +68,9 @@ def test_a_run_leaves_what_the_design_says(finished):
     assert config["train"]["steps"] == 6
     assert config["parameters"] == result.parameters
     assert (output / "loss.png").stat().st_size > 1000
-    assert sorted(path.name for path in (output / "checkpoints").iterdir()) == ["2", "4", "6"]
+    assert sorted(path.name for path in (output / "checkpoints").iterdir()) == [
+        *("2", "2.json", "4", "4.json", "6", "6.json")
+    ]
     rows = lines(output)
     assert [row["step"] for row in rows] == [1, 2, 3, 4, 5, 6]
     assert rows[-1]["loss"] < rows[0]["loss"]
@@ -93,7 +95,7 @@ def test_a_finished_run_is_not_touched_and_gives_the_same_result(finished, probe
 def test_a_run_of_another_version_of_the_token_language_is_refused(copy_of_finished, probe_rows):
     path = copy_of_finished / "config.json"
     config = json.loads(path.read_text())
-    del config["language_version"]  # as the first version wrote it
+    del config["language_version"], config["checksum"]  # as the first version wrote it
     path.write_text(json.dumps(config))
     with pytest.raises(CheckpointError, match="on version 1 of the token language, this is ver"):
         run(probe_rows, copy_of_finished, "checkpoint_every=2")
@@ -226,7 +228,7 @@ def test_a_run_killed_before_its_first_checkpoint_does_not_bind_the_next_one(
 
 def test_a_damaged_checkpoint_says_what_to_do(copy_of_finished, probe_rows):
     shutil.rmtree(copy_of_finished / "checkpoints" / "6" / "params")
-    with pytest.raises(CheckpointError, match=r"checkpoints/6.*remove that directory"):
+    with pytest.raises(CheckpointError, match=r"checkpoints/6/params.* is damaged.*; remove "):
         run(probe_rows, copy_of_finished, steps=8)
 
 
@@ -248,7 +250,7 @@ def test_the_best_on_valid_is_kept_and_is_what_is_loaded(probe_rows, tmp_path):
     assert losses == pytest.approx(rtt, rel=1e-6)  # it has all the weight
     best = min(losses, key=losses.__getitem__)
     assert best != 12, "choose other settings: the last step is the best one"
-    kept = sorted(int(path.name) for path in (output / "checkpoints").iterdir())
+    kept = whole_steps(Location.of(output))
     assert kept == [best, 12]
     with Checkpoints(output / "checkpoints", keep=None) as checkpoints:
         assert checkpoints.best() == best
@@ -261,7 +263,7 @@ def test_the_best_on_valid_is_kept_and_is_what_is_loaded(probe_rows, tmp_path):
     assert float(nll[-1] / count[-1]) == pytest.approx(losses[best], rel=1e-5)
     # A resumed run knows the best one of before, and goes on from the newest.
     assert run(probe_rows, output, *settings, "learning_rate=3", steps=13).step == 13
-    assert best in [int(path.name) for path in (output / "checkpoints").iterdir()]
+    assert best in whole_steps(Location.of(output))
 
 
 def test_a_trace_of_some_steps_is_written(probe_rows, tmp_path):
@@ -328,7 +330,7 @@ def test_a_signal_saves_at_once_and_the_run_can_go_on(finished, probe_rows, tmp_
             run(probe_rows, output, "checkpoint_every=100")
     assert stopped.value.signum == signum
     assert signal.getsignal(signum) == before
-    assert [path.name for path in (output / "checkpoints").iterdir()] == ["3"]
+    assert whole_steps(Location.of(output)) == [3]
     if signum == signal.SIGTERM:
         run(probe_rows, output)
         assert [row["loss"] for row in lines(output)] == [row["loss"] for row in lines(finished[0])]
