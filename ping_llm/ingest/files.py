@@ -3,6 +3,7 @@
 import dataclasses
 import lzma
 import os
+import tarfile
 from collections.abc import Sequence
 
 import pyarrow as pa
@@ -12,9 +13,11 @@ from ping_llm.errors import DataError
 from ping_llm.storage import Location, StoredFile
 
 ENDINGS = {".parquet": "parquet", ".pq": "parquet", ".arrow": "arrow", ".feather": "arrow"}
-ENDINGS |= {".csv": "csv", ".ndjson": "ripe", ".jsonl": "ripe", ".json": "ripe"}
+ENDINGS |= {".csv": "csv", ".ndjson": "ripe", ".jsonl": "ripe", ".json": "ripe", ".tar": "tar"}
 COMPRESSIONS = {".gz": "gzip", ".bz2": "bz2", ".zst": "zstd", ".xz": "xz"}
+_SHORT = {".tgz": ".tar.gz", ".tbz2": ".tar.bz2", ".txz": ".tar.xz"}
 READ_ERRORS = (OSError, EOFError, UnicodeDecodeError, lzma.LZMAError, pa.ArrowException)
+READ_ERRORS += (tarfile.TarError,)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,7 +27,7 @@ class InputFile:
     Attributes:
         location: Where it is.
         input_index: Which INPUT argument it belongs to.
-        format: "parquet", "arrow", "csv" or "ripe".
+        format: "parquet", "arrow", "csv", "ripe" or "tar".
         compression: "gzip", "bz2", "zstd" or "xz"; None for none.
         size: Bytes on disk.
     """
@@ -38,16 +41,16 @@ class InputFile:
 
 @dataclasses.dataclass(frozen=True)
 class Unit:
-    """What of a file one worker reads: bytes of text, row groups or record batches.
+    """What one worker reads: a share of a file, or several small files whole.
 
     Attributes:
-        file: The file.
-        start: The first byte or group.
+        files: The files, all of one input.
+        start: The first byte of text, or row group.
         stop: Behind the last one; None reads to the end.
         size: Bytes on disk it stands for.
     """
 
-    file: InputFile
+    files: tuple[InputFile, ...]
     start: int
     stop: int | None
     size: int
@@ -72,7 +75,7 @@ def find_files(inputs: Sequence[str]) -> list[InputFile]:
             )
         files = location.find()
         if not location.is_file():  # a directory or glob, where a README is no input
-            files = [file for file in files if _format_of(file.location)[0]]
+            files = [file for file in files if format_of(file.location.name)[0]]
         if not files:
             endings = ", ".join((*ENDINGS, *COMPRESSIONS))
             raise DataError(f"{location}: no file there ends in one of {endings}")
@@ -85,16 +88,17 @@ def find_files(inputs: Sequence[str]) -> list[InputFile]:
     return list(found.values())
 
 
-def _format_of(location: Location) -> tuple[str | None, str | None]:
-    """Returns (format, compression) by the name; RIPE Atlas dumps end in `.bz2` alone."""
-    stem, ending = os.path.splitext(location.name.lower())
+def format_of(name: str) -> tuple[str | None, str | None]:
+    """Returns (format, compression) by a file's name; RIPE Atlas dumps end in `.bz2` alone."""
+    stem, ending = os.path.splitext(name.lower())
+    stem, ending = os.path.splitext(stem + _SHORT.get(ending, ending))
     compression = COMPRESSIONS.get(ending)
     format_ = ENDINGS.get(os.path.splitext(stem)[1] if compression else ending)
     return format_ or ("ripe" if compression else None), compression
 
 
 def _describe(file: StoredFile, index: int) -> InputFile:
-    format_, compression = _format_of(file.location)
+    format_, compression = format_of(file.location.name)
     if file.size == 0:
         raise DataError(f"{file.location} is empty (0 bytes)")
     if format_ is None:

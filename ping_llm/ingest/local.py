@@ -86,7 +86,7 @@ class LocalEngine(Engine):
 
     def _read(self, files: Sequence[InputFile], pool: ThreadPoolExecutor) -> np.ndarray:
         """Spills all measurements in runs; returns `time_cuts` of each input."""
-        self._units = [unit for units in pool.map(cut_into_units, files) for unit in units]
+        self._units = cut_into_units(files, apply=pool.map)
         self._lines = np.zeros(len(self._units), np.int64)
         self._first = np.full(files[-1].input_index + 1, 2**62)  # times of each input
         self._last = np.full_like(self._first, -1)
@@ -118,7 +118,7 @@ class LocalEngine(Engine):
                         self._spill_run(tables)
                     with self._lock:
                         if len(part.table):
-                            index, times = unit.file.input_index, part.table.time
+                            index, times = unit.files[0].input_index, part.table.time
                             self._first[index] = min(self._first[index], times.min())
                             self._last[index] = max(self._last[index], times.max())
                         shown.update((part.done - done) * unit.size)
@@ -176,8 +176,8 @@ def write_rejected(directory: Path, spill: Path, units: Sequence[Unit], lines: n
     ) as writer:
         before, file = 0, None
         for i, unit in enumerate(units):
-            if unit.file != file:
-                before, file = 0, unit.file
+            if unit.files[0] != file:
+                before, file = 0, unit.files[0]
             path = _rejected_path(spill, i)
             if path.exists():
                 with pa.OSFile(str(path)) as source, pa.ipc.open_stream(source) as reader:
@@ -244,14 +244,14 @@ class UnitReader:
         Raises:
             DataError: The file cannot be read to the end of the unit.
         """
-        index, writer = self._unit.file.input_index, None
+        index, writer = self._unit.files[0].input_index, None
         with contextlib.ExitStack() as stack:
             for part in read_unit(self._unit):
                 if len(part.rejected):
                     if writer is None:
                         new = pa.ipc.new_stream(str(self._path), REJECTED_SCHEMA)
                         writer = stack.enter_context(new)
-                    writer.write_batch(renumber(part.rejected, self.lines))
+                    writer.write_batch(part.rejected)
                     for count in part.rejected["reason"].value_counts().to_pylist():
                         self.reasons[count["values"]] += count["counts"]
                 self.lines += part.lines

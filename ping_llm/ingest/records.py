@@ -1,7 +1,8 @@
 """What a measurement is, and what a record must be to become one; the same for every format."""
 
+import abc
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -42,11 +43,11 @@ REASON_CODES = {reason: np.uint8(code) for code, reason in enumerate(REASONS)}
 
 @dataclasses.dataclass(frozen=True)
 class Part:
-    """Some records of a file.
+    """Some records, checked.
 
     Attributes:
         table: The good ones.
-        rejected: The others, of `REJECTED_SCHEMA`; lines count from the start of the part.
+        rejected: The others, of `REJECTED_SCHEMA`; lines count from the start of the unit.
         lines: How many lines or rows were read.
         done: How much of the unit is read by now, 0 to 1.
     """
@@ -75,6 +76,10 @@ class Verdict:
         """Rejects records whose value of `field` is MISSING or INVALID."""
         self.reject(problems == MISSING, f"missing {field}")
         self.reject(problems == INVALID, f"invalid {field}")
+
+    def split(self, counts: Iterable[int]) -> list[np.ndarray]:
+        """Returns the codes of each of consecutive groups of so many records."""
+        return np.split(self.codes, np.cumsum(list(counts))[:-1])
 
 
 Field = tuple[np.ndarray, np.ndarray]  # values, and OK, MISSING or INVALID for each
@@ -143,6 +148,77 @@ def check_columns(arrays: Mapping[str, pa.Array]) -> tuple[MeasurementTable, Ver
     return check(verdict, **fields), verdict
 
 
+class RawRecords(abc.ABC):
+    """Consecutive records of one file as they stand in it, not yet checked.
+
+    Attributes:
+        file: What the file is called.
+        before: How many records stand before them in the unit.
+        done: How much of the file is read with them, 0 to 1.
+        size: About how many bytes they are.
+    """
+
+    def __init__(self, file: object, before: int, done: float, size: int):
+        self.file, self.before, self.done, self.size = file, before, done, size
+
+    @abc.abstractmethod
+    def __len__(self) -> int: ...
+
+    @property
+    @abc.abstractmethod
+    def kind(self) -> Hashable:
+        """What must be equal for records to be checked together."""
+
+    @staticmethod
+    @abc.abstractmethod
+    def check(group: "Sequence[Any]") -> tuple[MeasurementTable, np.ndarray]:
+        """Returns the good ones of records of one kind, and `Verdict.codes` of all."""
+
+    @abc.abstractmethod
+    def texts(self, which: np.ndarray) -> list[str]:
+        """Returns how the records `which` stand in the file."""
+
+    def rejected(self, codes: np.ndarray) -> pa.RecordBatch:
+        """Returns those that `codes` reject, of `REJECTED_SCHEMA`."""
+        bad = np.flatnonzero(codes)
+        columns = {
+            "file": [str(self.file)] * len(bad),
+            "line": self.before + bad + 1,
+            "reason": [REASONS[code] for code in codes[bad]],
+            "record": self.texts(bad),
+        }
+        return pa.RecordBatch.from_pydict(columns, schema=REJECTED_SCHEMA)
+
+
+# Each check costs some milliseconds however few its records are, so small files share one.
+_TOGETHER_BYTES, _TOGETHER = 4 << 20, 1024
+
+
+def check_records(records: Iterable[RawRecords]) -> Iterator[Part]:
+    """Yields records checked, those of many small files together."""
+    group: list[RawRecords] = []
+    for each in records:
+        if group and (each.kind != group[0].kind or len(group) == _TOGETHER):
+            yield _check_group(group)
+            group = []
+        group.append(each)
+        if sum(other.size for other in group) >= _TOGETHER_BYTES:
+            yield _check_group(group)
+            group = []
+    if group:
+        yield _check_group(group)
+
+
+def _check_group(group: Sequence[RawRecords]) -> Part:
+    table, codes = group[0].check(group)
+    ends = np.cumsum([len(records) for records in group])
+    each = zip(group, np.split(codes, ends[:-1]), strict=True)
+    batches = [records.rejected(some) for records, some in each if some.any()]
+    rejected = pa.Table.from_batches(batches, REJECTED_SCHEMA).combine_chunks().to_batches()
+    empty = pa.RecordBatch.from_pylist([], schema=REJECTED_SCHEMA)
+    return Part(table, rejected[0] if rejected else empty, len(codes), group[-1].done)
+
+
 def names_to_read(path: object, names: Sequence[str]) -> list[str]:
     """Returns which columns of a table are read, of all its `names`.
 
@@ -159,16 +235,3 @@ def names_to_read(path: object, names: Sequence[str]) -> list[str]:
     if repeated := [name for name in read if names.count(name) > 1]:
         raise DataError(f"{path} has column {repeated[0]} more than once")
     return read
-
-
-def rejected_batch(
-    file: object, lines: np.ndarray, codes: np.ndarray, records: list[str]
-) -> pa.RecordBatch:
-    """Returns rejected records as a batch of `REJECTED_SCHEMA`."""
-    columns = {
-        "file": [str(file)] * len(records),
-        "line": lines,
-        "reason": [REASONS[code] for code in codes],
-        "record": records,
-    }
-    return pa.RecordBatch.from_pydict(columns, schema=REJECTED_SCHEMA)

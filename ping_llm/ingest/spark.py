@@ -45,7 +45,7 @@ class SparkEngine(local.Engine):
         """See `Engine.run`."""
         spill = self._spill
         spill.mkdir()
-        units = [unit for file in files for unit in cut_into_units(file)]
+        units = cut_into_units(files)
         session, started = _session(self._workers, self._chosen.memory_bytes)
         from pyspark import StorageLevel
         from pyspark.errors import PySparkException

@@ -349,6 +349,87 @@ def test_a_byte_order_mark_costs_no_record(tmp_path, monkeypatch):
         assert (len(found), len(rejected)) == (9, 0)
 
 
+def tar_bytes(name="x.ndjson", data=b"{}\n" * 200):
+    sink = io.BytesIO()
+    with tarfile.open(fileobj=sink, mode="w") as archive:
+        member = tarfile.TarInfo(name)
+        member.size = len(data)
+        archive.addfile(member, io.BytesIO(data))
+    return sink.getvalue()
+
+
+RESULTS = [json.loads(line) for line in ripe_lines(50).splitlines()]
+MESSAGES = [["atlas_result", result] for result in RESULTS]
+AS_JSON = {
+    "array.json": json.dumps(RESULTS).encode(),
+    "compact.json": json.dumps(RESULTS, separators=(",", ":")).encode(),
+    "indented.json": json.dumps(RESULTS, indent=2).encode(),
+    "array_by_line.json": b" [\n" + ripe_lines(50).replace(b"}\n", b"},\n")[:-2] + b"\n]\n",
+    "pages.json": b"\n".join(json.dumps(RESULTS[i : i + 7]).encode() for i in range(0, 50, 7)),
+    "objects.json": b"\n".join(json.dumps(result, indent=1).encode() for result in RESULTS),
+    "messages.ndjson": b"\n".join(json.dumps(message).encode() for message in MESSAGES),
+    "array_of_messages.json": json.dumps(MESSAGES, indent="\t").encode(),
+    "marked.json": b"\xef\xbb\xbf" + json.dumps(RESULTS).encode(),
+    "marked": b"\xef\xbb\xbf\n [" + json.dumps(RESULTS)[1:].encode(),
+    "windows.json": json.dumps(RESULTS, indent=4).replace("\n", "\r\n").encode(),
+    "packed.json.gz": gzip.compress(json.dumps(RESULTS).encode()),
+    "archive.tar": tar_bytes("results/array.json", json.dumps(RESULTS).encode()),
+    "archive.tgz": gzip.compress(tar_bytes(data=ripe_lines(50))),
+    "twice.tar.bz2": bz2.compress(tar_bytes("a.json.gz", gzip.compress(ripe_lines(50)))),
+}
+
+
+@pytest.mark.parametrize("name", AS_JSON)
+@pytest.mark.parametrize("block", [97, 4 << 20])
+def test_results_are_read_alike_however_an_api_or_an_archive_gives_them(
+    tmp_path, monkeypatch, name, block
+):
+    expected = read(write(tmp_path / "lines.ndjson", ripe_lines(50)))
+    monkeypatch.setattr(lines_format, "BLOCK_BYTES", block)
+    assert read(write(tmp_path / name, AS_JSON[name])) == expected
+
+
+def test_a_bad_element_of_an_array_is_rejected_by_its_number_and_its_neighbours_are_not(tmp_path):
+    texts = [json.dumps(result) for result in RESULTS[:5]]
+    texts[1:1] = ['"atlas_result"', "[1, 2]"]
+    texts[4] = '{"type": "ping",\n "x": }'
+    table, rejected = read(write(tmp_path / "x.json", f"[{','.join(texts)}".encode()))
+    assert len(table) == 4
+    got = [(r["line"], r["reason"], r["record"]) for r in rejected.to_pylist()]
+    assert got == [
+        (2, "not a JSON object", '"atlas_result"'),
+        (3, "not a JSON object", "[1, 2]"),
+        (5, "not a JSON object", '{"type": "ping",  "x": }'),
+        (8, "not a JSON object", "["),  # which does not end
+    ]
+
+
+@pytest.mark.parametrize("ending", ["ndjson", "csv", "parquet", "arrow"])
+def test_small_files_read_together_are_read_as_each_alone(tmp_path, monkeypatch, ending):
+    for i in range(9):
+        some = table(rtt=[i + 1.0, math.inf, -1.0, i / 7])
+        path = tmp_path / f"{i}.{ending}"
+        if ending == "ndjson":
+            write(path, ripe_lines(3) + b"{}\n" * (i % 3) + (b"\xff\n" if i == 4 else b""))
+        elif ending == "csv":
+            pc_csv.write_csv(some if i < 5 else some.select(some.column_names[::-1]), path)
+        elif ending == "parquet":
+            pq.write_table(some, path)
+        else:
+            if i > 6:
+                some = some.set_column(1, "src_addr", some["src_addr"].dictionary_encode())
+            with pa.ipc.new_file(path, some.schema) as writer:
+                writer.write_table(some)
+    together = read(tmp_path)
+    assert len(sources.cut_into_units(files.find_files([str(tmp_path)]))) == 1
+    monkeypatch.setattr(sources, "SMALL_BYTES", 0)
+    assert len(sources.cut_into_units(files.find_files([str(tmp_path)]))) == 9
+    assert together == read(tmp_path)
+    assert {r["file"] for r in together[1].to_pylist()} > {
+        str(tmp_path / f"{i}.{ending}") for i in (1, 2, 8)
+    }
+
+
 def make(tmp_path, name, data):
     return [str(write(tmp_path / name, data))]
 
@@ -367,13 +448,6 @@ def write_raw(directory, name, data):
     with open(os.path.join(os.fsencode(directory), name), "wb") as file:
         file.write(data)
     return True
-
-
-def tar_bytes():
-    sink = io.BytesIO()
-    with tarfile.open(fileobj=sink, mode="w") as archive:
-        archive.addfile(tarfile.TarInfo("x.ndjson"))
-    return sink.getvalue()
 
 
 def parquet_bytes(**changes):
@@ -478,31 +552,20 @@ BROKEN = {
     "csv header in latin-1": (lambda p: make(p, "x.csv", b"\xe9v\n"), "is no CSV header"),
     "utf-16 csv": (
         lambda p: make(p, "x.csv", CSV_HEADER.decode().encode("utf-16")),
-        "is no CSV header",
-    ),
-    "json array": (
-        lambda p: make(p, "x.json", b"[" + ripe_lines(1) + b"]"),
-        "is a JSON array; give",
-    ),
-    "json array by lines": (
-        lambda p: make(p, "x.json", b" [\n" + ripe_lines(3).replace(b"}\n", b"},\n") + b"]"),
-        "is a JSON array; give one result a line",
-    ),
-    "json array, marked, no ending": (
-        lambda p: make(p, "x", b"\xef\xbb\xbf [{}]"),
-        "is a JSON array",
-    ),
-    "json array in gzip": (lambda p: make(p, "x.json.gz", gzip.compress(b"[{}]")), "a JSON array"),
-    "json over lines": (
-        lambda p: make(p, "x.json", json.dumps({"a": 1}, indent=1).encode()),
-        "is JSON over several lines",
+        "is UTF-16 text",
     ),
     "gzip named json": (lambda p: make(p, "x.ndjson", gzip.compress(b"{}")), "end in .gz"),
     "bz2 named csv": (lambda p: make(p, "x.json", bz2.compress(b"{}")), "end in .bz2"),
     "xz named json": (lambda p: make(p, "x.json", lzma.compress(b"{}")), "end in .xz"),
     "parquet named json": (lambda p: make(p, "x.json", parquet_bytes()), "end in .parquet"),
     "utf-16 json": (lambda p: make(p, "x.json", "{}".encode("utf-16")), "is UTF-16 text"),
-    "tar": (lambda p: make(p, "x.tar.gz", gzip.compress(tar_bytes())), "is a tar archive; unpack"),
+    "tar named json": (lambda p: make(p, "x.json", tar_bytes()), "is a tar archive; let its name"),
+    "tar of nothing": (lambda p: make(p, "x.tar", tar_bytes("a.txt")), "no file of a known ending"),
+    "tar of parquet": (
+        lambda p: make(p, "x.tgz", gzip.compress(tar_bytes("a.parquet"))),
+        "x.tgz/a.parquet is no text; unpack the archive",
+    ),
+    "tar that is cut off": (lambda p: make(p, "x.tar", tar_bytes()[:600]), "cannot be read as tar"),
     "dead link": (lambda p: [link(p / "b.ndjson", p / "gone") and str(p)], "b.ndjson is a link to"),
     "dead link by glob": (
         lambda p: [link(p / "b.ndjson", p / "gone") and str(p / "*.ndjson")],
@@ -523,11 +586,11 @@ BROKEN = {
     ),
     "one endless line": (
         lambda p: make(p, "x.json", b"[" + b" " * lines_format.LONGEST_LINE * 2),
-        "holds a line of over",
+        "holds a record of over",
     ),
     "endless line in bz2": (
         lambda p: make(p, "x.bz2", bz2.compress(b"[" + b" " * lines_format.LONGEST_LINE * 2)),
-        "holds a line of over",
+        "holds a record of over",
     ),
 }
 

@@ -3,44 +3,70 @@
 # pyarrow.compute makes its functions when it is imported:
 # pyright: reportAttributeAccessIssue=false
 import csv
+import functools
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from ping_llm.errors import DataError
-from ping_llm.ingest.files import InputFile, Unit
-from ping_llm.ingest.formats.lines import open_text, read_lines
-from ping_llm.ingest.records import Part, Verdict, check_columns, names_to_read
+from ping_llm.ingest.formats.lines import Lines, Text, open_text
+from ping_llm.ingest.records import Verdict, check_columns, names_to_read
+from ping_llm.measurements import MeasurementTable
 
 # Plain fields, or quoted ones with quotes doubled.
 _LINE = r'^(([^",\r\n]*|"([^"\r\n]|"")*"),)*([^",\r\n]*|"([^"\r\n]|"")*")\r?\n$'
 
 
-def read_csv(unit: Unit) -> Iterator[Part]:
-    """Yields the records in one unit of a file."""
-    names = _header(unit.file)
-    read = names_to_read(unit.file.location, names)
-    for lines in read_lines(unit, header=True):
-        arrays, rows = _columns(lines.texts, names, read)
-        table, found = check_columns(arrays)
-        verdict = Verdict(len(lines.texts))
-        malformed = np.ones(len(lines.texts), bool)
-        malformed[rows] = False
-        verdict.reject(malformed, "not a CSV row of the header's columns")
-        verdict.codes[rows] = found.codes
-        yield lines.part(table, verdict)
+class CsvLines(Lines):
+    """Lines of a CSV file, which may be its header."""
+
+    def __init__(self, names: Sequence[str], *of_lines: Any):
+        super().__init__(*of_lines)
+        self._names = tuple(names)
+
+    @property
+    def kind(self) -> tuple[str, ...]:
+        """The header."""
+        return self._names
+
+    @staticmethod
+    def check(group: "Sequence[CsvLines]") -> tuple[MeasurementTable, np.ndarray]:
+        """See `RawRecords.check`."""
+        names = group[0].kind
+        read = names_to_read(group[0].file, names)
+
+        def parse(lines: pa.Array) -> tuple[MeasurementTable, Verdict]:
+            arrays, rows = _columns(lines, names, read)
+            table, found = check_columns(arrays)
+            verdict = Verdict(len(lines))
+            malformed = np.ones(len(lines), bool)
+            malformed[rows] = False
+            verdict.reject(malformed, "not a CSV row of the header's columns")
+            verdict.codes[rows] = found.codes
+            return table, verdict
+
+        return Lines.checked(group, parse)
 
 
-def _header(file: InputFile) -> list[str]:
-    _, text = open_text(file)
-    with text:
-        line = text.readline(1 << 16)
+def read_csv(text: Text) -> Iterator[CsvLines]:
+    """Yields the records in a share of a file."""
+    if text.start:
+        with open_text(text.file)[1] as whole:
+            header = whole.readline(1 << 16).removeprefix(b"\xef\xbb\xbf")
+    else:
+        if b"\n" not in text.head:
+            text.head += text.stream.readline(1 << 16)
+        header, _, text.head = text.head.partition(b"\n")
+        text.head = b"\n" + text.head  # so that the others keep their numbers
     try:
-        return next(csv.reader([line.decode("utf-8-sig").strip()], strict=True), [])
+        names = next(csv.reader([header.decode().strip()], strict=True), [])
     except (UnicodeDecodeError, csv.Error) as error:
-        raise DataError(f"{file.location}: its first line is no CSV header: {error}") from None
+        raise DataError(f"{text.name}: its first line is no CSV header: {error}") from None
+    names_to_read(text.name, names)
+    return text.lines(text.line_blocks(), functools.partial(CsvLines, names))
 
 
 def _columns(

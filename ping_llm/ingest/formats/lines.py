@@ -1,20 +1,22 @@
 """The lines of text files, plain or compressed, a block at a time."""
 
+import dataclasses
 import io
 import lzma
-from collections.abc import Iterator
-from typing import Any, BinaryIO
+from collections.abc import Callable, Iterator, Sequence
+from typing import IO, Any, BinaryIO, TypeVar
 
 import numpy as np
 import pyarrow as pa
 
 from ping_llm.errors import DataError
-from ping_llm.ingest.files import InputFile, Unit
-from ping_llm.ingest.records import Part, Verdict, rejected_batch
+from ping_llm.ingest.files import InputFile
+from ping_llm.ingest.records import RawRecords, Verdict
 from ping_llm.measurements import MeasurementTable
 
 BLOCK_BYTES = 4 << 20
 LONGEST_LINE = 16 << 20
+L = TypeVar("L", bound="Lines")
 
 
 class _XzReader(io.RawIOBase):
@@ -49,75 +51,138 @@ class _XzReader(io.RawIOBase):
 def open_text(file: InputFile) -> tuple[Any, BinaryIO]:
     """Returns (the raw file, whose `tell` says how much of it was read; its text)."""
     raw = file.location.open_input()
-    if file.compression is None:
+    return raw, decompressed(raw, file.compression)
+
+
+def decompressed(raw: IO[bytes], compression: str | None) -> BinaryIO:
+    """Returns the text of an open file."""
+    if compression is None:
         text = raw
-    elif file.compression == "xz":
+    elif compression == "xz":
         text = _XzReader(raw)
     else:  # Arrow refuses garbage behind a stream, which Python's bz2 silently ignores
-        text = pa.CompressedInputStream(raw, file.compression)
-    return raw, io.BufferedReader(text, 1 << 20)  # pyright: ignore[reportArgumentType]
+        text = pa.CompressedInputStream(raw, compression)
+    return io.BufferedReader(text, 1 << 20)  # pyright: ignore[reportArgumentType]
 
 
-def line_blocks(text: BinaryIO, path: object, start: int, stop: int | None) -> Iterator[bytes]:
-    """Yields blocks of the lines whose first byte lies in [start, stop); None: all the rest.
-
-    Raises:
-        DataError: A line is longer than any record can be.
-    """
-    if start:
-        text.seek(start - 1)
-        text.readline(LONGEST_LINE)
-    while stop is None or text.tell() < stop:
-        size = BLOCK_BYTES if stop is None else min(BLOCK_BYTES, stop - text.tell())
-        block = text.read(size)
-        if not block:
-            return
-        if not block.endswith(b"\n"):
-            rest = text.readline(LONGEST_LINE + 1)
-            if len(rest) > LONGEST_LINE:
-                raise DataError(
-                    f"{path} holds a line of over {LONGEST_LINE:,} bytes; expected one record "
-                    "a line (from RIPE Atlas: format=txt, not a JSON array)"
-                )
-            block += rest
-        yield block if block.endswith(b"\n") else block + b"\n"
-
-
-class Lines:
-    """Some lines of a unit.
+@dataclasses.dataclass
+class Text:
+    """A share of a text file: the lines whose first byte lies in [start, stop); None: all the rest.
 
     Attributes:
-        texts: Those that are UTF-8 and not blank, a `string` array.
+        file: The file.
+        name: What it is called; a file in an archive has a name of its own.
+        stream: Its text.
+        read: Returns how many bytes of the file on disk are read.
+        start: The first byte.
+        stop: Behind the last byte.
+        head: The first block of the file, without a byte order mark; of a later share, nothing.
     """
 
-    def __init__(self, unit: Unit, block: bytes, done: float):
-        self._unit, self._done = unit, done
+    file: InputFile
+    name: str
+    stream: BinaryIO
+    read: Callable[[], int]
+    start: int = 0
+    stop: int | None = None
+    head: bytes = b""
+
+    def __post_init__(self) -> None:
+        if self.start == 0:
+            size = BLOCK_BYTES if self.stop is None else min(BLOCK_BYTES, self.stop)
+            self.head = self.stream.read(size).removeprefix(b"\xef\xbb\xbf")
+            _check_beginning(self.name, self.head)
+
+    @property
+    def done(self) -> float:
+        """How much of the share is read, 0 to 1."""
+        size = (self.file.size if self.stop is None else self.stop) - self.start
+        return min((self.read() - self.start) / max(size, 1), 1.0)
+
+    def line_blocks(self) -> Iterator[bytes]:
+        """Yields blocks of whole lines.
+
+        Raises:
+            DataError: A line is longer than any record can be.
+        """
+        if self.start:
+            self.stream.seek(self.start - 1)
+            self.stream.readline(LONGEST_LINE)
+        for block in self.blocks():
+            if not block.endswith(b"\n"):
+                rest = self.stream.readline(LONGEST_LINE + 1)
+                if len(rest) > LONGEST_LINE:
+                    raise DataError(f"{self.name} holds a line of over {LONGEST_LINE:,} bytes")
+                block += rest
+            yield block if block.endswith(b"\n") else block + b"\n"
+
+    def blocks(self) -> Iterator[bytes]:
+        """Yields all of the share, cut anywhere."""
+        if self.head:
+            yield self.head
+        while self.stop is None or self.stream.tell() < self.stop:
+            left = BLOCK_BYTES if self.stop is None else self.stop - self.stream.tell()
+            block = self.stream.read(min(BLOCK_BYTES, left))
+            if not block:
+                return
+            yield block
+
+    def lines(self, blocks: Iterator[bytes], make: "Callable[..., L]") -> "Iterator[L]":
+        """Yields the lines of `blocks`, each block as `make` makes it."""
+        before = 0
+        for block in blocks:
+            lines = make(self.name, block, before, self.done)
+            before += len(lines)
+            yield lines
+
+
+class Lines(RawRecords):
+    """Some lines of a text file.
+
+    Attributes:
+        usable: Which are UTF-8 and not blank.
+        text: Those, a `string` array.
+    """
+
+    def __init__(self, file: object, block: bytes, before: int, done: float):
+        super().__init__(file, before, done, len(block))
         ends = np.flatnonzero(np.frombuffer(block, np.uint8) == 10) + 1
         offsets = np.append(0, ends).astype(np.int32)
         buffers = [None, pa.py_buffer(offsets), pa.py_buffer(block)]
-        self.raw = pa.Array.from_buffers(pa.binary(), len(ends), buffers)
-        self.verdict = Verdict(len(ends))
+        self._raw = pa.Array.from_buffers(pa.binary(), len(ends), buffers)
+        self._verdict = Verdict(len(ends))
         blank = np.diff(offsets) <= 2
-        blank[blank] = [not self.raw[int(i)].as_py().strip() for i in np.flatnonzero(blank)]
-        texts = self.raw.view(pa.string())
+        blank[blank] = [not self._raw[int(i)].as_py().strip() for i in np.flatnonzero(blank)]
+        texts = self._raw.view(pa.string())
         try:
             texts.validate(full=True)
         except pa.ArrowInvalid:
             # Decoding drops what is not UTF-8.
-            kept = [line.decode(errors="ignore").encode() == line for line in self.raw.to_pylist()]
-            self.verdict.reject(~np.array(kept), "not UTF-8 text")
-        self.usable = np.flatnonzero((self.verdict.codes == 0) & ~blank)
-        self.texts = texts if len(self.usable) == len(ends) else texts.take(pa.array(self.usable))
+            kept = [line.decode(errors="ignore").encode() == line for line in self._raw.to_pylist()]
+            self._verdict.reject(~np.array(kept), "not UTF-8 text")
+        self.usable = np.flatnonzero((self._verdict.codes == 0) & ~blank)
+        self.text = texts if len(self.usable) == len(ends) else texts.take(pa.array(self.usable))
 
-    def part(self, table: MeasurementTable, verdict: Verdict) -> Part:
-        """Returns the part of these lines, given the good ones and the verdict over `texts`."""
-        codes = self.verdict.codes
-        codes[self.usable] = verdict.codes
-        bad = np.flatnonzero(codes)
-        raw = self.raw.take(pa.array(bad)).to_pylist()
-        records = [decode(line.rstrip(b"\r\n")) for line in raw]
-        rejected = rejected_batch(self._unit.file.location, bad + 1, codes[bad], records)
-        return Part(table, rejected, len(codes), self._done)
+    def __len__(self) -> int:
+        return len(self._raw)
+
+    def texts(self, which: np.ndarray) -> list[str]:
+        """Returns the lines `which`, without their ends."""
+        raw = self._raw.take(pa.array(which)).to_pylist()
+        return [decode(line.rstrip(b"\r\n")) for line in raw]
+
+    @staticmethod
+    def checked(
+        group: "Sequence[Lines]", read: Callable[[pa.Array], tuple[MeasurementTable, Verdict]]
+    ) -> tuple[MeasurementTable, np.ndarray]:
+        """Returns what `RawRecords.check` does, given what reads usable lines."""
+        texts = [lines.text for lines in group]
+        table, verdict = read(pa.concat_arrays(texts) if len(texts) > 1 else texts[0])
+        codes = [lines._verdict.codes for lines in group]
+        each = zip(group, codes, verdict.split(map(len, texts)), strict=True)
+        for lines, of_lines, found in each:
+            of_lines[lines.usable] = found
+        return table, np.concatenate(codes)
 
 
 def decode(data: bytes) -> str:
@@ -137,36 +202,12 @@ _BEGINNINGS = {
     b"PAR1": "Parquet; let its name end in .parquet",
     b"ARROW1": "Arrow; let its name end in .arrow",
 }
-_BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 
 
-def _check_beginning(file: InputFile, block: bytes) -> None:
-    """Raises a `DataError` where a text file begins with what is no text, or no line by line."""
+def _check_beginning(file: object, block: bytes) -> None:
+    """Raises a `DataError` where a text file begins with what is no text."""
     found = next((what for start, what in _BEGINNINGS.items() if block.startswith(start)), None)
     if block[257:262] == b"ustar":
-        found = "a tar archive; unpack it"
-    if file.format == "ripe" and found is None:
-        first, _, second = block.lstrip().partition(b"\n")
-        if first.startswith(b"["):
-            found = "a JSON array; give one result a line (from RIPE Atlas: format=txt)"
-        elif first.rstrip() == b"{" and second.strip():
-            found = "JSON over several lines; give one result a line (from RIPE Atlas: format=txt)"
+        found = "a tar archive; let its name end in .tar"
     if found:
-        raise DataError(f"{file.location} is {found}")
-
-
-def read_lines(unit: Unit, *, header: bool = False) -> Iterator[Lines]:
-    """Yields the lines of a unit, some at a time; the first of a file is left blank if `header`."""
-    raw, text = open_text(unit.file)
-    header = header and unit.start == 0
-    first = unit.start == 0
-    with text:
-        for block in line_blocks(text, unit.file.location, unit.start, unit.stop):
-            if first:
-                block = block.removeprefix(_BYTE_ORDER_MARK)
-                _check_beginning(unit.file, block)
-                first = False
-            if header:
-                block = b"\n" + block.split(b"\n", 1)[1]  # so that the others keep their numbers
-                header = False
-            yield Lines(unit, block, min((raw.tell() - unit.start) / unit.size, 1.0))
+        raise DataError(f"{file} is {found}")

@@ -1,7 +1,7 @@
 """Tables: Parquet and Arrow files."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -11,7 +11,8 @@ from ping_llm.columns import is_text
 from ping_llm.errors import DataError
 from ping_llm.ingest.files import InputFile, Unit
 from ping_llm.ingest.formats.lines import decode
-from ping_llm.ingest.records import Part, check_columns, names_to_read, rejected_batch
+from ping_llm.ingest.records import RawRecords, check_columns, names_to_read
+from ping_llm.measurements import MeasurementTable
 
 UNIT_ROWS = 1 << 20
 BATCH_ROWS = 1 << 18
@@ -23,21 +24,26 @@ def cut_parquet(file: InputFile) -> list[Unit]:
 
     with file.location.open_input() as source, pq.ParquetFile(source) as parquet:
         _columns_to_read(file, parquet.schema_arrow)
-        metadata = parquet.metadata
-        groups = [metadata.row_group(i) for i in range(metadata.num_row_groups)]
-        counts = [group.num_rows for group in groups]
-        # Arrow aborts the process over a row group of too few columns.
-        columns = {group.num_columns for group in groups} - {len(parquet.schema)}
-        if columns or min(counts, default=0) < 0 or sum(counts) != metadata.num_rows:
-            raise DataError(f"{file.location}: its row groups do not fit its footer; it is corrupt")
-        units, start, rows = [], 0, 0
-        for i, count in enumerate(counts):
-            rows += count
-            if rows >= UNIT_ROWS or i == len(groups) - 1:
-                share = rows / max(metadata.num_rows, 1)
-                units.append(Unit(file, start, i + 1, int(file.size * share)))
-                start, rows = i + 1, 0
-        return units
+        counts, units, start, rows = _counts(file, parquet), [], 0, 0
+    for i, count in enumerate(counts):
+        rows += count
+        if rows >= UNIT_ROWS or i == len(counts) - 1:
+            share = rows / max(sum(counts), 1)
+            units.append(Unit((file,), start, i + 1, int(file.size * share)))
+            start, rows = i + 1, 0
+    return units
+
+
+def _counts(file: InputFile, parquet: Any) -> list[int]:
+    """Returns the rows of each group."""
+    metadata = parquet.metadata
+    groups = [metadata.row_group(i) for i in range(metadata.num_row_groups)]
+    counts = [group.num_rows for group in groups]
+    # Arrow aborts the process over a row group of too few columns.
+    columns = {group.num_columns for group in groups} - {len(parquet.schema)}
+    if columns or min(counts, default=0) < 0 or sum(counts) != metadata.num_rows:
+        raise DataError(f"{file.location}: its row groups do not fit its footer; it is corrupt")
+    return counts
 
 
 _EXPECTED = {
@@ -72,46 +78,74 @@ def _dictionaries(metadata: Any) -> list[str]:
     return [name for name in ("src_addr", "dst_addr") if name not in delta]
 
 
-def read_parquet(unit: Unit) -> Iterator[Part]:
-    """Yields the records in one unit of a Parquet file."""
+class TableRows(RawRecords):
+    """Some rows of a table, those columns that are read."""
+
+    def __init__(self, file: object, batch: pa.RecordBatch, before: int, done: float):
+        super().__init__(file, before, done, batch.nbytes)
+        columns = list(map(_without_views, batch.columns))
+        self._batch = pa.RecordBatch.from_arrays(columns, batch.schema.names)
+
+    def __len__(self) -> int:
+        return len(self._batch)
+
+    @property
+    def kind(self) -> pa.Schema:
+        """The columns and their types."""
+        return self._batch.schema
+
+    @staticmethod
+    def check(group: "Sequence[TableRows]") -> tuple[MeasurementTable, np.ndarray]:
+        """See `RawRecords.check`."""
+        names, batches = group[0]._batch.schema.names, [rows._batch for rows in group]
+        table = pa.Table.from_batches(batches)
+        columns = [batches[0][n] if len(batches) == 1 else _joined(table[n]) for n in names]
+        table, verdict = check_columns(dict(zip(names, columns, strict=True)))
+        return table, verdict.codes
+
+    def texts(self, which: np.ndarray) -> list[str]:
+        """Returns the rows `which` as JSON."""
+        return _row_texts(self._batch.take(pa.array(which)))
+
+
+def _joined(column: pa.ChunkedArray) -> pa.Array:
+    if pa.types.is_dictionary(column.type):
+        column = column.unify_dictionaries()
+    joined = column.combine_chunks()
+    return joined if isinstance(joined, pa.Array) else pa.concat_arrays(joined.chunks)
+
+
+def read_parquet(file: InputFile, start: int, stop: int | None) -> Iterator[TableRows]:
+    """Yields the rows of the groups [start, stop) of a Parquet file; None: all the rest."""
     import pyarrow.parquet as pq
 
     options: dict[str, Any] = {"page_checksum_verification": True}
-    with unit.file.location.open_input() as source, pq.ParquetFile(source) as parquet:
+    with file.location.open_input() as source, pq.ParquetFile(source) as parquet:
+        names = _columns_to_read(file, parquet.schema_arrow)
+        counts = _counts(file, parquet)[start:stop]
         options["read_dictionary"] = _dictionaries(parquet.metadata)
-    with unit.file.location.open_input() as source, pq.ParquetFile(source, **options) as parquet:
-        names = _columns_to_read(unit.file, parquet.schema_arrow)
-        groups = list(range(unit.start, unit.stop or 0))
-        rows = sum(parquet.metadata.row_group(i).num_rows for i in groups)
-        done = 0
-        for batch in parquet.iter_batches(BATCH_ROWS, groups, names, use_threads=False):
+    with file.location.open_input() as source, pq.ParquetFile(source, **options) as parquet:
+        groups, rows, done = range(start, start + len(counts)), sum(counts), 0
+        for batch in parquet.iter_batches(BATCH_ROWS, list(groups), names, use_threads=False):
+            yield TableRows(file.location, batch, done, (done + len(batch)) / rows)
             done += len(batch)
-            yield _part(unit, batch, done / rows)
         if done != rows:
             raise DataError(
-                f"{unit.file.location} holds {done} rows where it says {rows}; it is corrupt"
+                f"{file.location} holds {done} rows where it says {rows}; it is corrupt"
             )
 
 
-def read_arrow(unit: Unit) -> Iterator[Part]:
-    """Yields the records of an Arrow file."""
-    with unit.file.location.open_input() as source, pa.ipc.open_file(source) as reader:
-        names = _columns_to_read(unit.file, reader.schema)
+def read_arrow(file: InputFile) -> Iterator[TableRows]:
+    """Yields the rows of an Arrow file."""
+    with file.location.open_input() as source, pa.ipc.open_file(source) as reader:
+        names, before = _columns_to_read(file, reader.schema), 0
         for i in range(reader.num_record_batches):
             batch = reader.get_batch(i)
             batch.validate(full=True)
             for start in range(0, len(batch), BATCH_ROWS):
                 part = batch.slice(start, BATCH_ROWS).select(names)
-                yield _part(unit, part, (i + 1) / reader.num_record_batches)
-
-
-def _part(unit: Unit, batch: pa.RecordBatch, done: float) -> Part:
-    batch = pa.RecordBatch.from_arrays(list(map(_without_views, batch.columns)), batch.schema.names)
-    table, verdict = check_columns(dict(zip(batch.schema.names, batch.columns, strict=True)))
-    bad = np.flatnonzero(verdict.codes)
-    records = _row_texts(batch.take(pa.array(bad)))
-    rejected = rejected_batch(unit.file.location, bad + 1, verdict.codes[bad], records)
-    return Part(table, rejected, len(batch), done)
+                yield TableRows(file.location, part, before, (i + 1) / reader.num_record_batches)
+                before += len(part)
 
 
 def _without_views(column: pa.Array) -> pa.Array:

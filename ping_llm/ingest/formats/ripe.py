@@ -1,4 +1,7 @@
-"""RIPE Atlas: how a ping result, one JSON object a line, becomes a measurement.
+"""RIPE Atlas: how a ping result, a JSON object, becomes a measurement.
+
+Results stand one a line, in an array as the API answers it, or in messages of the stream
+(`["atlas_result", {...}]`).
 
 Several replies make one measurement. Its RTT is `min` when positive, else the least numeric `rtt`
 of the replies that are neither late nor duplicate, else -1 (failed). The source is `from`, the
@@ -10,26 +13,41 @@ public address, or `src_addr` where `from` is absent or of the other family; the
 # pyright: reportAttributeAccessIssue=false
 import json
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from ping_llm import columns
-from ping_llm.ingest.files import Unit
-from ping_llm.ingest.formats.lines import read_lines
-from ping_llm.ingest.records import Field, Part, Verdict, check
+from ping_llm.ingest.formats.json_text import is_json_text, record_lines
+from ping_llm.ingest.formats.lines import Lines, Text
+from ping_llm.ingest.records import Field, Verdict, check
 from ping_llm.measurements import MeasurementTable
 
 _FIELDS = "type timestamp af from src_addr dst_addr addr name min rcvd result".split()  # noqa: SIM905
 _threads = threading.local()
 
 
-def read_ripe(unit: Unit) -> Iterator[Part]:
-    """Yields the results in one unit of a file."""
-    for lines in read_lines(unit):
-        yield lines.part(*parse_ripe_lines(lines.texts))
+class RipeLines(Lines):
+    """Lines of results."""
+
+    @property
+    def kind(self) -> str:
+        """One kind: results of all files are checked together."""
+        return "ripe"
+
+    @staticmethod
+    def check(group: "Sequence[RipeLines]") -> tuple[MeasurementTable, np.ndarray]:
+        """See `RawRecords.check`."""
+        return Lines.checked(group, parse_ripe_lines)
+
+
+def read_ripe(text: Text) -> Iterator[RipeLines]:
+    """Yields the results in a share of a file."""
+    if is_json_text(text.head):
+        return text.lines(record_lines(text.blocks(), text.name), RipeLines)
+    return text.lines(text.line_blocks(), RipeLines)
 
 
 def parse_ripe_lines(lines: pa.Array) -> tuple[MeasurementTable, Verdict]:
@@ -38,6 +56,7 @@ def parse_ripe_lines(lines: pa.Array) -> tuple[MeasurementTable, Verdict]:
     Args:
         lines: JSON text, one result each, a `string` array without nulls.
     """
+    lines = _without_messages(lines)
     fields = _extract(lines)
     verdict = Verdict(len(lines))
     is_object = pc.and_(fields["parsed"], pc.starts_with(pc.utf8_ltrim_whitespace(lines), "{"))
@@ -55,6 +74,15 @@ def parse_ripe_lines(lines: pa.Array) -> tuple[MeasurementTable, Verdict]:
     src = _merge(public, private, _use_private(public, private, versions))
     rtt = _rtt(fields)
     return check(verdict, src=src, dst=dst, time=time, family=family, rtt=rtt), verdict
+
+
+def _without_messages(lines: pa.Array) -> pa.Array:
+    """Returns lines, those of messages replaced by the results in them."""
+    is_message = pc.match_substring_regex(lines, r'^\s*\[\s*"atlas_result"\s*,')
+    if not pc.any(is_message).as_py():
+        return lines
+    results = pc.replace_substring_regex(lines, r'^\s*\[\s*"atlas_result"\s*,|\]\s*$', "")
+    return pc.if_else(is_message, results, lines)
 
 
 def _extract(lines: pa.Array) -> dict[str, pa.Array]:
