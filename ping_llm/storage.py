@@ -9,17 +9,22 @@ import contextlib
 import dataclasses
 import fcntl
 import fnmatch
+import functools
 import hashlib
 import os
 import re
 import shutil
+import socket
 import struct
+import sys
 import tempfile
+import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, BinaryIO
 from urllib.parse import urlsplit
+from urllib.request import getproxies, proxy_bypass
 
 from pyarrow import fs
 
@@ -30,15 +35,47 @@ REMOTE = ("gs://", "s3://")
 RETRIES = {"max_retries": 12, "initial_delay": "500ms", "max_delay": "30s"}  # 3.5 to 7 minutes
 LOCK_S = 10.0  # for which a local file may be locked by another process
 REFUSALS = 8  # of a write whose condition holds
+CONNECT_S = 10.0  # within which an object store must take a connection
+NOTICE_S = 15.0  # after which an operation that goes on says so
 
 
 @contextlib.contextmanager
 def _operation(location: "Location", what: str) -> Iterator[None]:
-    """Makes the errors of the file system name the location, and what cannot be done with it."""
+    """Makes the errors of the file system name the location, and what cannot be done with it.
+
+    One that takes long, because an object store does not answer, says so meanwhile.
+    """
+    waiting = None if location.is_local else threading.Timer(NOTICE_S, _notice, [location])
+    if waiting is not None:
+        waiting.daemon = True
+        waiting.start()
     try:
         yield
     except OSError as error:
         raise StorageError(f"{location} cannot be {what}: {error}") from None
+    finally:
+        if waiting is not None:
+            waiting.cancel()
+
+
+def _notice(location: object) -> None:
+    print(f"still waiting for {location}: the store does not answer", file=sys.stderr, flush=True)
+
+
+@functools.cache
+def _check_reachable(endpoint: str) -> None:
+    """Raises a `StorageError` where no server takes a connection; asked once a process."""
+    parts = urlsplit(endpoint)
+    if getproxies().get(parts.scheme) and not proxy_bypass(parts.hostname or ""):
+        return  # another server asks it for us
+    port = parts.port or {"http": 80, "https": 443}.get(parts.scheme, 443)
+    try:
+        socket.create_connection((parts.hostname or "", port), CONNECT_S).close()
+    except OSError as error:
+        raise StorageError(
+            f"{endpoint} cannot be reached: {error}; check the network, and the address in the "
+            "environment if the store is not the public one"
+        ) from None
 
 
 @dataclasses.dataclass(frozen=True, order=True)
@@ -368,6 +405,7 @@ def _filesystem(location: Location) -> tuple[fs.FileSystem, str, str]:
         return fs.LocalFileSystem(), os.path.abspath(url), ""
     scheme, _, path = url.partition("://")
     authority, _, key = path.partition("/")  # `anonymous@bucket` reads a public bucket
+    _check_reachable(_endpoint(scheme))
     try:
         if scheme == "s3":
             filesystem, bucket = _s3(authority)
@@ -394,6 +432,16 @@ def _s3(authority: str) -> tuple[fs.FileSystem, str]:
         retry_strategy=fs.AwsStandardS3RetryStrategy(max_attempts=RETRIES["max_retries"] + 1),
     )
     return s3, bucket
+
+
+def _endpoint(scheme: str) -> str:
+    """Returns the URL of the server that a scheme means here."""
+    if scheme == "gs":
+        emulators = "CLOUD_STORAGE_EMULATOR_ENDPOINT", "TENSORSTORE_GCS_HTTP_URL"
+        return next(filter(None, map(os.environ.get, emulators)), "https://storage.googleapis.com")
+    endpoint, region = _s3_endpoint()
+    endpoint = endpoint or f"https://s3.{region or 'us-east-1'}.amazonaws.com"
+    return endpoint if "://" in endpoint else f"https://{endpoint}"
 
 
 def _s3_endpoint() -> tuple[str | None, str | None]:
@@ -526,6 +574,11 @@ class KeyValueStore:
                 os.ftruncate(lock, 0)
 
     def _wait(self, what: str, key: str, pending: Any, lock_s: float | None = None) -> Any:
+        if not self._location.is_local:
+            with contextlib.suppress(TimeoutError, ValueError, OSError, RuntimeError):
+                pending.result(NOTICE_S)
+            if not pending.done():
+                _notice(self._location / key)
         try:
             return pending.result(lock_s if self._location.is_local else None)
         except TimeoutError:
@@ -566,6 +619,7 @@ def _kvstore_spec(location: Location) -> dict[str, Any]:
     if location.is_local:
         return {"driver": "file", "path": os.path.abspath(location.url) + "/"}
     scheme, _, rest = location.url.partition("://")
+    _check_reachable(_endpoint(scheme))
     authority, _, path = rest.partition("/")
     user, _, bucket = authority.rpartition("@")
     spec: dict[str, Any] = {"bucket": bucket, "path": path.rstrip("/") + "/" if path else ""}

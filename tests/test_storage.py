@@ -1,6 +1,7 @@
 import contextlib
 import os
 import signal
+import socket
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -319,3 +320,28 @@ def test_many_writers_of_one_value_never_spoil_it(tmp_path):
 def test_a_path_that_is_not_utf8_is_refused_in_one_line():
     with pytest.raises(StorageError, match="not UTF-8; rename it"):
         Location.of(os.fsdecode(b"b\xff/x.parquet"))
+
+
+def unused_port():
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return found.getsockname()[1]
+
+
+@pytest.mark.parametrize("scheme", ["s3", "gs"])
+def test_a_store_that_is_not_there_is_one_error_at_once(monkeypatch, scheme):
+    port = unused_port()
+    monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{port}")
+    monkeypatch.setenv("CLOUD_STORAGE_EMULATOR_ENDPOINT", f"http://127.0.0.1:{port}")
+    location = Location.of(f"{scheme}://bucket/x")
+    for use in (location.is_file, location.names, location.find, location.kv):
+        with pytest.raises(StorageError, match=f"http://127.0.0.1:{port} cannot be reached"):
+            use()
+
+
+def test_a_store_that_does_not_answer_is_said_while_one_waits(monkeypatch, capfd):
+    monkeypatch.setattr(storage, "NOTICE_S", 0.05)
+    for url in ("s3://bucket/x", "/local/x"):
+        with storage._operation(Location.of(url), "read"):
+            time.sleep(0.2)
+    assert capfd.readouterr().err == "still waiting for s3://bucket/x: the store does not answer\n"

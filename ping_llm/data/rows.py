@@ -20,13 +20,14 @@ from ping_llm.columns import from_numpy, to_numpy
 from ping_llm.errors import DataError
 from ping_llm.measurements import COLUMNS, MeasurementTable
 from ping_llm.packing import ragged
-from ping_llm.storage import Location
+from ping_llm.storage import Location, StoredFile
 
 SCHEMA_VERSION = 1
 SPLITS = ("train", "valid", "test")
 METADATA = "dataset.json"
 COSTS = ("seconds", "peak_rss_bytes")  # the keys of `METADATA` that say nothing of the content
 FINGERPRINT_DIGITS = 16
+VERIFIED_BYTES = 32_000_000  # of a split, which are hashed each time they are opened, in 0.1 s
 BYTES_PER_ROW = 29  # 16 source, 1 family, 3 x 4 offsets
 BATCH_BYTES = 1_000_000
 
@@ -170,6 +171,9 @@ def read_metadata(directory: str | Path | Location) -> dict[str, Any]:
         metadata = json.loads(path.read_bytes())
     except ValueError as error:
         raise DataError(f"{path} cannot be read as JSON: {error}; prepare the data again") from None
+    stated = metadata.get("fingerprint") if isinstance(metadata, dict) else None
+    if stated is not None and stated != fingerprint({**metadata, "fingerprint": None}):
+        raise DataError(f"{path} is damaged: it is not what was written; prepare the data again")
     version = metadata.get("schema_version") if isinstance(metadata, dict) else None
     if version != SCHEMA_VERSION:
         raise DataError(f"{path} has schema_version {version!r}; expected {SCHEMA_VERSION}")
@@ -181,11 +185,9 @@ def read_metadata(directory: str | Path | Location) -> dict[str, Any]:
 
 def fingerprint(metadata: Mapping[str, Any]) -> str:
     """Returns the name of the content that `metadata`, of `dataset.json`, describes."""
-    stored = str(metadata.get("fingerprint"))
-    if len(stored) == FINGERPRINT_DIGITS:
-        return stored
-    # What earlier versions wrote there is hashed too: runs know their data by this.
-    content = {key: value for key, value in metadata.items() if key not in COSTS}
+    if metadata.get("fingerprint"):
+        return metadata["fingerprint"]
+    content = {key: value for key, value in metadata.items() if key not in (*COSTS, "fingerprint")}
     digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode())
     return digest.hexdigest()[:FINGERPRINT_DIGITS]
 
@@ -211,6 +213,8 @@ class ProbeRows:
         directory = Location.of(data).local_copy(identity=METADATA)
         self.metadata = read_metadata(directory)
         files = split_files(directory, split)
+        if sum(path.stat().st_size for path in files) <= VERIFIED_BYTES:
+            verify_files(directory, self.metadata, files)
         self.batches = [batch for path in files for batch in read_rows(path)]
         rows = [len(batch) for batch in self.batches]
         expected = self.metadata["rows"][split]
@@ -252,6 +256,29 @@ def split_files(directory: Path, split: str) -> list[Path]:
             "prepare the data again"
         )
     return files
+
+
+def verify_files(
+    directory: Path, metadata: Mapping[str, Any], files: Sequence[Path] | None = None
+) -> None:
+    """Compares files of a data set, or all, with the checksums in its `metadata`.
+
+    Raises:
+        DataError: One is not as it was written, or is not there.
+    """
+    checksums = metadata.get("sha256", {})
+    paths = [directory / name for name in checksums] if files is None else files
+    found = outputs.digest_files(
+        [StoredFile(Location.of(path), path.stat().st_size) for path in paths if path.is_file()],
+        shown=files is None,
+    )
+    sound = {file.name for file in found if file.sha256 == checksums.get(file.name, file.sha256)}
+    for path in paths:
+        if path.name not in sound:
+            raise DataError(
+                f"{path} is damaged: it is not what was written; prepare the data again, or get "
+                "an intact copy"
+            )
 
 
 def read_rows(path: Path) -> list[RowBatch]:

@@ -134,5 +134,7 @@ def _write_metadata(directory: Path, stored: dict[str, Any], result: PrepareResu
             "rejected": "rejected.parquet: file, line or row, reason, record",
         },
     }
+    files = [StoredFile(Location.of(p), p.stat().st_size) for p in sorted(directory.iterdir())]
+    metadata["sha256"] = {file.name: file.sha256 for file in digest_files(files)}
     metadata["fingerprint"] = rows.fingerprint(metadata)
     (directory / rows.METADATA).write_text(json.dumps(metadata, indent=1) + "\n")

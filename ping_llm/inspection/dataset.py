@@ -11,7 +11,7 @@ import numpy as np
 
 from ping_llm import addresses, outputs, packing, settings, tokenizer
 from ping_llm.data import windows
-from ping_llm.data.rows import SPLITS, ProbeRows, is_dataset, read_metadata
+from ping_llm.data.rows import SPLITS, ProbeRows, is_dataset, read_metadata, verify_files
 from ping_llm.errors import ConfigError, DataError
 from ping_llm.hashing import hash_addresses
 from ping_llm.ingest.sources import read_measurements
@@ -43,6 +43,11 @@ def inspect_data(chosen: InspectDataSettings) -> InspectDataResult:
         StorageError: They are absent, or the report cannot be written.
     """
     inspect = _inspect_rows if is_dataset(chosen.path) else _inspect_measurements
+    if chosen.verify:
+        if not is_dataset(chosen.path):
+            raise ConfigError(f"verify: {chosen.path} is no directory of probe rows")
+        directory = Location.of(chosen.path).local_copy(identity="dataset.json")
+        verify_files(directory, read_metadata(directory))
     if chosen.report is None:
         return inspect(chosen.path, chosen.samples)
     from ping_llm.inspection.page import html_page

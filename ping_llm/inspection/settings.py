@@ -14,8 +14,11 @@ class InspectDataSettings(Settings):
         path: What to inspect.
         samples: Show this many contexts, decoded.
         report: Write an HTML page as well.
+        verify: First compare all files of probe rows with their checksums; a difference is an
+            error. Other commands do so for splits of at most 32 MB, each time they open one.
     """
 
     path: str = field(argument=True, location=True, metavar="PATH")
     samples: int = field(default=0, ge=0)
     report: str | None = field(default=None, location=True)
+    verify: bool = False
