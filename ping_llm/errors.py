@@ -1,8 +1,16 @@
 """The errors a user can cause. Each message says what, which value, and what to do."""
 
+from ping_llm.text import safe
+
 
 class PingLLMError(Exception):
-    """An error whose message is for the user: the CLI prints it in one line and exits with 1."""
+    """An error whose message is for the user: the CLI prints it in one line and exits with 1.
+
+    What a file or a name put into the message cannot move the cursor or break the line.
+    """
+
+    def __init__(self, message: object = ""):
+        super().__init__(safe(message))
 
 
 class ConfigError(PingLLMError):

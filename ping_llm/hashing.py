@@ -65,9 +65,9 @@ def unseal(data: bytes) -> dict[str, Any] | None:
     try:
         content = json.loads(data)
         content.pop("checksum")
-    except (ValueError, KeyError, AttributeError, TypeError):
+        return content if seal(content) == data else None
+    except (ValueError, KeyError, AttributeError, TypeError, RecursionError):
         return None
-    return content if seal(content) == data else None
 
 
 def file_digest(file: BinaryIO) -> str:

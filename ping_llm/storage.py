@@ -94,7 +94,7 @@ class Location:
         if not self.url or "\0" in self.url:
             raise StorageError(f"{self.url!r} is no path; expected a local path, gs:// or s3://")
         if self.url.encode(errors="replace").decode() != self.url:  # Arrow takes no such path
-            raise StorageError(f"{safe(self.url)}: the path is not UTF-8; rename it")
+            raise StorageError(f"{self.url}: the path is not UTF-8; rename it")
         scheme, is_url, rest = self.url.partition("://")
         # pathlib makes gs:/x of gs://x, which would be a local directory.
         if f"{scheme}://" not in REMOTE if is_url else self.url.startswith(("gs:/", "s3:/")):
@@ -391,11 +391,10 @@ def _refuse_what_is_no_file(base: str, is_meant: Callable[[str], bool]) -> None:
             Location(path)  # or its name is no UTF-8
             if os.path.islink(path) and not os.path.exists(path):
                 raise StorageError(
-                    f"{safe(path)} is a link to nothing; fetch its content (git-annex, DVC), or "
-                    "remove it"
+                    f"{path} is a link to nothing; fetch its content (git-annex, DVC), or remove it"
                 )
             if not os.path.isfile(path):
-                raise StorageError(f"{safe(path)} is a pipe or a device; remove it")
+                raise StorageError(f"{path} is a pipe or a device; remove it")
 
 
 def _filesystem(location: Location) -> tuple[fs.FileSystem, str, str]:

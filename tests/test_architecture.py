@@ -20,7 +20,8 @@ MODULES = {
 
 # A part may import the parts of earlier levels, and itself; never one of its own level.
 LEVELS = [
-    {"errors", "text"},
+    {"text"},
+    {"errors"},
     {"hashing", "progress", "resources", "packing", "addresses", "environment"},
     {"storage", "settings", "sharding", "columns"},
     {"measurements", "outputs"},
@@ -174,7 +175,7 @@ def test_the_top_of_the_cli_imports_only_what_is_light(path):
     for module, at_top in imports(path):
         name = module.split(".")[0]
         light = name == "click" or name in sys.stdlib_module_names
-        light_parts = ("ping_llm.cli", "ping_llm.errors", "ping_llm.environment")
+        light_parts = ("ping_llm.cli", "ping_llm.errors", "ping_llm.environment", "ping_llm.text")
         own = module.startswith((*light_parts, "ping_llm.__version__"))
         own = own or (module.startswith("ping_llm.") and ".settings" in module)
         assert not at_top or light or own, f"{path.name} imports {module} at its top"

@@ -1,6 +1,7 @@
 """The Zarr arrays of a store: created, written shard by shard, opened and verified."""
 
 import dataclasses
+import math
 import zlib
 from collections.abc import Mapping
 from typing import Any
@@ -191,8 +192,14 @@ def verify_array(kv: KeyValueStore, done: Mapping[str, Any], name: str) -> list[
         return [f"{kv.url}/{key}/zarr.json is {'gone' if metadata is None else 'damaged'}"]
     array = open_array(kv, done, name)
     errors, shape, shard = [], entry["shape"], entry["shard_shape"]
-    grid = np.ndindex(*(-(-size // step) for size, step in zip(shape, shard, strict=True)))
-    for index, expected in zip(grid, entry["crc32"], strict=True):
+    shards = [-(-size // step) for size, step in zip(shape, shard, strict=False)]
+    if (
+        list(array.shape) != shape
+        or len(shape) != len(shard)
+        or math.prod(shards) != len(entry["crc32"])
+    ):
+        return [f"{kv.url}/{key}: its shape is not what its commit marker says"]
+    for index, expected in zip(np.ndindex(*shards), entry["crc32"], strict=True):
         file = "/".join(["c", *map(str, index)])
         region = tuple(
             slice(i * step, min((i + 1) * step, size))

@@ -99,9 +99,14 @@ def inspect_activations(chosen: InspectActivationsSettings) -> InspectActivation
     def look(unit: int) -> None:
         try:
             if (published := store.read_done(kv, unit)) is not None:
+                marker = f"{kv.url}/{store.done_key(unit)}"
+                missing = {entry["name"] for entry in manifest["arrays"]} - {
+                    *published["statistics"]
+                }
+                if missing:
+                    raise StorageError(f"{marker} lacks {', '.join(sorted(missing))}")
                 done[unit] = published
                 if published["identity"] != identity:
-                    marker = f"{kv.url}/{store.done_key(unit)}"
                     errors.append(f"{marker} is of a store with other settings")
             elif (holder := read_holder(kv, unit)) is not None:
                 holders[unit] = holder

@@ -158,6 +158,8 @@ class ActivationReader:
                 "workers with the method `spawn`"
             )
         if (unit, name) not in self._arrays:
+            if not self._done:
+                raise StorageError(f"{self._kv.url} has no unit yet")
             self._arrays[unit, name] = open_array(self._kv, self._done[unit], name)
         return self._arrays[unit, name]
 

@@ -10,18 +10,81 @@ import secrets
 import time
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import Annotated, Any, Required, TypedDict
 
+import msgspec
 import numpy as np
 
 from ping_llm.errors import StorageError
 from ping_llm.hashing import digest, unseal
-from ping_llm.models.config import END_SITES
+from ping_llm.models.config import END_SITES, Dtype
 from ping_llm.storage import KeyValueStore
 
 SCHEMA_VERSION = 2
 MANIFEST = "manifest.json"
 STALE_ATTEMPT_S = 3600.0
+
+
+# --- what a manifest and a commit marker hold; who writes them need not be us ------------------
+
+Count = Annotated[int, msgspec.Meta(ge=0, lt=2**53)]
+Amount = Annotated[float, msgspec.Meta(ge=0)]
+
+
+class _StoredArray(TypedDict):
+    name: str
+    site: str
+    layer: Count | None
+
+
+class _StoreSettings(TypedDict):
+    dtype: Dtype
+
+
+class _Manifest(TypedDict):
+    schema_version: int
+    settings: _StoreSettings
+    model: dict[str, Any]
+    input: dict[str, Any]
+    made_from: dict[str, Any]
+    arrays: list[_StoredArray]
+    units: list[Any]
+    d_model: Count
+    lease_seconds: Amount
+
+
+class _UnitArray(TypedDict):
+    crc32: list[Count]
+    zarr_crc32: Count
+    dtype: str
+    shape: list[Count]
+    shard_shape: list[Annotated[int, msgspec.Meta(ge=1)]]
+
+
+class _UnitStatistics(TypedDict, total=False):
+    tokens: Required[Count]
+    norm_mean: Amount
+    norm_max: Amount
+    first_tokens: Count
+    first_token_norm_mean: Amount
+    sink_tokens: Count
+    sink_tokens_at_first: Count
+
+
+class _Done(TypedDict):
+    unit: Count
+    attempt: str
+    identity: str
+    samples: Count
+    tokens: Count
+    overlong: Count
+    empty: Count
+    bytes: Count
+    seconds: Amount
+    worker: str
+    peak_device_bytes: Count | None
+    arrays: dict[str, _UnitArray]
+    statistics: dict[str, _UnitStatistics]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,9 +138,17 @@ def open_manifest(kv: KeyValueStore) -> dict[str, Any]:
     manifest = read_sealed(kv, MANIFEST)
     if manifest is None:
         raise StorageError(f"{kv.url} is no activation store: it has no {MANIFEST}")
-    if (version := manifest["schema_version"]) != SCHEMA_VERSION:
+    if (version := manifest.get("schema_version")) != SCHEMA_VERSION:
         raise StorageError(f"{kv.url} has schema_version {version}; expected {SCHEMA_VERSION}")
+    _check_form(manifest, _Manifest, f"{kv.url}/{MANIFEST}")
     return manifest
+
+
+def _check_form(content: dict[str, Any], form: Any, where: str) -> None:
+    try:
+        msgspec.convert(content, form)
+    except (msgspec.ValidationError, UnicodeEncodeError) as error:  # a lone surrogate
+        raise StorageError(f"{where} is malformed: {error}") from None
 
 
 def read_done(kv: KeyValueStore, unit: int) -> dict[str, Any] | None:
@@ -86,7 +157,16 @@ def read_done(kv: KeyValueStore, unit: int) -> dict[str, Any] | None:
     Raises:
         StorageError: It is damaged.
     """
-    return read_sealed(kv, done_key(unit))
+    done = read_sealed(kv, done_key(unit))
+    if done is not None:
+        where = f"{kv.url}/{done_key(unit)}"
+        _check_form(done, _Done, where)
+        whole = {*_UnitStatistics.__annotations__}
+        if done["unit"] != unit or any(
+            some["tokens"] and not whole <= {*some} for some in done["statistics"].values()
+        ):
+            raise StorageError(f"{where} is malformed: it is of another unit, or lacks statistics")
+    return done
 
 
 def read_sealed(kv: KeyValueStore, key: str) -> dict[str, Any] | None:

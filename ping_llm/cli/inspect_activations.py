@@ -2,6 +2,7 @@
 
 from ping_llm.activations.settings import InspectActivationsSettings
 from ping_llm.cli.options import settings_command
+from ping_llm.text import safe
 
 
 @settings_command("inspect-activations", InspectActivationsSettings)
@@ -13,13 +14,15 @@ def command(chosen: InspectActivationsSettings) -> tuple[object, str, int]:
     lines = [
         f"{chosen.url}: {result.units_done:,} of {result.units:,} units, "
         f"{result.samples:,} samples, {result.tokens:,} tokens, {result.bytes / 1e9:,.2f} GB",
-        f"made from {result.made_from['model']} and {result.made_from['input']}",
+        safe(f"made from {result.made_from.get('model')} and {result.made_from.get('input')}"),
         f"sites {', '.join(result.sites)}  layers {', '.join(map(str, result.layers)) or '-'}  "
         f"[{result.tokens:,}, {result.d_model:,}] {result.dtype}",
     ]
     for name, worker in result.workers.items():
         rate = worker.tokens / worker.seconds if worker.seconds else 0.0
-        line = f"{name}: {worker.units:,} units, {worker.tokens:,} tokens, {rate:,.0f} tokens/s"
+        line = (
+            f"{safe(name)}: {worker.units:,} units, {worker.tokens:,} tokens, {rate:,.0f} tokens/s"
+        )
         if worker.leased:
             unknown = "--watch tells whether it is alive"
             stale = unknown if worker.stale is None else f"{len(worker.stale):,} of them stale"
@@ -32,7 +35,7 @@ def command(chosen: InspectActivationsSettings) -> tuple[object, str, int]:
     for name, values in result.statistics.items():
         if values:
             lines.append(
-                f"{name:>16}  norm {values['norm_mean']:,.2f}, at position 0 "
+                f"{safe(name):>16}  norm {values['norm_mean']:,.2f}, at position 0 "
                 f"{values['first_token_norm_mean']:,.2f}, most {values['norm_max']:,.2f}; "
                 f"{values['sink_tokens']:,} sinks, {values['sink_tokens_at_first']:,} at position 0"
             )

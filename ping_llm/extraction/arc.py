@@ -16,7 +16,6 @@ import numpy as np
 from ping_llm.errors import ConfigError, DataError
 from ping_llm.extraction.records import parse_json
 from ping_llm.storage import Location, StoredFile
-from ping_llm.text import safe
 
 LONGEST_SIDE = 30
 N_COLORS = 10
@@ -76,7 +75,7 @@ def _contents(location: Location) -> Iterator[tuple[str, Any, str]]:
         if "train" in content or "test" in content:
             yield str(content.get("id", stem)), content, url
         else:
-            yield from ((name, task, f"{url}, task {safe(name)}") for name, task in content.items())
+            yield from ((name, task, f"{url}, task {name}") for name, task in content.items())
         return
     for number, line in enumerate(data.splitlines(), 1):
         if line.strip():

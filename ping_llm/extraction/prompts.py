@@ -16,7 +16,6 @@ from ping_llm.extraction import arc
 from ping_llm.extraction.records import Records, WorkUnit, describe_files, find_files
 from ping_llm.extraction.settings import ExtractSettings
 from ping_llm.extraction.templates import CheckpointTokenizer
-from ping_llm.text import safe
 from ping_llm.tokenizer import LANGUAGE_VERSION
 
 COLUMNS = {"text": ("text",), "chat": ("messages",), "tokens": ("tokens", "input_ids")}
@@ -109,10 +108,10 @@ class TextPrompts:
         """
         records = self._records.read(unit)
         if self._cfg.format == "tokens":
-            encoded = ((sample, self._checked(record, safe(sample))) for sample, record in records)
+            encoded = ((sample, self._checked(record, sample)) for sample, record in records)
         else:
             assert self._tokenizer is not None
-            texts = ((sample, self._text(record, safe(sample))) for sample, record in records)
+            texts = ((sample, self._text(record, sample)) for sample, record in records)
             # A chat template writes the special tokens itself.
             special = self._cfg.format == "text"
             encoded = self._tokenizer.encode(texts, add_special=special)
@@ -146,7 +145,7 @@ class TextPrompts:
 
 
 def _missing(wanted: str, record: dict[str, Any], sample: str) -> DataError:
-    return DataError(f"{sample}: it has no {wanted}; its keys are {safe(', '.join(record))}")
+    return DataError(f"{sample}: it has no {wanted}; its keys are {', '.join(record)}")
 
 
 def _per_id(key: str, record: dict[str, Any], ids: list[int], sample: str) -> list[Any] | None:
@@ -202,7 +201,7 @@ def _cut(tokens: np.ndarray, overlong: str, max_length: int, sample: str) -> lis
     if overlong == "split":
         return [tokens[start : start + max_length] for start in range(0, len(tokens), max_length)]
     raise DataError(
-        f"{safe(sample)} has {len(tokens)} tokens, more than {max_length=}; raise it, or choose "
+        f"{sample} has {len(tokens)} tokens, more than {max_length=}; raise it, or choose "
         "another --overlong than `error`: truncate-left, truncate-right, split"
     )
 

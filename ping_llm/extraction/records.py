@@ -14,7 +14,6 @@ import pyarrow.parquet as pq
 from ping_llm.errors import DataError
 from ping_llm.outputs import digest_files
 from ping_llm.storage import Location, StoredFile
-from ping_llm.text import safe
 
 JSON_ENDINGS = (".jsonl", ".ndjson", ".json")
 PARQUET_ENDINGS = (".parquet", ".pq")
@@ -133,7 +132,7 @@ class Records:
         if not set(self._wanted) & set(names):
             raise DataError(
                 f"{self._locations[index]} has no column {' or '.join(self._wanted)}; its columns "
-                f"are {safe(', '.join(names))}; rename the one that is meant"
+                f"are {', '.join(names)}; rename the one that is meant"
             )
         cuts, rows, gathered = [0], 0, 0
         for group in groups:
@@ -182,7 +181,7 @@ def whole_text(text: str, what: str) -> str:
         text.encode()
     except UnicodeEncodeError as error:
         raise DataError(
-            f"{safe(what)} holds half a character, {safe(text[error.start])} after "
+            f"{what} holds half a character, {text[error.start]} after "
             f"{text[max(error.start - 20, 0) : error.start]!r}; replace it, as by U+FFFD"
         ) from None
     return text
@@ -269,7 +268,7 @@ def _lines(
                     yield offset, line
                 offset += len(line)
     except (OSError, EOFError, pa.ArrowException) as error:
-        reason = safe(str(error).strip())
+        reason = str(error).strip()
         raise DataError(f"{location} cannot be read after byte {offset}: {reason}") from None
 
 
@@ -288,7 +287,7 @@ def _open_parquet(location: Location) -> pq.ParquetFile:
     try:
         return pq.ParquetFile(location.open_input())
     except (OSError, ValueError, pa.ArrowException) as error:
-        reason = safe(str(error).strip())
+        reason = str(error).strip()
         raise DataError(f"{location} is not a readable Parquet file: {reason}") from None
 
 
@@ -315,5 +314,5 @@ def _rows(
                     yield from enumerate(rows.to_pylist(), row + low)
                 row += len(batch)
         except (OSError, ValueError, OverflowError, pa.ArrowException) as error:
-            reason = safe(str(error).strip())
+            reason = str(error).strip()
             raise DataError(f"{location} cannot be read after row {row}: {reason}") from None

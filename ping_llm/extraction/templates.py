@@ -87,7 +87,7 @@ class CheckpointTokenizer:
                 tokens, vocab_size = np.array(one.ids, np.int32), self._vocab_size
                 if len(tokens) and tokens.max() >= vocab_size:
                     raise DataError(
-                        f"{safe(sample)}: token id {tokens.max()} is not below the model's "
+                        f"{sample}: token id {tokens.max()} is not below the model's "
                         f"{vocab_size=}; the tokenizer is not this model's"
                     )
                 yield sample, tokens
@@ -236,7 +236,7 @@ def _add_tokens(
     for i, token in numbered.items():
         if tokenizer.token_to_id(token.content) != i:
             raise DataError(
-                f"{directory}: {safe(token.content)} is given the id {i}, yet the tokenizer has "
+                f"{directory}: {token.content} is given the id {i}, yet the tokenizer has "
                 f"{tokenizer.token_to_id(token.content)} for it"
             )
     return names, wanted
@@ -311,7 +311,7 @@ class ChatTemplate:
             )
         except ValueError as error:
             raise DataError(
-                f"{sample}: the chat template refuses these messages: {safe(error)}"
+                f"{sample}: the chat template refuses these messages: {error}"
             ) from None
 
 

@@ -21,12 +21,11 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from safetensors import SafetensorError, safe_open
 
-from ping_llm.errors import CheckpointError, StorageError
+from ping_llm.errors import CheckpointError, ConfigError, StorageError
 from ping_llm.models import families
 from ping_llm.models.config import DecoderConfig
 from ping_llm.models.decoder import Decoder
 from ping_llm.storage import Location, StoredFile
-from ping_llm.text import safe
 
 _DTYPES = {"F32": jnp.dtype("float32"), "F16": jnp.dtype("float16"), "BF16": jnp.dtype("bfloat16")}
 FILES = ("*.json", "*.safetensors", "*.jinja", "merges.txt")  # what is fetched from the hub
@@ -92,7 +91,11 @@ def _open(directory: Path) -> tuple[ModuleType, DecoderConfig]:
     path = directory / "config.json"
     fields = read_json(path)
     family = families.open(fields.get("model_type"), str(path))
-    return family, family.read_config(fields, str(path))
+    try:
+        return family, family.read_config(fields, str(path))
+    except ConfigError as error:  # of the decoder's settings, whose error names no file
+        named = str(path) in str(error)
+        raise error if named else ConfigError(f"{path}: {error}") from None
 
 
 # --- weights ----------------------------------------------------------------------------------
@@ -161,7 +164,7 @@ def weight_files(directory: Path) -> list[StoredFile]:
     if (adapter := directory / "adapter_config.json").is_file():
         base = read_json(adapter).get("base_model_name_or_path")
         raise CheckpointError(
-            f"{directory} holds a LoRA adapter of {safe(str(base))}; merge it first "
+            f"{directory} holds a LoRA adapter of {base}; merge it first "
             "(merge_and_unload, save_pretrained), or move adapter_config.json away"
         )
     place, index = Location.of(directory), directory / "model.safetensors.index.json"

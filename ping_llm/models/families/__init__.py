@@ -19,6 +19,6 @@ def open(model_type: Any, where: str) -> ModuleType:  # noqa: A001
     Raises:
         ConfigError: It is not supported; the message begins with `where`.
     """
-    if model_type not in FAMILIES:
+    if not isinstance(model_type, str) or model_type not in FAMILIES:
         raise ConfigError(f"{where}: model_type {model_type!r} is not one of {', '.join(FAMILIES)}")
     return FAMILIES[model_type]

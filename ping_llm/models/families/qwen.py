@@ -141,8 +141,14 @@ def _check_types(fields: Mapping[str, Any], where: str) -> None:
     scaling = fields.get("rope_scaling") or fields.get("rope_parameters")
     inner = scaling if isinstance(scaling, dict) else {}
     numbers = {key: inner[key] for key in (*_YARN_KEYS, "factor", "rope_theta") if key in inner}
-    kinds |= dict.fromkeys(numbers, (int, float))
-    for key, value in {**fields, **numbers}.items():
+    inner_kinds = {"rope_type": (str,), "type": (str,), "partial_rotary_factor": (int, float)}
+    kinds |= dict.fromkeys(numbers, (int, float)) | inner_kinds | {"a layer type": (str,)}
+    named = {key: inner[key] for key in inner_kinds if key in inner}
+    layers = fields.get("layer_types")
+    for name in layers if isinstance(layers, list) else []:
+        if not isinstance(name, str):
+            named["a layer type"] = name
+    for key, value in {**fields, **numbers, **named}.items():
         if key not in kinds or value is None or (key == "truncate" and isinstance(value, bool)):
             continue
         is_number = kinds[key] == (int, float)

@@ -17,6 +17,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from mutations import TOKENS, mutate
 
 from ping_llm.errors import PingLLMError
 from ping_llm.ingest.records import REJECTED_SCHEMA
@@ -58,10 +59,6 @@ TABLE = pa.table(
         "rtt": pa.array([1.5, -1.0] * 100, pa.float32()),
     }
 )
-# What makes more of a text than noise does.
-TOKENS = [b'"', b",", b"\n", b"\r", b"{", b"}", b"[", b"]", b":", b"-", b".", b"e", b"0", b"9" * 20,
-          b"null", b"true", b"NaN", b"Infinity", b"\\", b"\x00", b"\xff", b'"rtt"', b"::", b"%",
-          b"::ffff:1.2.3.4", b"1e400", b"-0.0", b"\xef\xbb\xbf", b" "]  # fmt: skip
 
 
 def seeds():
@@ -89,27 +86,6 @@ def seeds():
 
 
 SEEDS = seeds()
-
-
-def mutate(data, rng, tokens):
-    """Returns `data` after one to four random changes."""
-    data = bytearray(data)
-    for _ in range(rng.integers(1, 5)):
-        at, kind = int(rng.integers(0, len(data) + 1)), rng.integers(0, 6)
-        if kind == 0 and data:
-            data[at % len(data)] ^= 1 << int(rng.integers(0, 8))
-        elif kind == 1:
-            del data[at : at + int(rng.integers(1, 20))]
-        elif kind == 2 and tokens:
-            data[at:at] = tokens[rng.integers(0, len(tokens))]
-        elif kind == 3 and tokens:
-            data[at : at + int(rng.integers(0, 12))] = tokens[rng.integers(0, len(tokens))]
-        elif kind == 4:
-            data[at : at + 4] = rng.bytes(4)
-        elif kind == 5:
-            other = int(rng.integers(0, len(data) + 1))
-            data[at:at] = data[other : other + int(rng.integers(1, 40))]
-    return bytes(data)
 
 
 def packed(text):
