@@ -132,6 +132,11 @@ class MeasurementTable:
     def __len__(self) -> int:
         return len(self.time)
 
+    @property
+    def names(self) -> set[str]:
+        """The columns that are there."""
+        return {*self._present()}
+
     def _present(self) -> dict[str, np.ndarray]:
         named = {name: getattr(self, name) for name in COLUMNS}
         return {name: values for name, values in named.items() if values is not None}
@@ -180,9 +185,10 @@ class MeasurementTable:
         if len(tables) < 2:
             return tables[0] if tables else cls.empty()
         names = dict.fromkeys(name for table in tables for name in table._present())
-        return cls(**{n: np.concatenate([table._column(n) for table in tables]) for n in names})
+        return cls(**{n: np.concatenate([table.column(n) for table in tables]) for n in names})
 
-    def _column(self, name: str) -> np.ndarray:
+    def column(self, name: str) -> np.ndarray:
+        """Returns a column; of one that is not there, what stands for a null [n]."""
         column, values = COLUMNS[name], getattr(self, name)
         return np.full(len(self), column.missing, column.dtype) if values is None else values
 

@@ -15,7 +15,7 @@ from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
 from ping_llm.data.history_grids import PairSeries
-from ping_llm.data.rows import MEASURED, ROW_SCHEMA, RowBatch, checked
+from ping_llm.data.rows import ALWAYS, RowBatch, checked, row_schema
 from ping_llm.errors import CheckpointError
 from ping_llm.estimators.pairs import Nodes, pair_keys, runs
 from ping_llm.estimators.world import MEASUREMENTS_KEPT, MeasuredWorld, Pairs
@@ -155,11 +155,11 @@ def write_known(path: Path, measurements: MeasurementTable) -> None:
     source = np.zeros(len(table), np.int64)
     source[starts] = 1
     sources = table.src[np.append(0, starts)] if len(table) else table.src
-    measured = {name: getattr(table, name) for name in MEASURED}
+    measured = {name: getattr(table, name) for name in ALWAYS}
     rows = RowBatch.grouped(np.cumsum(source), sources, measured)
     batch = rows.to_arrow()
     checksum = {_CHECKSUM: _digest([rows])}
-    with pa.ipc.new_file(str(path), ROW_SCHEMA.with_metadata(checksum)) as writer:
+    with pa.ipc.new_file(str(path), row_schema().with_metadata(checksum)) as writer:
         writer.write_batch(batch)
 
 
@@ -181,7 +181,7 @@ def read_known(run: Location) -> MeasurementTable:
 
 def _read_batches(file: Location) -> list[RowBatch]:
     with file.open_input() as source, pa.ipc.open_file(source) as reader:
-        if reader.schema != ROW_SCHEMA:
+        if reader.schema != row_schema():
             raise pa.ArrowInvalid("it holds other columns than probe rows have")
         batches = [checked(reader.get_batch(i)) for i in range(reader.num_record_batches)]
         checksum = (reader.schema.metadata or {}).get(_CHECKSUM)

@@ -8,7 +8,7 @@ import dataclasses
 import hashlib
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +45,9 @@ class RowBatch:
         time: Ascending within a row [M].
         dst: Destinations [M].
         rtt: Round-trip times in ms, below 0 where the measurement failed [M].
+        kind: Index into `measurements.KINDS` [M]; None: all are pings.
+        loss: Fraction of the packets that were lost, NaN where unknown [M]; None: unknown.
+        spread: Largest minus smallest RTT in ms, NaN where unknown [M]; None: unknown.
     """
 
     src: np.ndarray
@@ -53,14 +56,27 @@ class RowBatch:
     time: np.ndarray
     dst: np.ndarray
     rtt: np.ndarray
+    kind: np.ndarray | None = None
+    loss: np.ndarray | None = None
+    spread: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.src)
 
     @property
     def measured(self) -> dict[str, np.ndarray]:
-        """The columns with a value for each measurement, by name."""
-        return {name: getattr(self, name) for name in MEASURED}
+        """The columns with a value for each measurement that are there, by name."""
+        return {name: v for name in MEASURED if (v := getattr(self, name)) is not None}
+
+    def with_columns(self, names: Collection[str]) -> "RowBatch":
+        """Returns the rows with all these columns; one that they lack is of unknown values."""
+        return dataclasses.replace(
+            self,
+            **{
+                name: np.full(len(self.time), COLUMNS[name].missing, COLUMNS[name].dtype)
+                for name in {*names} - {*self.measured}
+            },
+        )
 
     @classmethod
     def grouped(
@@ -82,7 +98,9 @@ class RowBatch:
     def concat(cls, pieces: Sequence["RowBatch"]) -> "RowBatch":
         """Returns the rows of `pieces` end to end, as a copy."""
         counts = np.concatenate([np.diff(piece.offsets) for piece in pieces])
-        names = ("src", "family", *MEASURED)
+        present = {name for piece in pieces for name in piece.measured}
+        pieces = [piece.with_columns(present) for piece in pieces]
+        names = ("src", "family", *present)
         columns = {name: np.concatenate([getattr(p, name) for p in pieces]) for name in names}
         return cls(offsets=np.append(0, np.cumsum(counts)), **columns)
 
@@ -117,37 +135,49 @@ class RowBatch:
         return MeasurementTable(src=src, family=family, **self.measured)
 
     def to_arrow(self) -> pa.RecordBatch:
-        """Returns one record batch of `ROW_SCHEMA`."""
+        """Returns one record batch of `row_schema` of its columns."""
         offsets = pa.array(self.offsets.astype(np.int32))
         lists = [
             pa.ListArray.from_arrays(offsets, from_numpy(values))
             for values in self.measured.values()
         ]
         sources = [from_numpy(self.src), from_numpy(self.family)]
-        return pa.RecordBatch.from_arrays([*sources, *lists], schema=ROW_SCHEMA)
+        return pa.RecordBatch.from_arrays([*sources, *lists], schema=row_schema(self.measured))
 
     @classmethod
     def from_arrow(cls, batch: pa.RecordBatch) -> "RowBatch":
-        """Returns the rows of a record batch of `ROW_SCHEMA` as views.
+        """Returns the rows of a record batch of a `row_schema` as views.
 
         `offsets` start at 0 and every flat array is cut to the batch, even if that is a slice.
         """
         src, family, *lists = batch.columns
+        names = columns_of(batch.schema)
         offsets = lists[0].offsets.to_numpy().astype(np.int64)
         return cls(
             src=to_numpy(src),
             family=to_numpy(family),
             offsets=offsets - offsets[0],
-            **{name: to_numpy(each.flatten()) for name, each in zip(MEASURED, lists, strict=True)},
+            **{name: to_numpy(each.flatten()) for name, each in zip(names, lists, strict=True)},
         )
 
 
 MEASURED = tuple(f.name for f in dataclasses.fields(RowBatch) if f.name in COLUMNS)[2:]
-BYTES_PER_MEASUREMENT = sum(COLUMNS[name].dtype.itemsize for name in MEASURED)
-ROW_SCHEMA = pa.schema(
-    [(COLUMNS[name].arrow, COLUMNS[name].arrow_type()) for name in ("src", "family")]
-    + [(COLUMNS[name].arrow, pa.list_(COLUMNS[name].arrow_type())) for name in MEASURED]
-)
+ALWAYS = tuple(name for name in MEASURED if COLUMNS[name].missing is None or name == "time")
+BYTES_PER_MEASUREMENT = sum(COLUMNS[name].dtype.itemsize for name in ALWAYS)
+
+
+def row_schema(measured: Collection[str] = ALWAYS) -> pa.Schema:
+    """Returns the schema of rows with the columns `ALWAYS` and others of `MEASURED`."""
+    lists = [COLUMNS[name] for name in MEASURED if name in measured]
+    return pa.schema(
+        [(COLUMNS[name].arrow, COLUMNS[name].arrow_type()) for name in ("src", "family")]
+        + [(column.arrow, pa.list_(column.arrow_type())) for column in lists]
+    )
+
+
+def columns_of(schema: pa.Schema) -> list[str]:
+    """Returns which of `MEASURED` rows of a schema have."""
+    return [name for name in MEASURED if COLUMNS[name].arrow in schema.names]
 
 
 def is_dataset(directory: str | Path | Location) -> bool:
@@ -289,7 +319,7 @@ def read_rows(path: Path) -> list[RowBatch]:
     """
     try:
         with pa.memory_map(str(path)) as source, pa.ipc.open_file(source) as reader:
-            if reader.schema != ROW_SCHEMA:
+            if reader.schema != row_schema({*ALWAYS, *columns_of(reader.schema)}):
                 found = ", ".join(f"{field.name} {field.type}" for field in reader.schema)
                 raise DataError(f"{path} does not hold probe rows, but columns {found}")
             return [checked(reader.get_batch(i)) for i in range(reader.num_record_batches)]
@@ -317,8 +347,24 @@ class RowWriter:
     files, whoever writes them and in however many calls.
     """
 
-    def __init__(self, directory: Path, split: str, *, file_bytes: int = 256_000_000):
+    def __init__(
+        self,
+        directory: Path,
+        split: str,
+        *,
+        columns: Collection[str] = (),
+        file_bytes: int = 256_000_000,
+    ):
+        """Begins a split.
+
+        Args:
+            directory: Where its files go.
+            split: Its name.
+            columns: Which columns its rows have beside those that all have.
+            file_bytes: Size after which a file ends.
+        """
         self._directory, self._split, self._file_bytes = directory, split, file_bytes
+        self._columns = columns
         self._parts: list[Path] = []
         self._writer: pa.ipc.RecordBatchFileWriter | None = None
         self._written = 0  # bytes in the current file
@@ -349,9 +395,10 @@ class RowWriter:
         if self._writer is None:
             path = self._directory / f"{self._split}-part-{len(self._parts):05d}.arrow"
             self._parts.append(path)
-            self._writer = pa.ipc.new_file(str(path), ROW_SCHEMA)
+            self._writer = pa.ipc.new_file(str(path), row_schema({*ALWAYS, *self._columns}))
             self._written = 0
-        self._writer.write_batch(RowBatch.concat(self._pending).to_arrow())
+        rows = RowBatch.concat(self._pending).with_columns(self._columns)
+        self._writer.write_batch(rows.to_arrow())
         self._written += self._pending_bytes
         self._pending, self._pending_bytes = [], 0
 

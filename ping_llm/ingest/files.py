@@ -30,6 +30,7 @@ class InputFile:
         format: "parquet", "arrow", "csv", "ripe" or "tar".
         compression: "gzip", "bz2", "zstd" or "xz"; None for none.
         size: Bytes on disk.
+        traceroutes: What is taken of traceroutes: "hops", "end" or "no".
     """
 
     location: Location
@@ -37,6 +38,7 @@ class InputFile:
     format: str
     compression: str | None
     size: int
+    traceroutes: str = "hops"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,7 +58,7 @@ class Unit:
     size: int
 
 
-def find_files(inputs: Sequence[str]) -> list[InputFile]:
+def find_files(inputs: Sequence[str], *, traceroutes: str = "hops") -> list[InputFile]:
     """Returns the files of `inputs`: files, directories and globs, each in order of names.
 
     A directory means the files at any depth, and a glob those it matches, whose endings are known.
@@ -84,7 +86,7 @@ def find_files(inputs: Sequence[str]) -> list[InputFile]:
             key = os.path.realpath(url) if file.location.is_local else url
             if key in found:
                 raise DataError(f"{file.location} is in the inputs twice; each file counts once")
-            found[key] = _describe(file, index)
+            found[key] = dataclasses.replace(_describe(file, index), traceroutes=traceroutes)
     return list(found.values())
 
 

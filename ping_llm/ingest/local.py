@@ -7,7 +7,7 @@ import queue
 import shutil
 import threading
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from ping_llm.data.rows import SPLITS, RowBatch, RowBuilder, RowWriter
+from ping_llm.data.rows import MEASURED, SPLITS, RowBatch, RowBuilder, RowWriter
 from ping_llm.errors import DataError
 from ping_llm.hashing import keyed_hash_addresses
 from ping_llm.ingest.files import InputFile, Unit
@@ -149,7 +149,8 @@ class LocalEngine(Engine):
         def sort(bounds: tuple[np.ndarray, np.ndarray]) -> tuple[np.ndarray, dict[str, RowBatch]]:
             return split_rows(*read_range(self._runs, *bounds), self._chosen, cuts)
 
-        writer = SplitWriter(self._directory, self._chosen)
+        columns = {name for run in self._runs for name in run.columns}
+        writer = SplitWriter(self._directory, self._chosen, columns=columns)
         in_order = _in_order(pool, sort, ranges, ahead=self._workers)
         with progress("sorting", total=total, unit="measurements") as shown:
             for (starts, stops), made in zip(ranges, in_order, strict=True):
@@ -231,12 +232,13 @@ class UnitReader:
     Attributes:
         lines: How many lines or rows were read.
         reasons: Rejected records by reason.
+        columns: Which of `MEASURED` its measurements have.
     """
 
     def __init__(self, unit: Unit, spill: Path, number: int, *, both_ends: bool):
         self._unit, self._both_ends = unit, both_ends
         self._path = _rejected_path(spill, number)
-        self.lines, self.reasons = 0, Counter[str]()
+        self.lines, self.reasons, self.columns = 0, Counter[str](), set[str]()
 
     def read(self) -> Iterator[tuple[Part, list[tuple[MeasurementTable, int]]]]:
         """Yields each part, and its tables with their input indices, mirrored ones for both ends.
@@ -255,6 +257,7 @@ class UnitReader:
                     for count in part.rejected["reason"].value_counts().to_pylist():
                         self.reasons[count["values"]] += count["counts"]
                 self.lines += part.lines
+                self.columns |= part.table.names & {*MEASURED}
                 tables = [(part.table, index)]
                 if self._both_ends:
                     tables.append((part.table.mirrored(), index | MIRRORED))
@@ -264,9 +267,18 @@ class UnitReader:
 class SplitWriter:
     """Writes rows that come in order, each to the files of its split, and counts them."""
 
-    def __init__(self, directory: Path, chosen: PrepareSettings, *, suffix: str = ""):
+    def __init__(
+        self,
+        directory: Path,
+        chosen: PrepareSettings,
+        *,
+        columns: Collection[str],
+        suffix: str = "",
+    ):
         cap = chosen.row_cap_bytes
-        self._writers = {split: RowWriter(directory, f"{split}{suffix}") for split in SPLITS}
+        self._writers = {
+            split: RowWriter(directory, f"{split}{suffix}", columns=columns) for split in SPLITS
+        }
         self._builders = {s: RowBuilder(w, row_cap_bytes=cap) for s, w in self._writers.items()}
         self._last_source, self._failed, self._probes = None, 0, 0
 

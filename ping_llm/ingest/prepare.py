@@ -59,7 +59,10 @@ def prepare_data(chosen: PrepareSettings) -> PrepareResult:
         StorageError: An input is absent, or the output cannot be written.
     """
     started = time.monotonic()
-    output, files = Location.of(chosen.output), find_files(chosen.inputs)
+    output, files = (
+        Location.of(chosen.output),
+        find_files(chosen.inputs, traceroutes=chosen.traceroutes),
+    )
     workers = chosen.workers or len(os.sched_getaffinity(0))
 
     def stored() -> dict[str, Any] | None:
@@ -129,7 +132,7 @@ def _write_metadata(directory: Path, stored: dict[str, Any], result: PrepareResu
         "seed": stored["seed"],
         **dataclasses.asdict(result),
         "format": {
-            "rows": "Arrow IPC file, one row a source and part, see rows.ROW_SCHEMA",
+            "rows": "Arrow IPC file, one row a source and part, see rows.row_schema",
             "files": {s: len(list(directory.glob(f"{s}-*.arrow"))) for s in rows.SPLITS},
             "rejected": "rejected.parquet: file, line or row, reason, record",
         },

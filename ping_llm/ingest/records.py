@@ -28,6 +28,8 @@ REASONS = (
     "not UTF-8 text",
     "not a JSON object",
     "not a ping result",
+    "not a ping or traceroute result",
+    "malformed traceroute",
     "not a CSV row of the header's columns",
     "missing event_time",
     "invalid event_time",
@@ -110,12 +112,7 @@ def check(verdict: Verdict, **fields: Any) -> MeasurementTable:
     with np.errstate(over="ignore", invalid="ignore"):
         stored = np.where(ms < 0, -1.0, np.abs(ms)).astype(np.float32)
     verdict.reject(stored > np.float64(MAX_RTT_MS), "rtt beyond the largest code")
-    n = len(verdict.codes)
-    absent = np.zeros(n), np.full(n, MISSING)
-    values = {
-        name: _optional(verdict, name, *fields.get(name, absent))
-        for name in {*READ, *fields} - {*NEEDED}
-    }
+    values = {name: _optional(verdict, name, *fields[name]) for name in {*fields} - {*NEEDED}}
     good = np.flatnonzero(verdict.codes == 0)
     return MeasurementTable(
         time=seconds[good],
@@ -132,7 +129,10 @@ def _optional(verdict: Verdict, name: str, values: np.ndarray, problems: np.ndar
     column = COLUMNS[name]
     accepted = column.accepts(values)
     given = problems == OK
-    verdict.reject((problems == INVALID) | (given & ~accepted), f"invalid {column.arrow}")
+    unknown = np.isnan(values) if column.dtype.kind == "f" else ~given
+    verdict.reject(
+        (problems == INVALID) | (given & ~accepted & ~unknown), f"invalid {column.arrow}"
+    )
     return np.where(given & accepted, values, column.missing).astype(column.dtype)
 
 

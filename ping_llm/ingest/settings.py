@@ -15,8 +15,9 @@ class PrepareSettings(Settings):
     """Turn measurements into probe rows for training.
 
     INPUT is a file, a directory or a glob of Parquet, Arrow or CSV measurements, or of RIPE Atlas
-    ping results (NDJSON; also .gz, .bz2, .xz, .zst). Each INPUT is one input to `--split time`.
-    Records that cannot be used are counted by reason and kept in OUTPUT/rejected.parquet.
+    pings and traceroutes (JSON, a result a line or an array; .gz, .bz2, .xz, .zst and .tar too).
+    Each INPUT is one input to `--split time`. Records that cannot be used are counted by reason and
+    kept in OUTPUT/rejected.parquet.
 
     Attributes:
         inputs: Files, directories or globs.
@@ -26,6 +27,8 @@ class PrepareSettings(Settings):
         test_fraction: Fraction held out for the final evaluation.
         seed: Seed that decides which pairs or probes are held out.
         row_cap_mb: Size of the largest row in MB (1e6 bytes).
+        traceroutes: What is taken of RIPE Atlas traceroutes: their destination and each public
+            address on the way, their destination, or nothing.
         both_ends: Also count train measurements as made from their destinations.
         memory_limit: Most memory to use, such as 4GB or 512MiB.
         workers: Number of threads.
@@ -39,6 +42,7 @@ class PrepareSettings(Settings):
     test_fraction: float = field(default=0.1, ge=0, lt=1)
     seed: int = field(default=0, ge=0, lt=2**63)
     row_cap_mb: float = field(default=8.0, ge=0.001, le=1000)
+    traceroutes: Literal["hops", "end", "no"] = "hops"
     both_ends: bool = False
     memory_limit: str = field(default="4GB", stored=False)
     workers: int | None = field(default=None, gt=0, stored=False, default_text="one per CPU")

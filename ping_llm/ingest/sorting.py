@@ -17,6 +17,7 @@ from ping_llm.measurements import COLUMNS, MeasurementTable
 
 SAMPLE_EVERY = 1024
 MIRRORED = 1 << 30  # a bit of an input index: the measurement is seen from its destination
+_KEY = ("time", "dst")
 _DTYPES = {name: COLUMNS[name].dtype for name in ("src", *MEASURED)}
 _DTYPES |= {"offsets": np.dtype(np.int64), "index": np.dtype(np.uint32)}
 
@@ -55,7 +56,7 @@ def _sort(
     if len(tied):
         some = order[tied]
         high, low = addresses.words(measured["dst"][some])
-        last = [measured[name][some] for name in reversed(MEASURED) if name not in ("time", "dst")]
+        last = [measured[n][some] for n in reversed(MEASURED) if n in measured and n not in _KEY]
         order[tied] = some[np.lexsort((*last, low, high, key[tied]))]
     source = (key >> np.uint64(32)).astype(np.int64)
     in_order = {name: values[order] for name, values in measured.items()}
@@ -66,6 +67,7 @@ class Run:
     """A sorted run on disk, a file a column.
 
     Attributes:
+        columns: Which of `MEASURED` it has.
         samples: The keys of every `SAMPLE_EVERY`-th measurement [K, 6], uint64.
     """
 
@@ -73,7 +75,8 @@ class Run:
         """Sorts and writes `tables`, each with its input index, to a new directory."""
         table = MeasurementTable.concat([table for table, _ in tables])
         index = np.repeat([i for _, i in tables], [len(t) for t, _ in tables]).astype(np.uint32)
-        measured = {name: getattr(table, name) for name in MEASURED}
+        present = {name: getattr(table, name) for name in MEASURED}
+        measured = {name: values for name, values in present.items() if values is not None}
         rows, index = _sort(*rank_addresses(table.src), measured, index)
         self._directory, self._n = directory, len(index)
         sampled = np.arange(0, len(index), SAMPLE_EVERY)
@@ -83,6 +86,7 @@ class Run:
         key = (*before, *addresses.words(dst), _rtt_word(rtt))
         self.samples = np.stack(key, axis=1)
         directory.mkdir()
+        self.columns = tuple(rows.measured)
         written = {"src": rows.src, "offsets": rows.offsets, "index": index, **rows.measured}
         for name, values in written.items():
             values.tofile(directory / name)
@@ -119,7 +123,7 @@ class Run:
             src=src[first:last],
             family=addresses.family(src[first:last]),
             offsets=np.clip(offsets[first : last + 1], start, stop) - start,
-            **{name: self._read(name, start, stop) for name in MEASURED},
+            **{name: self._read(name, start, stop) for name in self.columns},
         )
         return rows, self._read("index", start, stop)
 

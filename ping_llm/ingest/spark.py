@@ -18,12 +18,12 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from ping_llm.columns import to_numpy
+from ping_llm.columns import from_numpy, to_numpy
 from ping_llm.data.rows import MEASURED, SPLITS, RowBatch, read_rows
 from ping_llm.errors import ConfigError, DataError, StorageError
 from ping_llm.ingest import local
 from ping_llm.ingest.files import InputFile, Unit
-from ping_llm.ingest.records import READ
+from ping_llm.ingest.records import NEEDED, READ
 from ping_llm.ingest.settings import PrepareSettings
 from ping_llm.ingest.sorting import MIRRORED
 from ping_llm.ingest.sources import cut_into_units
@@ -32,6 +32,8 @@ from ping_llm.measurements import COLUMNS, MeasurementTable
 from ping_llm.progress import progress
 
 _TYPES = {"int64": "long", "void128": "binary", "int8": "byte", "float32": "float"}
+_TYPES |= {"uint8": "byte"}
+_ARROW_TYPES = {pa.binary(16): pa.binary(), pa.uint8(): pa.int8()}  # of what Spark has not
 _READ = (
     ", ".join(f"{COLUMNS[n].arrow} {_TYPES[COLUMNS[n].dtype.name]}" for n in READ) + ", input int"
 )
@@ -57,7 +59,7 @@ class SparkEngine(local.Engine):
             read = read.persist(StorageLevel.DISK_ONLY)
             ends = functions.min("event_time"), functions.max("event_time")
             spans = read.groupBy("input").agg(*ends).collect()
-            lines = np.zeros(len(units), np.int64)
+            lines, names = np.zeros(len(units), np.int64), set[str]()
             for i in range(len(units)):
                 path = spill / f"unit-{i}.json"
                 if not path.exists():
@@ -68,6 +70,7 @@ class SparkEngine(local.Engine):
                 note = json.loads(path.read_text())
                 lines[i] = note["lines"]
                 self.rejected.update(note["reasons"])
+                names.update(note["columns"])
             local.write_rejected(self._directory, spill, units, lines)
             if not spans:
                 raise local.no_measurement(files, self.rejected)
@@ -80,9 +83,11 @@ class SparkEngine(local.Engine):
             # A source goes to one partition, so that rows need not be joined across them.
             made = read.repartitionByRange(parts, "ip_version", "src_addr")
             made = made.sortWithinPartitions(*_ORDER)
-            made = made.mapInArrow(_writer(spill, self._chosen, cuts), "part long, probes long")
+            made = made.mapInArrow(
+                _writer(spill, self._chosen, cuts, names), "part long, probes long"
+            )
             probes = sorted(tuple(row) for row in made.collect())
-            counts = self._join(spill, [part for part, _ in probes])
+            counts = self._join(spill, [part for part, _ in probes], names)
             counts["probes"] = sum(n for _, n in probes)
         except PySparkException as error:
             # What a worker says of a broken file stands in the text of a long trace.
@@ -95,9 +100,9 @@ class SparkEngine(local.Engine):
         shutil.rmtree(spill)
         return counts
 
-    def _join(self, spill: Path, parts: list[int]) -> dict[str, Any]:
+    def _join(self, spill: Path, parts: list[int], names: set[str]) -> dict[str, Any]:
         """Writes the rows of all partitions, in their order, and returns their counts."""
-        writer = local.SplitWriter(self._directory, self._chosen)
+        writer = local.SplitWriter(self._directory, self._chosen, columns=names)
         for split in SPLITS:
             with progress(f"writing {split}", total=len(parts), unit="partitions") as shown:
                 for part in parts:
@@ -134,12 +139,11 @@ def _reader(units: list[Unit], spill: Path, both_ends: bool) -> Callable:
     """Returns what reads the units of the numbers it is given, into batches of `_READ`."""
 
     def to_batch(measurements: MeasurementTable, index: int) -> pa.RecordBatch:
-        table = measurements.to_arrow()
-        inputs = pa.array(np.full(len(table), index, np.int32))
-        columns = [column.combine_chunks() for column in table.columns]
-        # Spark has no binary of a fixed size.
-        columns = [c.cast(pa.binary()) if c.type == pa.binary(16) else c for c in columns]
-        return pa.RecordBatch.from_arrays([*columns, inputs], names=[*table.column_names, "input"])
+        arrays = [from_numpy(measurements.column(name)) for name in READ]  # unknown: NaN, no null
+        arrays = [a.cast(_ARROW_TYPES.get(a.type, a.type)) for a in arrays]
+        inputs = pa.array(np.full(len(measurements), index, np.int32))
+        names = [*(COLUMNS[name].arrow for name in READ), "input"]
+        return pa.RecordBatch.from_arrays([*arrays, inputs], names=names)
 
     def read(batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
         for i in (number for batch in batches for number in batch.column(0).to_pylist()):
@@ -147,12 +151,13 @@ def _reader(units: list[Unit], spill: Path, both_ends: bool) -> Callable:
             for _, tables in reader.read():
                 yield from itertools.starmap(to_batch, tables)
             note = {"lines": reader.lines, "reasons": reader.reasons}
+            note |= {"columns": sorted(reader.columns)}
             (spill / f"unit-{i}.json").write_text(json.dumps(note))
 
     return read
 
 
-def _writer(spill: Path, chosen: PrepareSettings, cuts: np.ndarray) -> Callable:
+def _writer(spill: Path, chosen: PrepareSettings, cuts: np.ndarray, names: set[str]) -> Callable:
     """Returns what writes one sorted partition as rows, and tells its number and its sources."""
 
     def write(batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
@@ -160,21 +165,26 @@ def _writer(spill: Path, chosen: PrepareSettings, cuts: np.ndarray) -> Callable:
 
         context = TaskContext.get()
         part = context.partitionId() if context else 0
-        writer = local.SplitWriter(spill, chosen, suffix=f".{part}")
+        writer = local.SplitWriter(spill, chosen, columns=names, suffix=f".{part}")
         for batch in batches:
             if len(batch):
-                writer.append(*local.split_rows(*_to_rows(batch), chosen, cuts))
+                writer.append(*local.split_rows(*_to_rows(batch, names), chosen, cuts))
         counts = writer.close()
         yield pa.RecordBatch.from_pydict({"part": [part], "probes": [counts["probes"]]})
 
     return write
 
 
-def _to_rows(batch: pa.RecordBatch) -> tuple[RowBatch, np.ndarray]:
+def _to_rows(batch: pa.RecordBatch, names: set[str]) -> tuple[RowBatch, np.ndarray]:
     """Returns a batch of `_READ`, which is in order, as one row a source, and input indices."""
     index = batch["input"].to_numpy().astype(np.uint32)
-    columns = {name: to_numpy(batch[COLUMNS[name].arrow]) for name in READ}
+    columns = {
+        name: to_numpy(batch[COLUMNS[name].arrow])
+        for name in READ
+        if name in names or name in NEEDED
+    }
+    columns = {name: v.astype(COLUMNS[name].dtype, copy=False) for name, v in columns.items()}
     src = columns["src"]
     first = np.append(True, src[1:] != src[:-1])
-    measured = {name: columns[name] for name in MEASURED}
+    measured = {name: columns[name] for name in MEASURED if name in names}
     return RowBatch.grouped(np.cumsum(first) - 1, src[first], measured), index

@@ -44,6 +44,9 @@ def summary(result: InspectDataResult) -> list[tuple[str, str]]:
         ("from", result.time_first or "-"),
         ("to", result.time_last or "-"),
     ]
+    if result.kinds["ping"] < result.measurements:
+        names = {"ping": "pings", "hop": "routers on the way", "end": "ends of traceroutes"}
+        lines[1:1] = [(names[kind], f"{n:,}") for kind, n in result.kinds.items() if n]
     for split, rows in result.rows.items():
         n = result.measurements_by_split[split]
         lines.append((f"{split} rows", f"{rows:,} with {n:,} measurements"))

@@ -19,7 +19,7 @@ from ping_llm.inspection.checks import measurement_checks, row_checks
 from ping_llm.inspection.result import Check, InspectDataResult, SampleContext, time_text
 from ping_llm.inspection.settings import InspectDataSettings
 from ping_llm.inspection.statistics import HashTable, Statistics, rtt_of_bin, rtt_quantile
-from ping_llm.measurements import MeasurementTable
+from ping_llm.measurements import KINDS, MeasurementTable
 from ping_llm.progress import progress
 from ping_llm.storage import Location
 
@@ -201,6 +201,7 @@ def _result(
             }
             for i, name in enumerate(("ipv4", "ipv6"))
         },
+        kinds=dict(zip(KINDS, stats.kinds.tolist(), strict=True)),
         distributions={
             "rtt_ms": _rtt_distribution(stats.rtt),
             "time": _time_distribution(stats),

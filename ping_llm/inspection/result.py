@@ -58,6 +58,8 @@ class InspectDataResult:
         time_last: Latest time.
         rtt_ms: p5, p25, p50, p75 and p95 of the RTTs; None each where there are none.
         families: `measurements`, `failed_fraction` and `rtt_ms` of "ipv4" and "ipv6".
+        kinds: Measurements by what they are: "ping", "hop" (of a traceroute: a router, whose
+            replies may be slow or rate-limited) and "end" (its destination).
         rows: Rows of each split; empty for raw files.
         measurements_by_split: Measurements of each split; empty for raw files.
         rejected: Records that are no measurements, by reason.
@@ -84,6 +86,7 @@ class InspectDataResult:
     time_last: str | None
     rtt_ms: dict[str, float | None]
     families: dict[str, dict[str, Any]]
+    kinds: dict[str, int]
     rows: dict[str, int] = dataclasses.field(default_factory=dict)
     measurements_by_split: dict[str, int] = dataclasses.field(default_factory=dict)
     rejected: dict[str, int]

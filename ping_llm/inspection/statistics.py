@@ -10,7 +10,7 @@ import numpy as np
 
 from ping_llm import addresses
 from ping_llm.hashing import hash_addresses, mix
-from ping_llm.measurements import MeasurementTable
+from ping_llm.measurements import KINDS, MeasurementTable
 
 N_SPLITS = 3
 # Float bits above this shift: a sign and 8 exponent bits, and 11 bits of mantissa.
@@ -202,6 +202,7 @@ class Statistics:
         self.problems: dict[str, int] = dict.fromkeys(names.split(), 0)
         self._now = int(time.time())
         self.both_in_train = 0
+        self.kinds = np.zeros(len(KINDS), np.int64)
         self._train: np.ndarray | None = None
         self._last: tuple[int, int, int] | None = None  # split, source hash, time
 
@@ -217,6 +218,7 @@ class Statistics:
         self.last_time[split] = max(self.last_time[split], times.max())
         self.time.add(times, is_v6 * 2 + failed)
         self._add_rtts(rtt, failed, is_v6)
+        self.kinds += np.bincount(table.column("kind"), minlength=len(KINDS))
 
         answered_ms = np.where(failed | ~np.isfinite(rtt), 0, rtt).astype(float)
         source, destination = hash_addresses(table.src), hash_addresses(table.dst)

@@ -106,9 +106,9 @@ def test_times_may_be_strings_and_are_floored():
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [
-        ({"type": "traceroute"}, "not a ping result"),
-        ({"type": ...}, "not a ping result"),
-        ({"type": None}, "not a ping result"),
+        ({"type": "traceroute"}, "malformed traceroute"),
+        ({"type": ...}, "not a ping or traceroute result"),
+        ({"type": None}, "not a ping or traceroute result"),
         ({"timestamp": ...}, "missing event_time"),
         ({"timestamp": "soon"}, "invalid event_time"),
         ({"timestamp": True}, "invalid event_time"),

@@ -57,7 +57,7 @@ def test_spark_makes_the_files_of_the_local_engine(spark, tmp_path, monkeypatch,
         result = prepare_data(inputs, output=output, engine=engine, **settings)
         results.append({**vars(result), "seconds": 0, "peak_rss_bytes": 0})
     assert results[0] == results[1]
-    assert results[0]["rejected"] == {"not a JSON object": 1, "not a ping result": 1}
+    assert results[0]["rejected"] == {"not a JSON object": 1, "not a ping or traceroute result": 1}
     assert files_of(tmp_path / "spark") == files_of(tmp_path / "local")
     # Either engine takes the other's output as finished.
     prepare_data(inputs, output=tmp_path / "spark", **settings)

@@ -1,68 +1,86 @@
-"""RIPE Atlas: how a ping result, a JSON object, becomes a measurement.
+"""RIPE Atlas: how a result, a JSON object, becomes measurements.
 
 Results stand one a line, in an array as the API answers it, or in messages of the stream
 (`["atlas_result", {...}]`).
 
-Several replies make one measurement. Its RTT is `min` when positive, else the least numeric `rtt`
-of the replies that are neither late nor duplicate, else -1 (failed). The source is `from`, the
-public address, or `src_addr` where `from` is absent or of the other family; the destination is
-`dst_addr`, or `addr` or `name` when that is an address. Numbers may be strings.
+Several replies make one measurement. The RTT of a ping is `min` when positive, else the least
+numeric `rtt` of the replies that are neither late nor duplicate, else -1 (failed). The source is
+`from`, the public address, or `src_addr` where `from` is absent or of the other family; the
+destination is `dst_addr`, or `addr` or `name` when that is an address. Numbers may be strings. A
+traceroute is a measurement of its destination, and one of each public address on the way.
 """
 
 # pyarrow.compute makes its functions when it is imported:
 # pyright: reportAttributeAccessIssue=false
+import functools
 import json
 import threading
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from ping_llm import columns
+from ping_llm import addresses, columns
 from ping_llm.ingest.formats.json_text import is_json_text, record_lines
 from ping_llm.ingest.formats.lines import Lines, Text
-from ping_llm.ingest.records import Field, Verdict, check
-from ping_llm.measurements import MeasurementTable
+from ping_llm.ingest.formats.traceroutes import parse_result
+from ping_llm.ingest.records import REASON_CODES, Field, Verdict, check
+from ping_llm.measurements import KINDS, MeasurementTable
+from ping_llm.tokenizer import MAX_RTT_MS
 
-_FIELDS = "type timestamp af from src_addr dst_addr addr name min rcvd result".split()  # noqa: SIM905
+_FIELDS = "type timestamp af from src_addr dst_addr addr name min max sent rcvd result".split()  # noqa: SIM905
+_TYPES = ("ping", "traceroute")
+_MALFORMED = REASON_CODES["malformed traceroute"]
 _threads = threading.local()
 
 
 class RipeLines(Lines):
-    """Lines of results."""
+    """Lines of results, and what is taken of traceroutes."""
+
+    def __init__(self, traceroutes: str, *of_lines: Any):
+        super().__init__(*of_lines)
+        self._traceroutes = traceroutes
 
     @property
     def kind(self) -> str:
-        """One kind: results of all files are checked together."""
-        return "ripe"
+        """What is taken of traceroutes: results of all files are checked together."""
+        return self._traceroutes
 
     @staticmethod
     def check(group: "Sequence[RipeLines]") -> tuple[MeasurementTable, np.ndarray]:
         """See `RawRecords.check`."""
-        return Lines.checked(group, parse_ripe_lines)
+        traceroutes = group[0].kind
+        return Lines.checked(group, lambda lines: parse_ripe_lines(lines, traceroutes))
 
 
 def read_ripe(text: Text) -> Iterator[RipeLines]:
     """Yields the results in a share of a file."""
-    if is_json_text(text.head):
-        return text.lines(record_lines(text.blocks(), text.name), RipeLines)
-    return text.lines(text.line_blocks(), RipeLines)
+    is_text = is_json_text(text.head)
+    blocks = record_lines(text.blocks(), text.name) if is_text else text.line_blocks()
+    return text.lines(blocks, functools.partial(RipeLines, text.file.traceroutes))
 
 
-def parse_ripe_lines(lines: pa.Array) -> tuple[MeasurementTable, Verdict]:
+def parse_ripe_lines(
+    lines: pa.Array, traceroutes: str = "hops"
+) -> tuple[MeasurementTable, Verdict]:
     """Returns the measurements in `lines`, and what is wrong with each of the other lines.
 
     Args:
         lines: JSON text, one result each, a `string` array without nulls.
+        traceroutes: What is taken of them: their "hops" and ends, their "end", or "no".
     """
     lines = _without_messages(lines)
     fields = _extract(lines)
     verdict = Verdict(len(lines))
     is_object = pc.and_(fields["parsed"], pc.starts_with(pc.utf8_ltrim_whitespace(lines), "{"))
     verdict.reject(~np.asarray(is_object), "not a JSON object")
-    is_ping = pc.fill_null(pc.equal(fields["type"], "ping"), False)
-    verdict.reject(~np.asarray(is_ping), "not a ping result")
+    types = (np.asarray(pc.fill_null(pc.equal(fields["type"], t), False)) for t in _TYPES)
+    is_ping, is_trace = types
+    is_trace &= traceroutes != "no"
+    expected = "a ping or traceroute" if traceroutes != "no" else "a ping"
+    verdict.reject(~is_ping & ~is_trace, f"not {expected} result")
     time = columns.to_seconds(*columns.parse_floats(fields["timestamp"]))
     names = ("dst_addr", "addr", "name", "from", "src_addr")
     dst_addr, addr, name, public, private = (columns.parse_addresses(fields[n]) for n in names)
@@ -72,8 +90,66 @@ def parse_ripe_lines(lines: pa.Array) -> tuple[MeasurementTable, Verdict]:
     versions = np.where(absent, dst.family_of_records(), versions)
     family = versions, np.where(absent, columns.OK, problems)
     src = _merge(public, private, _use_private(public, private, versions))
-    rtt = _rtt(fields)
-    return check(verdict, src=src, dst=dst, time=time, family=family, rtt=rtt), verdict
+    values = {"rtt": _rtt(fields)} | _loss_and_spread(fields)
+    hops: list[tuple[int, str, float, float]] = []
+    if is_trace.any():
+        values["kind"] = np.where(is_trace, KINDS.index("end"), 0), np.full(len(lines), columns.OK)
+        texts = addresses.to_text(dst.values) if len(dst.values) else []
+        for i in np.flatnonzero(is_trace & (dst.codes >= 0)).tolist():
+            found = parse_result(fields["result"][i].as_py() or "", texts[dst.codes[i]])
+            for name in ("rtt", "loss", "spread"):
+                values[name][0][i] = getattr(found, name, np.nan)
+                values[name][1][i] = columns.OK
+            verdict.codes[i] = verdict.codes[i] or (found is None and _MALFORMED)
+            hops += [(i, *hop) for hop in found.hops] if found and traceroutes == "hops" else []
+    table = check(verdict, src=src, dst=dst, time=time, family=family, **values)
+    return MeasurementTable.concat([table, *_hops(hops, verdict, src, time[0], family[0])]), verdict
+
+
+def _hops(
+    hops: Sequence[tuple[int, str, float, float]],
+    verdict: Verdict,
+    src: columns.Addresses,
+    time: np.ndarray,
+    family: np.ndarray,
+) -> list[MeasurementTable]:
+    """Returns (number of the record, address, RTT, spread) of good records as measurements."""
+    if not hops:
+        return []
+    record, texts, rtt, spread = (np.array(each) for each in zip(*hops, strict=True))
+    dst = columns.parse_addresses(pa.array(texts.tolist()))
+    good = (verdict.codes[record] == 0) & (dst.family_of_records() == family[record])
+    good &= rtt <= MAX_RTT_MS
+    record = record[good]
+    return [
+        MeasurementTable(
+            time=time[record],
+            src=src.values[src.codes[record]],
+            dst=dst.values[dst.codes[good]],
+            family=family[record].astype(np.int8),
+            rtt=rtt[good].astype(np.float32),
+            kind=np.full(len(record), KINDS.index("hop"), np.uint8),
+            loss=np.full(len(record), np.nan, np.float32),
+            spread=spread[good].astype(np.float32),
+        )
+    ]
+
+
+def _loss_and_spread(fields: dict[str, pa.Array]) -> dict[str, Field]:
+    """Returns the fraction of packets lost, and largest minus smallest RTT, where they are told."""
+    names = ("sent", "rcvd", "min", "max")
+    (sent, received, least, most), problems = zip(
+        *(columns.parse_floats(fields[name]) for name in names), strict=True
+    )
+    known = [problem == columns.OK for problem in problems]
+    known[0] &= known[1] & (sent > 0) & (received >= 0) & (received <= sent)
+    known[2] &= known[3] & (least > 0) & (most >= least) & (most <= MAX_RTT_MS)
+    with np.errstate(all="ignore"):
+        values = {"loss": (known[0], 1 - received / sent), "spread": (known[2], most - least)}
+    return {
+        name: (np.where(is_known, value, np.nan), np.where(is_known, columns.OK, columns.MISSING))
+        for name, (is_known, value) in values.items()
+    }
 
 
 def _without_messages(lines: pa.Array) -> pa.Array:
