@@ -80,7 +80,7 @@ def write_run(path: Path, data: Path | None = None) -> Path:
         "train": {
             "seq_len": SEQ_LEN,
             "batch_size": 8,
-            "grid_fraction": 1.0,
+            "grid_fraction": 0.875,
             **dataclasses.asdict(DEFAULTS),
         },
         "data": {"path": str(data or path / "gone"), "fingerprint": fingerprint},

@@ -25,6 +25,7 @@ COMMANDS = {
     "inspect-data": "Show what a data set holds, and what is wrong with it.",
     "predict": "Predict RTT distributions and failures.",
     "prepare-data": "Turn measurements into probe rows for training.",
+    "query": "Complete a measurement: any fields given, any asked.",
     "quickstart": "Run the whole story once, in minutes.",
     "simulate": "Write the measurements of a synthetic internet.",
     "train": "Train a decoder on probe rows.",

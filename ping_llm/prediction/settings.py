@@ -1,5 +1,6 @@
-"""The settings of `ping-llm predict`, `evaluate` and `generate`."""
+"""The settings of `ping-llm predict`, `query`, `evaluate` and `generate`."""
 
+import math
 from typing import TYPE_CHECKING, Literal
 
 from ping_llm.errors import ConfigError
@@ -62,6 +63,63 @@ class PredictSettings(Settings):
             )
         if self.output is not None and not self.output.endswith(".parquet"):
             raise ConfigError(f"output {self.output} must be a .parquet file")
+
+
+class QuerySettings(Settings):
+    """Complete a measurement: any fields given, any asked.
+
+    An end of which nothing is given is one of those that the run knows, or of --candidates; one
+    given by a prefix is any address under it.
+
+    Attributes:
+        run: Run directory of the model.
+        ask: What is asked: an end, both, the RTT, or the hour of the day.
+        src: Source: an address, or a prefix such as 198.51.100.0/24.
+        dst: Destination, likewise.
+        time: When: ISO 8601 or seconds since 1970, UTC.
+        rtt: RTT in ms: a band such as 20..30; a number, which stands for 1 % around it; or failed.
+        candidates: Addresses to choose from, one a line; of pairs two.
+        history: Further measurements of the network, to be known first.
+        beam: Beginnings of addresses that are followed; of addresses, how many have their RTT
+            predicted.
+        top: Completions to show.
+    """
+
+    run: str = field(location=True)
+    ask: Literal["dst", "src", "pair", "rtt", "time"]
+    src: str | None = field(default=None, metavar="A")
+    dst: str | None = field(default=None, metavar="B")
+    time: str | None = field(default=None, metavar="T")
+    rtt: str | None = field(default=None, metavar="R")
+    candidates: str | None = field(default=None, location=True)
+    history: str | None = field(default=None, location=True)
+    beam: int = field(default=256, gt=0)
+    top: int = field(default=10, gt=0)
+
+    def check(self) -> None:
+        """Raises a `ConfigError` if what is asked is given, or the RTT is none."""
+        if self.ask in ("rtt", "time") and getattr(self, self.ask) is not None:
+            raise ConfigError(f"--ask {self.ask} and --{self.ask} exclude each other")
+        if self.rtt is not None:
+            rtt_band(self.rtt)
+
+
+def rtt_band(text: str) -> tuple[float, float] | None:
+    """Returns the least and the largest RTT in ms that are meant; None: a failure.
+
+    Raises:
+        ConfigError: The text is no RTT.
+    """
+    if text == "failed":
+        return None
+    low, dots, high = text.partition("..")
+    try:
+        ends = (float(low), float(high)) if dots else (float(low) * 0.99, float(low) * 1.01)
+    except ValueError:
+        ends = (math.nan, math.nan)
+    if not 0 <= ends[0] <= ends[1] < math.inf:
+        raise ConfigError(f"rtt={text!r} is no RTT; give ms like 25, a band like 20..30, or failed")
+    return ends
 
 
 class EvaluateSettings(Settings):
