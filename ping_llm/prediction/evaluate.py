@@ -130,7 +130,7 @@ def _evaluate(chosen: EvaluateSettings) -> EvaluationResult:
     data = Location.of(chosen.data)
     predictors = {}
     if chosen.run is not None:
-        predictors["model"] = Predictor.load(chosen.run)
+        predictors["model"] = Predictor.load(chosen.run, chosen.step)
     if chosen.pretrained:
         predictors["model_pretrained"] = Predictor.pretrained()
     first = next(iter(predictors.values()))

@@ -46,16 +46,18 @@ class Predictor:
     _calibrated: Answerer | None = None
 
     @classmethod
-    def load(cls, run: str | Location) -> "Predictor":
-        """Returns the best decoder of a run directory or an export.
+    def load(cls, run: str | Location, step: int | None = None) -> "Predictor":
+        """Returns the decoder of a run directory or an export.
 
-        The best one has the lowest objective on the valid split.
+        Args:
+            run: Where it is.
+            step: Of which checkpoint; None: the best, of the lowest objective on the valid split.
 
         Raises:
-            CheckpointError: `run` is no run, or has no checkpoint.
+            CheckpointError: `run` is no run, or has no such checkpoint.
         """
         location = Location.of(run)
-        loaded = load_run(location)
+        loaded = load_run(location, step)
         training = loaded.config["train"]
         grids = round(training["grid_fraction"] * training["batch_size"])
         return cls(

@@ -92,7 +92,7 @@ def query(chosen: QuerySettings) -> QueryResult:
     """
     asked = _Asked.of(chosen)
     history = None if chosen.history is None else read_table([chosen.history])
-    predictor = Predictor.load(chosen.run)
+    predictor = Predictor.load(chosen.run, chosen.step)
     predictor.check_windows()
     table, log_p = asked.completions(predictor, history)
     covered = min(float(np.exp(log_p).sum()), 1.0)

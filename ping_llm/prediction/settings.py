@@ -21,6 +21,7 @@ class PredictSettings(Settings):
 
     Attributes:
         run: Run directory of the model.
+        step: Its checkpoint of that step.
         pretrained: Ask the model in the box, which needs no training but a --history.
         src: Source address.
         dst: Destination address.
@@ -33,6 +34,7 @@ class PredictSettings(Settings):
     """
 
     run: str | None = field(default=None, location=True, positional=True)
+    step: int | None = field(default=None, ge=0, default_text="the best")
     pretrained: bool = False
     src: str | None = field(default=None, metavar="A")
     dst: str | None = field(default=None, metavar="B")
@@ -47,6 +49,8 @@ class PredictSettings(Settings):
         """Raises a `ConfigError` unless the settings are those of one of the three forms."""
         if (self.run is None) != self.pretrained:
             raise ConfigError("give either --run or --pretrained")
+        if self.pretrained and self.step is not None:
+            raise ConfigError("--step is for a --run; the model in the box has one state")
         if self.pretrained and self.history is None:
             raise ConfigError("--pretrained knows no network; give --history with measurements")
         if self.explain and self.dst is None:
@@ -73,6 +77,7 @@ class QuerySettings(Settings):
 
     Attributes:
         run: Run directory of the model.
+        step: Its checkpoint of that step.
         ask: What is asked: an end, both, the RTT, or the hour of the day.
         src: Source: an address, or a prefix such as 198.51.100.0/24.
         dst: Destination, likewise.
@@ -86,6 +91,7 @@ class QuerySettings(Settings):
     """
 
     run: str = field(location=True)
+    step: int | None = field(default=None, ge=0, default_text="the best")
     ask: Literal["dst", "src", "pair", "rtt", "time"]
     src: str | None = field(default=None, metavar="A")
     dst: str | None = field(default=None, metavar="B")
@@ -130,6 +136,7 @@ class EvaluateSettings(Settings):
 
     Attributes:
         run: Run directory of the model.
+        step: Its checkpoint of that step.
         pretrained: Compare the model in the box, too, or alone without --run.
         data: Directory of probe rows, or a file of measurements.
         baselines: Classical methods to compare the model with.
@@ -138,6 +145,7 @@ class EvaluateSettings(Settings):
     """
 
     run: str | None = field(default=None, location=True, positional=True)
+    step: int | None = field(default=None, ge=0, default_text="the best")
     data: str = field(location=True)
     pretrained: bool = False
     baselines: tuple[Baseline, ...] = ("all",)
@@ -148,6 +156,8 @@ class EvaluateSettings(Settings):
         """Raises a `ConfigError` without a model, or if `all` or `none` does not stand alone."""
         if self.run is None and not self.pretrained:
             raise ConfigError("give --run, --pretrained, or both")
+        if self.run is None and self.step is not None:
+            raise ConfigError("--step is for a --run; the model in the box has one state")
         alone = {"all", "none"} & set(self.baselines)
         if alone and len(self.baselines) > 1:
             raise ConfigError(f"baselines: give {alone.pop()} alone, or names of methods")
@@ -160,12 +170,14 @@ class GenerateSettings(Settings):
 
     Attributes:
         run: Run directory of the model.
+        step: Its checkpoint of that step.
         count: How many measurements.
         history: Measurements to go on from.
         seed: Seed of the samples.
     """
 
     run: str = field(location=True)
+    step: int | None = field(default=None, ge=0, default_text="the best")
     count: int = field(ge=1)
     history: str | None = field(default=None, location=True)
     seed: int = field(default=0, ge=0, lt=2**63)
