@@ -29,6 +29,7 @@ from ping_llm.ingest.sorting import MIRRORED
 from ping_llm.ingest.sources import cut_into_units
 from ping_llm.ingest.splits import time_cuts
 from ping_llm.measurements import COLUMNS, MeasurementTable
+from ping_llm.places import Places
 from ping_llm.progress import progress
 
 _TYPES = {"int64": "long", "void128": "binary", "int8": "byte", "float32": "float"}
@@ -80,7 +81,9 @@ class SparkEngine(local.Engine):
             # A source goes to one partition, so that rows need not be joined across them.
             made = read.repartitionByRange(parts, "ip_version", "src_addr")
             made = made.sortWithinPartitions(*_ORDER)
-            made = made.mapInArrow(_writer(spill, self._chosen, cuts), "part long, probes long")
+            made = made.mapInArrow(
+                _writer(spill, self._chosen, cuts, self._places), "part long, probes long"
+            )
             probes = sorted(tuple(row) for row in made.collect())
             counts = self._join(spill, [part for part, _ in probes])
             counts["probes"] = sum(n for _, n in probes)
@@ -152,7 +155,9 @@ def _reader(units: list[Unit], spill: Path, both_ends: bool) -> Callable:
     return read
 
 
-def _writer(spill: Path, chosen: PrepareSettings, cuts: np.ndarray) -> Callable:
+def _writer(
+    spill: Path, chosen: PrepareSettings, cuts: np.ndarray, places: Places | None
+) -> Callable:
     """Returns what writes one sorted partition as rows, and tells its number and its sources."""
 
     def write(batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
@@ -163,7 +168,7 @@ def _writer(spill: Path, chosen: PrepareSettings, cuts: np.ndarray) -> Callable:
         writer = local.SplitWriter(spill, chosen, suffix=f".{part}")
         for batch in batches:
             if len(batch):
-                writer.append(*local.split_rows(*_to_rows(batch), chosen, cuts))
+                writer.append(*local.split_rows(*_to_rows(batch), chosen, cuts, places))
         counts = writer.close()
         yield pa.RecordBatch.from_pydict({"part": [part], "probes": [counts["probes"]]})
 

@@ -35,7 +35,7 @@ class EvaluationResult:
     """How well a model and classical methods predict the same measurements.
 
     Attributes:
-        protocol: "pair", "probe", "time" or "raw".
+        protocol: "pair", "probe", "asn", "region", "time" or "raw".
         n: Answered measurements that were scored.
         n_failed: Failed ones.
         rows_available: How many there were to choose from.
@@ -52,7 +52,7 @@ class EvaluationResult:
         noise_floor: Errors of the median of the other measurements of the same pair.
         ranking: By method, how it orders the destinations of each source.
         by: Errors by family, RTT, measurements that the answer was drawn from, and hour.
-        history: `methods` by number of measurements of the new source; None but for "probe".
+        history: `methods` by number of measurements of the new source; None but for new sources.
         calibrated_on: Measurements that each model was calibrated on, by kind of question.
         loss_per_field: Loss of the run in nats per token by field; None without a run, and for
             files of measurements.
