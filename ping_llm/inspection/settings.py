@@ -14,8 +14,11 @@ class InspectDataSettings(Settings):
         path: What to inspect.
         samples: Show this many contexts, decoded.
         report: Write an HTML page as well.
+        prefixes: Who is where: CSV with the columns prefix and some of asn, country, place,
+            latitude, longitude; or pyasn's text.
     """
 
     path: str = field(argument=True, location=True, metavar="PATH")
     samples: int = field(default=0, ge=0)
     report: str | None = field(default=None, location=True)
+    prefixes: str | None = field(default=None, location=True)
