@@ -112,6 +112,11 @@ class Places:
             coordinates=coordinates,
         )
 
+    def told(self) -> list[Attribute]:
+        """Returns which of AS and country the file tells."""
+        whats: tuple[Attribute, ...] = ("asn", "country")
+        return [what for what in whats if (getattr(self, what) != UNKNOWN).any()]
+
     def find(self, ends: np.ndarray) -> np.ndarray:
         """Returns which prefix is the longest that each of addresses [n] is under; -1: none."""
         found = np.full(len(ends), -1)

@@ -8,9 +8,8 @@ import numpy as np
 from ping_llm import addresses
 from ping_llm.inspection.result import Check
 from ping_llm.measurements import MeasurementTable
-from ping_llm.places import LIGHT_KM_PER_MS, UNKNOWN, Attribute, Places
+from ping_llm.places import LIGHT_KM_PER_MS, Attribute, Places
 
-WHATS: tuple[Attribute, ...] = ("asn", "country")
 MARGIN_KM = 100.0  # by which a place may be off: a city is this large
 
 
@@ -19,9 +18,7 @@ class LocatedStatistics:
 
     def __init__(self, places: Places):
         self._places = places
-        self._told: list[Attribute] = [
-            what for what in WHATS if (getattr(places, what) != UNKNOWN).any()
-        ]
+        self._told = places.told()
         self._sums: dict[Attribute, dict[str, np.ndarray]] = {what: {} for what in self._told}
         self._measurements = self._found = self._between = self._outran = 0
         self._worst = (0.0, "")  # km too far, and which measurement

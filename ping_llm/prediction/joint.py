@@ -65,7 +65,7 @@ class Joint:
         found = np.zeros(len(tails))
         for start in range(0, len(tails), SHAPES[-1]):
             rows = tails[start : start + SHAPES[-1]]
-            log_p = _normalised(self._logits(rows), allowed)
+            log_p = normalised(self._logits(rows), allowed)
             each = np.take_along_axis(log_p, rows[..., None].astype(np.int64), 2)
             found[start : start + SHAPES[-1]] = each.sum(axis=(1, 2))
         return found
@@ -89,14 +89,14 @@ class Joint:
             steps = []
             for start in range(0, len(tails), SHAPES[-1]):
                 logits = self._logits(tails[start : start + SHAPES[-1]])[:, place]
-                steps.append(_normalised(logits, allowed[place])[:, tokens])
+                steps.append(normalised(logits, allowed[place])[:, tokens])
             log_p = (log_p[:, None] + np.concatenate(steps)).reshape(-1)
             tails = np.repeat(tails, len(tokens), axis=0)
             tails[:, place] = np.tile(tokens, len(kept))
         return tails, log_p
 
 
-def _normalised(logits: np.ndarray, allowed: np.ndarray) -> np.ndarray:
+def normalised(logits: np.ndarray, allowed: np.ndarray) -> np.ndarray:
     """Returns log-probabilities over the tokens allowed; -inf at others."""
     logits = np.where(allowed, logits, -np.inf)
     peak = logits.max(axis=-1, keepdims=True)

@@ -142,6 +142,10 @@ class EvaluateSettings(Settings):
         baselines: Classical methods to compare the model with.
         max_rows: Measurements to score at most, drawn at random.
         report: Write one HTML page.
+        field_orders: Also the loss of each field asked last, beside the best without the others.
+        tokens: Also that many tokens of a window, actual and expected.
+        prefixes: Also by autonomous system, country and distance: CSV with the columns prefix and
+            some of asn, country, latitude, longitude; or pyasn's text.
     """
 
     run: str | None = field(default=None, location=True, positional=True)
@@ -151,6 +155,9 @@ class EvaluateSettings(Settings):
     baselines: tuple[Baseline, ...] = ("all",)
     max_rows: int | None = field(default=10_000, ge=1)
     report: str | None = field(default=None, location=True)
+    field_orders: bool = False
+    tokens: int | None = field(default=None, gt=0, default_text="none")
+    prefixes: str | None = field(default=None, location=True)
 
     def check(self) -> None:
         """Raises a `ConfigError` without a model, or if `all` or `none` does not stand alone."""
@@ -158,6 +165,8 @@ class EvaluateSettings(Settings):
             raise ConfigError("give --run, --pretrained, or both")
         if self.run is None and self.step is not None:
             raise ConfigError("--step is for a --run; the model in the box has one state")
+        if self.run is None and (self.field_orders or self.tokens):
+            raise ConfigError("--field-orders and --tokens are for a --run, which knows all fields")
         alone = {"all", "none"} & set(self.baselines)
         if alone and len(self.baselines) > 1:
             raise ConfigError(f"baselines: give {alone.pop()} alone, or names of methods")
