@@ -6,6 +6,7 @@ them with their checksums. A checkpoint without that list is not whole.
 """
 
 import dataclasses
+import functools
 import hashlib
 import json
 import re
@@ -38,7 +39,7 @@ _TRANSFERS = 8  # files at a time
 
 @dataclasses.dataclass(frozen=True)
 class LoadedRun:
-    """A run's best decoder.
+    """A run's decoder.
 
     Attributes:
         config: The content of its `config.json`.
@@ -51,7 +52,7 @@ class LoadedRun:
     params: Any
 
 
-def load_run(run: str | Path | Location) -> LoadedRun:
+def load_run(run: str | Path | Location, step: int | None = None) -> LoadedRun:
     """Returns the best decoder of a run directory or an export, local or remote.
 
     The best one has the lowest valid objective among the checkpoints; where none has a valid
@@ -59,9 +60,13 @@ def load_run(run: str | Path | Location) -> LoadedRun:
 
     The run may be in training meanwhile; nothing of it is changed.
 
+    Args:
+        run: Where it is.
+        step: Of which checkpoint; None: the best.
+
     Raises:
-        CheckpointError: `run` is no run, has no checkpoint yet, is damaged, or was trained on
-            another version of the token language.
+        CheckpointError: `run` is no run, has no checkpoint yet or none of that step, is damaged, or
+            was trained on another version of the token language.
         StorageError: `run` cannot be reached.
     """
     location = Location.of(run)
@@ -76,7 +81,9 @@ def load_run(run: str | Path | Location) -> LoadedRun:
     abstract = jax.tree.map(lambda leaf: leaf.update(sharding=on_device), shapes)
     exported = location / EXPORTED
     is_export = exported.is_file()
-    read = _read_exported if is_export else _read_best_checkpoint
+    if step is not None:
+        _check_step(location, step, is_export)
+    read = _read_exported if is_export else functools.partial(_read_checkpoint, step)
     if location.is_local:
         return LoadedRun(config, graphdef, read(location, location.path, abstract))
     with tempfile.TemporaryDirectory(prefix="ping-llm-") as temporary:
@@ -86,8 +93,8 @@ def load_run(run: str | Path | Location) -> LoadedRun:
         elif objectives := _objectives(location):
             from ping_llm.checkpoints import best_step
 
-            best = best_step(objectives)
-            fetch_checkpoint(location, best, directory, only=("params/", "notes/", "_"))
+            wanted = best_step(objectives) if step is None else step
+            fetch_checkpoint(location, wanted, directory, only=("params/", "notes/", "_"))
         return LoadedRun(config, graphdef, read(location, directory, abstract))
 
 
@@ -169,13 +176,21 @@ def tensors_digest(tensors: Iterable[tuple[str, np.ndarray]]) -> str:
     return sha256.hexdigest()
 
 
-def _read_best_checkpoint(run: Location, directory: Path, abstract: Any) -> Any:
+def _check_step(run: Location, step: int, is_export: bool) -> None:
+    if is_export:
+        raise CheckpointError(f"{run} is an export of one checkpoint; leave step={step} out")
+    if step not in (steps := whole_steps(run)):
+        kept = ", ".join(map(str, steps)) or "none"
+        raise CheckpointError(f"{run} has no checkpoint of step {step}; it has {kept}")
+
+
+def _read_checkpoint(step: int | None, run: Location, directory: Path, abstract: Any) -> Any:
     from ping_llm.checkpoints import Checkpoints
 
     if (directory / "checkpoints").is_dir():
         with Checkpoints(directory / "checkpoints", keep=None) as checkpoints:
-            if (step := checkpoints.best()) is not None:
-                return checkpoints.restore(step, {"params": abstract})[0]["params"]
+            if (wanted := checkpoints.best() if step is None else step) is not None:
+                return checkpoints.restore(wanted, {"params": abstract})[0]["params"]
     raise CheckpointError(f"{run} has no checkpoint yet; train it for some steps first")
 
 
@@ -204,6 +219,33 @@ def whole_steps(run: Location) -> list[int]:
     kind = r"\d+" if run.is_local else r"\d+\.json"
     names = (run / "checkpoints").names()
     return sorted(int(name.partition(".")[0]) for name in names if re.fullmatch(kind, name))
+
+
+@dataclasses.dataclass(frozen=True)
+class StoredCheckpoint:
+    """A whole checkpoint of a run.
+
+    Attributes:
+        step: After how many steps it was written.
+        bytes: Size of its files.
+        objective: Valid objective at that step; None where it is not known.
+    """
+
+    step: int
+    bytes: int
+    objective: float | None
+
+
+def stored_checkpoints(run: Location) -> list[StoredCheckpoint]:
+    """Returns the whole checkpoints of a run, local or remote, in the order of their steps."""
+    found = []
+    for step in whole_steps(run):
+        # A local one that was killed before it was listed is whole all the same.
+        listed = _list_of(run, step).is_file()
+        objective = _read_list(run, step)["objective"] if listed else None
+        size = (run / "checkpoints" / str(step)).total_bytes()
+        found.append(StoredCheckpoint(step, size, objective))
+    return found
 
 
 def _objectives(run: Location) -> dict[int, float | None]:

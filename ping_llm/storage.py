@@ -209,6 +209,10 @@ class Location:
             found = filesystem.get_file_info(fs.FileSelector(path, recursive=True))
         return sorted((info.path, info.size, info.mtime_ns) for info in found if info.is_file)
 
+    def total_bytes(self) -> int:
+        """Returns the size of all files below a directory, hidden ones too."""
+        return sum(size for _, size, _ in self._listing())
+
     def find(self) -> "list[StoredFile]":
         """Returns the files that a file, directory or glob names, sorted by URL.
 

@@ -2,6 +2,7 @@ import importlib.util
 import json
 import re
 import subprocess
+import sys
 from pathlib import Path
 
 import click
@@ -10,6 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 from tiny_runs import write_run
 
+from ping_llm import settings
 from ping_llm.cli import cli
 from ping_llm.simulation.simulate import simulate
 
@@ -70,6 +72,60 @@ def test_ripe_atlas_results_become_a_report(tmp_path, capsys):
     assert result.n + result.n_failed == 180
     assert (tmp_path / "out" / "evaluation.html").exists()
     assert "median9" in capsys.readouterr().out
+
+
+class Anything:
+    """Stands for the package `modal`, which tests do without: takes whatever it is given."""
+
+    def __getattr__(self, name):
+        return Anything()
+
+    def __call__(self, *given, **named):
+        # A decorator gives back the function.
+        return given[0] if given and callable(given[0]) and not named else Anything()
+
+
+def load_modal_app(monkeypatch, tmp_path):
+    monkeypatch.setitem(sys.modules, "modal", Anything())
+    app = load("modal_app")
+    monkeypatch.setattr(app, "ROOT", tmp_path)
+    return app
+
+
+def test_the_modal_app_gives_every_command_what_it_takes(monkeypatch, tmp_path):
+    app, called = load_modal_app(monkeypatch, tmp_path), []
+    monkeypatch.setattr(app, "run", lambda *given, seconds=None: called.append(given) or True)
+    app.prepare("a.parquet,b.parquet", "time")
+    app.inspect()
+    assert app.train(30)
+    app.evaluate()
+    app.extract("Qwen/Qwen2.5-0.5B", "texts.parquet")
+    names = ["prepare-data", "inspect-data", "train", "evaluate", "extract-activations"]
+    assert [name for name, *_ in called] == names
+    for name, *given in called:
+        command = cli.get_command(click.Context(cli), name)
+        values = command.make_context(name, list(given)).params
+        assert values
+        settings.load(command.settings_class, flags={k: v for k, v in values.items() if v})
+
+
+def test_the_modal_app_stops_a_training_at_its_time_limit_and_tells_failures(monkeypatch, tmp_path):
+    """`sh` stands in for ping-llm: it is ended by the signal, as a training is with code 143."""
+    app, popen = load_modal_app(monkeypatch, tmp_path), subprocess.Popen
+    script = "trap 'kill $!; exit 143' TERM; $0 & wait $!"
+    monkeypatch.setattr(app.subprocess, "Popen", lambda words, cwd: popen(words[1:], cwd=cwd))
+    assert app.run("sh", "-c", script, "sleep 60", seconds=0.3) is False
+    assert app.run("sh", "-c", "pwd > here", seconds=60) is True
+    assert (tmp_path / "here").read_text().strip() == str(tmp_path)
+    with pytest.raises(RuntimeError, match="ended with 3"):
+        app.run("sh", "-c", "exit 3")
+
+
+def test_the_real_modal_takes_the_app():
+    modal = pytest.importorskip("modal")
+    app = load("modal_app")
+    for name in ("prepare", "inspect", "train", "evaluate", "extract"):
+        assert isinstance(getattr(app, name), modal.Function)
 
 
 LAUNCHERS = sorted((EXAMPLES / "launch").iterdir())

@@ -76,11 +76,13 @@ def write_run(path: Path, data: Path | None = None) -> Path:
     config = {
         "schema_version": 1,
         "language_version": LANGUAGE_VERSION,
+        "parameters": CONFIG.parameter_count(),
         "model": dataclasses.asdict(CONFIG),
         "train": {
+            "steps": 1,
             "seq_len": SEQ_LEN,
             "batch_size": 8,
-            "grid_fraction": 1.0,
+            "grid_fraction": 0.875,
             **dataclasses.asdict(DEFAULTS),
         },
         "data": {"path": str(data or path / "gone"), "fingerprint": fingerprint},

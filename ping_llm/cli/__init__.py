@@ -23,8 +23,10 @@ COMMANDS = {
         "Show what an activation store holds, whether it is whole, and who is at work on it."
     ),
     "inspect-data": "Show what a data set holds, and what is wrong with it.",
+    "inspect-run": "Show how far a run is: steps, losses, checkpoints, settings, data.",
     "predict": "Predict RTT distributions and failures.",
     "prepare-data": "Turn measurements into probe rows for training.",
+    "query": "Complete a measurement: any fields given, any asked.",
     "quickstart": "Run the whole story once, in minutes.",
     "simulate": "Write the measurements of a synthetic internet.",
     "train": "Train a decoder on probe rows.",

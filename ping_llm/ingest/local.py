@@ -17,14 +17,14 @@ import pyarrow as pa
 
 from ping_llm.data.rows import MEASURED, SPLITS, RowBatch, RowBuilder, RowWriter
 from ping_llm.errors import DataError
-from ping_llm.hashing import keyed_hash_addresses
 from ping_llm.ingest.files import InputFile, Unit
 from ping_llm.ingest.records import REJECTED_SCHEMA, Part
 from ping_llm.ingest.settings import PrepareSettings
 from ping_llm.ingest.sorting import MIRRORED, Run, cut_into_ranges, read_range
 from ping_llm.ingest.sources import cut_into_units, read_unit, renumber
-from ping_llm.ingest.splits import TRAIN, by_addresses, by_time, time_cuts
+from ping_llm.ingest.splits import TRAIN, by_addresses, by_time, keyed_hashes, time_cuts
 from ping_llm.measurements import MeasurementTable
+from ping_llm.places import Places
 from ping_llm.progress import Progress, progress
 
 _BASE_MEMORY = 300_000_000  # Python, NumPy, Arrow and DuckDB before any data
@@ -41,6 +41,7 @@ class Engine(abc.ABC):
     def __init__(self, directory: Path, chosen: PrepareSettings, workers: int):
         self._directory, self._chosen, self._workers = directory, chosen, workers
         self._spill = directory / "spill"
+        self._places = None if chosen.prefixes is None else Places.read(chosen.prefixes)
         self.rejected: Counter[str] = Counter()
 
     @abc.abstractmethod
@@ -147,7 +148,8 @@ class LocalEngine(Engine):
         ranges = list(itertools.pairwise(bounds))
 
         def sort(bounds: tuple[np.ndarray, np.ndarray]) -> tuple[np.ndarray, dict[str, RowBatch]]:
-            return split_rows(*read_range(self._runs, *bounds), self._chosen, cuts)
+            rows = read_range(self._runs, *bounds)
+            return split_rows(*rows, self._chosen, cuts, self._places)
 
         columns = {name for run in self._runs for name in run.columns}
         writer = SplitWriter(self._directory, self._chosen, columns=columns)
@@ -188,7 +190,11 @@ def write_rejected(directory: Path, spill: Path, units: Sequence[Unit], lines: n
 
 
 def split_rows(
-    rows: RowBatch, index: np.ndarray, chosen: PrepareSettings, cuts: np.ndarray
+    rows: RowBatch,
+    index: np.ndarray,
+    chosen: PrepareSettings,
+    cuts: np.ndarray,
+    places: Places | None,
 ) -> tuple[np.ndarray, dict[str, RowBatch]]:
     """Returns (the sources, what of `rows` each split gets, one row a source however long).
 
@@ -199,12 +205,13 @@ def split_rows(
         index: Input index of each measurement, with the bit `MIRRORED` [M].
         chosen: Says which split a measurement belongs to.
         cuts: `time_cuts` of each input [I, 2]; for *time* only.
+        places: Who is where; for *asn* and *region* only.
     """
     if chosen.split == "time":
         split = by_time(rows.time, cuts[index & ~np.uint32(MIRRORED)])
     else:
-        src = keyed_hash_addresses(rows.src, chosen.seed)[rows.row_of_each()]
-        split = by_addresses(chosen, src, keyed_hash_addresses(rows.dst, chosen.seed))
+        src = keyed_hashes(chosen, rows.src, places)[rows.row_of_each()]
+        split = by_addresses(chosen, src, keyed_hashes(chosen, rows.dst, places))
     kept = (index < MIRRORED) | (split == TRAIN)
     members = {name: np.flatnonzero(kept & (split == code)) for code, name in enumerate(SPLITS)}
     by_split = {name: rows.take(which) for name, which in members.items() if len(which)}

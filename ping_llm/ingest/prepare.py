@@ -1,6 +1,7 @@
 """Turns measurements into probe rows: checks, runs an engine, publishes what it made at once."""
 
 import dataclasses
+import hashlib
 import json
 import os
 import time
@@ -71,13 +72,17 @@ def prepare_data(chosen: PrepareSettings) -> PrepareResult:
     with claim(output, what="prepare-data", settings=chosen, stored=stored) as held:
         if (made_with := stored()) is not None:
             inputs = {"inputs": _shown(_digests(files, workers))}
-            settings.refuse_changes({"inputs": _shown(made_with["inputs"])}, inputs, output)
+            inputs |= _prefixes(chosen)
+            made = {name: made_with.get(name) for name in inputs}
+            made["inputs"] = _shown(made_with["inputs"])
+            settings.refuse_changes(made, inputs, output)
             return _finished(output)
         with (
             publish_directory(output, last=rows.METADATA, claim=held) as directory,
             PeakMemory() as memory,
         ):
             digests = _digests(files, workers)
+            facts = settings.to_json(chosen) | {"inputs": digests} | _prefixes(chosen)
             engine = _engine(chosen)(directory, chosen, workers)
             counts = engine.run(files)
             result = PrepareResult(
@@ -86,7 +91,7 @@ def prepare_data(chosen: PrepareSettings) -> PrepareResult:
                 seconds=round(time.monotonic() - started, 3),
                 peak_rss_bytes=memory.peak(),
             )
-            _write_metadata(directory, settings.to_json(chosen) | {"inputs": digests}, result)
+            _write_metadata(directory, facts, result)
     return result
 
 
@@ -106,6 +111,14 @@ def _digests(files: Sequence[InputFile], workers: int) -> list[list[dict[str, An
         groups[file.input_index].append(content._asdict())
     groups = [sorted(group, key=lambda each: each["sha256"]) for group in groups]
     return sorted(groups, key=lambda group: [each["sha256"] for each in group])
+
+
+def _prefixes(chosen: PrepareSettings) -> dict[str, str]:
+    """Returns {prefixes: a hash of the file}; nothing where there is none."""
+    if chosen.prefixes is None:
+        return {}
+    content = Location.of(chosen.prefixes).read_bytes()
+    return {"prefixes": hashlib.sha256(content).hexdigest()[:16]}
 
 
 def _shown(digests: list[list[dict[str, Any]]]) -> str:

@@ -1,12 +1,16 @@
 """The settings of `ping-llm prepare-data`."""
 
 import re
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from ping_llm.errors import ConfigError
 from ping_llm.settings import Settings, field
 
+if TYPE_CHECKING:
+    from ping_llm.places import Attribute
+
 SMALLEST_MEMORY = 500_000_000
+ATTRIBUTES: "dict[str, Attribute]" = {"asn": "asn", "region": "country"}  # by split, of `Places`
 _MULTIPLES = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
 _MULTIPLES |= {"KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}
 
@@ -22,7 +26,9 @@ class PrepareSettings(Settings):
     Attributes:
         inputs: Files, directories or globs.
         output: Directory for the rows; may be remote.
-        split: How valid and test are held out: by pair, by time or by probe.
+        split: How valid and test are held out: by pair, time or probe; or, with --prefixes, by
+            autonomous system (asn) or country (region), all addresses of one together.
+        prefixes: Who is where: CSV with the columns prefix and asn or country, or pyasn's text.
         valid_fraction: Fraction held out for choosing settings.
         test_fraction: Fraction held out for the final evaluation.
         seed: Seed that decides which pairs or probes are held out.
@@ -37,7 +43,8 @@ class PrepareSettings(Settings):
 
     inputs: tuple[str, ...] = field(argument=True, location=True, stored=False, metavar="INPUT...")
     output: str = field(location=True, stored=False, metavar="DIR")
-    split: Literal["pair", "time", "probe"] = "pair"
+    split: Literal["pair", "time", "probe", "asn", "region"] = "pair"
+    prefixes: str | None = field(default=None, location=True, stored=False)
     valid_fraction: float = field(default=0.05, ge=0, lt=1)
     test_fraction: float = field(default=0.1, ge=0, lt=1)
     seed: int = field(default=0, ge=0, lt=2**63)
@@ -54,6 +61,11 @@ class PrepareSettings(Settings):
             raise ConfigError(
                 f"valid_fraction={self.valid_fraction} and test_fraction={self.test_fraction} "
                 "leave nothing to train on; their sum must be below 1"
+            )
+        if (self.prefixes is not None) != (self.split in ATTRIBUTES):
+            raise ConfigError(
+                f"--prefixes is for --split {' or '.join(ATTRIBUTES)}, and needed there; this is "
+                f"split={self.split}"
             )
         if self.memory_bytes < SMALLEST_MEMORY:
             raise ConfigError(

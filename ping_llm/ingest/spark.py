@@ -29,6 +29,7 @@ from ping_llm.ingest.sorting import MIRRORED
 from ping_llm.ingest.sources import cut_into_units
 from ping_llm.ingest.splits import time_cuts
 from ping_llm.measurements import COLUMNS, MeasurementTable
+from ping_llm.places import Places
 from ping_llm.progress import progress
 
 _TYPES = {"int64": "long", "void128": "binary", "int8": "byte", "float32": "float"}
@@ -84,7 +85,7 @@ class SparkEngine(local.Engine):
             made = read.repartitionByRange(parts, "ip_version", "src_addr")
             made = made.sortWithinPartitions(*_ORDER)
             made = made.mapInArrow(
-                _writer(spill, self._chosen, cuts, names), "part long, probes long"
+                _writer(spill, self._chosen, cuts, names, self._places), "part long, probes long"
             )
             probes = sorted(tuple(row) for row in made.collect())
             counts = self._join(spill, [part for part, _ in probes], names)
@@ -157,7 +158,13 @@ def _reader(units: list[Unit], spill: Path, both_ends: bool) -> Callable:
     return read
 
 
-def _writer(spill: Path, chosen: PrepareSettings, cuts: np.ndarray, names: set[str]) -> Callable:
+def _writer(
+    spill: Path,
+    chosen: PrepareSettings,
+    cuts: np.ndarray,
+    names: set[str],
+    places: Places | None,
+) -> Callable:
     """Returns what writes one sorted partition as rows, and tells its number and its sources."""
 
     def write(batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
@@ -168,7 +175,8 @@ def _writer(spill: Path, chosen: PrepareSettings, cuts: np.ndarray, names: set[s
         writer = local.SplitWriter(spill, chosen, columns=names, suffix=f".{part}")
         for batch in batches:
             if len(batch):
-                writer.append(*local.split_rows(*_to_rows(batch, names), chosen, cuts))
+                rows = _to_rows(batch, names)
+                writer.append(*local.split_rows(*rows, chosen, cuts, places))
         counts = writer.close()
         yield pa.RecordBatch.from_pydict({"part": [part], "probes": [counts["probes"]]})
 

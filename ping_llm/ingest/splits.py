@@ -6,25 +6,33 @@ a keyed hash; the *time* split alone also needs the first and last time of each 
 
 import numpy as np
 
-from ping_llm.hashing import scramble, uniform
-from ping_llm.ingest.settings import PrepareSettings
+from ping_llm.hashing import keyed_hash_addresses, scramble, uniform
+from ping_llm.ingest.settings import ATTRIBUTES, PrepareSettings
+from ping_llm.places import Places
 
 TRAIN, VALID, TEST = 0, 1, 2  # indices into `rows.SPLITS`
 
 
+def keyed_hashes(chosen: PrepareSettings, ends: np.ndarray, places: Places | None) -> np.ndarray:
+    """Returns the hash of each address [n], or where these are held out, of its AS or country."""
+    if places is not None:
+        ends = places.groups(ends, ATTRIBUTES[chosen.split])
+    return keyed_hash_addresses(ends, chosen.seed)
+
+
 def by_addresses(chosen: PrepareSettings, src: np.ndarray, dst: np.ndarray) -> np.ndarray:
-    """Returns the split of each record where it is by *pair* or *probe* [n], int8.
+    """Returns the split of each record where it is not by *time* [n], int8.
 
     *pair* holds out unordered pairs of addresses. *probe* holds out addresses: a record of which
     either end is held out belongs there, to test before valid, so that a held-out probe is nowhere
-    in train.
+    in train. *asn* and *region* hold out all addresses of an AS or a country together.
 
     Args:
         chosen: Says what is held out, and how much.
-        src: `keyed_hash_addresses` of the sources, by its seed [n].
+        src: `keyed_hashes` of the sources [n].
         dst: The same of the destinations [n].
     """
-    if chosen.split == "probe":
+    if chosen.split != "pair":
         return np.maximum(_held_out(chosen, src), _held_out(chosen, dst))
     return _held_out(chosen, scramble(scramble(np.minimum(src, dst)) ^ np.maximum(src, dst)))
 

@@ -50,6 +50,8 @@ def summary(result: InspectDataResult) -> list[tuple[str, str]]:
     for split, rows in result.rows.items():
         n = result.measurements_by_split[split]
         lines.append((f"{split} rows", f"{rows:,} with {n:,} measurements"))
+    if result.places is not None:
+        lines.append(("sources of known place", _percent(result.places["known_fraction"])))
     if result.rejected:
         lines.append(("rejected", f"{sum(result.rejected.values()):,}"))
     return lines
@@ -92,11 +94,23 @@ def windows_text(windows: dict[str, Any]) -> str:
     )
 
 
+def tops(result: InspectDataResult) -> list[tuple[str, list[dict[str, Any]]]]:
+    """Returns (title, entries) of what has most measurements, where there is something."""
+    places = result.places or {}
+    named = [
+        ("top sources", result.top_sources),
+        ("top destinations", result.top_destinations),
+        ("top ASNs of sources", places.get("asn")),
+        ("top countries of sources", places.get("country")),
+    ]
+    return [(title, entries) for title, entries in named if entries]
+
+
 def top(title: str, entries: list[dict[str, Any]]) -> TextTable:
-    """Returns the addresses with most measurements."""
+    """Returns the addresses, ASNs or countries with most measurements."""
     return (title, "measurements", "failed", "mean ms"), [
         [
-            entry["address"],
+            entry.get("address") or entry["name"],
             f"{entry['measurements']:,}",
             _percent(entry["failed_fraction"]),
             _ms(entry["mean_rtt_ms"]),

@@ -103,7 +103,7 @@ def split_leakage(stats: Statistics, metadata: Mapping[str, Any]) -> Check:
         in_splits = (stats.pairs.sums[stats.pairs.sampled()] > 0).sum(axis=1)
         count = int(np.count_nonzero(in_splits > 1) / stats.pairs.fraction)
         bad, good = "{n} unordered address pairs are in two splits", "no pair in two splits"
-    elif kind == "probe":
+    elif kind in ("probe", "asn", "region"):
         count = stats.both_in_train
         bad = "{n} held-out measurements have both addresses in train"
         good = "each held-out measurement has an address unknown in train"

@@ -16,10 +16,12 @@ from ping_llm.errors import ConfigError, DataError
 from ping_llm.hashing import hash_addresses
 from ping_llm.ingest.sources import read_measurements
 from ping_llm.inspection.checks import measurement_checks, row_checks
+from ping_llm.inspection.located import LocatedStatistics
 from ping_llm.inspection.result import Check, InspectDataResult, SampleContext, time_text
 from ping_llm.inspection.settings import InspectDataSettings
 from ping_llm.inspection.statistics import HashTable, Statistics, rtt_of_bin, rtt_quantile
 from ping_llm.measurements import KINDS, MeasurementTable
+from ping_llm.places import Places
 from ping_llm.progress import progress
 from ping_llm.storage import Location
 
@@ -48,8 +50,9 @@ def inspect_data(chosen: InspectDataSettings) -> InspectDataResult:
             raise ConfigError(f"verify: {chosen.path} is no directory of probe rows")
         directory = Location.of(chosen.path).local_copy(identity="dataset.json")
         verify_files(directory, read_metadata(directory))
+    located = chosen.prefixes and LocatedStatistics(Places.read(chosen.prefixes))
     if chosen.report is None:
-        return inspect(chosen.path, chosen.samples)
+        return inspect(chosen.path, chosen.samples, located or None)
     from ping_llm.inspection.page import html_page
     from ping_llm.report import write_page
 
@@ -57,7 +60,7 @@ def inspect_data(chosen: InspectDataSettings) -> InspectDataResult:
     if report.is_dir():
         raise ConfigError(f"{report=!s} is a directory; name a file")
     with outputs.claim(report, what="inspect-data") as claim:
-        result = inspect(chosen.path, chosen.samples)
+        result = inspect(chosen.path, chosen.samples, located or None)
         write_page(html_page(result), report, claim=claim)
         return result
 
@@ -65,7 +68,9 @@ def inspect_data(chosen: InspectDataSettings) -> InspectDataResult:
 # --- measurements in files ----------------------------------------------------------------------
 
 
-def _inspect_measurements(path: str, samples: int) -> InspectDataResult:
+def _inspect_measurements(
+    path: str, samples: int, located: LocatedStatistics | None
+) -> InspectDataResult:
     stats, rejected, contexts = Statistics(), Counter[str](), []
     tables = read_measurements(
         [path], on_rejected=lambda batch: rejected.update(batch["reason"].to_pylist())
@@ -73,12 +78,14 @@ def _inspect_measurements(path: str, samples: int) -> InspectDataResult:
     with progress("inspect", unit="measurements") as shown:
         for table in tables:
             stats.add(table)
+            if located is not None:
+                located.add(table)
             if len(contexts) < samples:
                 contexts += _first_contexts(table, samples - len(contexts))
             shown.update(len(table))
     stats.finish()
     checks = measurement_checks(stats, rejected, ordered=False)
-    return _result(stats, path, dict(rejected), checks, contexts)
+    return _result(stats, path, dict(rejected), checks, contexts, located)
 
 
 def _first_contexts(table: MeasurementTable, count: int) -> list[SampleContext]:
@@ -100,7 +107,7 @@ def _first_contexts(table: MeasurementTable, count: int) -> list[SampleContext]:
 # --- probe rows ---------------------------------------------------------------------------------
 
 
-def _inspect_rows(path: str, samples: int) -> InspectDataResult:
+def _inspect_rows(path: str, samples: int, located: LocatedStatistics | None) -> InspectDataResult:
     directory = Location.of(path).local_copy(identity="dataset.json")
     metadata = read_metadata(directory)
     stats = Statistics()
@@ -110,6 +117,8 @@ def _inspect_rows(path: str, samples: int) -> InspectDataResult:
         for index, split in enumerate(SPLITS):
             for table in _tables(rows[split]):
                 stats.add(table, split=index)
+                if located is not None:
+                    located.add(table)
                 shown.update(len(table))
     stats.finish()
     rejected = metadata.get("rejected", {})
@@ -125,7 +134,7 @@ def _inspect_rows(path: str, samples: int) -> InspectDataResult:
     counts = {split: len(rows[split]) for split in SPLITS}
     by_split = dict(zip(SPLITS, stats.measurements.tolist(), strict=True))
     of_rows = {"rows": counts, "measurements_by_split": by_split, "windows": window_statistics}
-    return _result(stats, path, rejected, checks, contexts, **of_rows)
+    return _result(stats, path, rejected, checks, contexts, located, **of_rows)
 
 
 def _tables(rows: ProbeRows) -> Iterator[MeasurementTable]:
@@ -174,7 +183,13 @@ def _windows(
 
 
 def _result(
-    stats: Statistics, path: str, rejected: dict, checks: list[Check], samples: list, **of_rows: Any
+    stats: Statistics,
+    path: str,
+    rejected: dict,
+    checks: list[Check],
+    samples: list,
+    located: LocatedStatistics | None,
+    **of_rows: Any,
 ) -> InspectDataResult:
     by_outcome = stats.time.counts.sum(axis=0).reshape(2, 2)  # [family, answered or failed]
     by_family, failed, total = by_outcome.sum(axis=1), by_outcome[:, 1], int(by_outcome.sum())
@@ -210,7 +225,8 @@ def _result(
         top_sources=_top(stats.sources),
         top_destinations=_top(stats.destinations),
         rejected=rejected,
-        checks=checks,
+        checks=checks + (located.checks() if located else []),
+        places=located.result(TOP) if located else None,
         samples=samples,
         **of_rows,
     )

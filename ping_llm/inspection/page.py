@@ -37,8 +37,7 @@ def html_page(result: InspectDataResult) -> str:
         blocks.append(_heading("Over time"))
         blocks.append(picture(_time_figure(over_time), "measurements and failures over time"))
     blocks.append(_heading("Sources and destinations"))
-    blocks.append(_numbers(*cells.top("top sources", result.top_sources)))
-    blocks.append(_numbers(*cells.top("top destinations", result.top_destinations)))
+    blocks += [_numbers(*cells.top(*each)) for each in cells.tops(result)]
     per_probe = result.distributions["measurements_per_probe"]
     if per_probe["edges"]:
         blocks.append(picture(_probe_figure(per_probe), "distribution of measurements per probe"))

@@ -68,6 +68,9 @@ class InspectDataResult:
         top_sources: The sources with most measurements: `address`, `measurements`,
             `failed_fraction`, `mean_rtt_ms`.
         top_destinations: The same for destinations.
+        places: With a list of prefixes: `known_fraction`, the part of the measurements whose source
+            is under one, and what it tells of the largest `asn` and `country` of sources, with
+            `name` in place of `address`; else None.
         windows: Sizes of training windows and padding once packed; None for raw files.
         samples: Contexts drawn as in training.
     """
@@ -94,6 +97,7 @@ class InspectDataResult:
     distributions: dict[str, Any]
     top_sources: list[dict[str, Any]]
     top_destinations: list[dict[str, Any]]
+    places: dict[str, Any] | None = None
     windows: dict[str, Any] | None = None
     samples: list[SampleContext]
 

@@ -106,10 +106,8 @@ def terminal_text(result: InspectDataResult, *, width: int, colour: bool) -> str
         show_table(spread)
     if result.windows:
         console.print(Text(cells.windows_text(result.windows)))
-    tops = ("top sources", result.top_sources), ("top destinations", result.top_destinations)
-    for title, entries in tops:
-        if entries:
-            show_table(cells.top(title, entries[:5]))
+    for title, entries in cells.tops(result):
+        show_table(cells.top(title, entries[:5]))
 
     def paint(text: str, field: str) -> str:
         return f"\x1b[{FIELD_COLOURS[field]}m{text}\x1b[0m"

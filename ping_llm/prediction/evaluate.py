@@ -14,8 +14,11 @@ from ping_llm.data.rows import ProbeRows, data_fingerprint, is_dataset
 from ping_llm.errors import ConfigError, DataError
 from ping_llm.estimators.pairs import Training, pair_keys
 from ping_llm.measurements import MeasurementTable
+from ping_llm.places import Places
 from ping_llm.prediction import baselines, scores
+from ping_llm.prediction.divergence import divergence
 from ping_llm.prediction.evaluation_report import write_report
+from ping_llm.prediction.fields import field_losses, token_table
 from ping_llm.prediction.metrics import PINBALL_LEVELS
 from ping_llm.prediction.predictor import Predictor
 from ping_llm.prediction.protocols import Condition, load_task
@@ -35,7 +38,7 @@ class EvaluationResult:
     """How well a model and classical methods predict the same measurements.
 
     Attributes:
-        protocol: "pair", "probe", "time" or "raw".
+        protocol: "pair", "probe", "asn", "region", "time" or "raw".
         n: Answered measurements that were scored.
         n_failed: Failed ones.
         rows_available: How many there were to choose from.
@@ -51,11 +54,16 @@ class EvaluationResult:
         failures: AUC and Brier score of P(failed), by the models and by classical methods.
         noise_floor: Errors of the median of the other measurements of the same pair.
         ranking: By method, how it orders the destinations of each source.
-        by: Errors by family, RTT, measurements that the answer was drawn from, and hour.
-        history: `methods` by number of measurements of the new source; None but for "probe".
+        by: Errors by family, RTT, measurements that the answer was drawn from, and hour; with
+            `prefixes` also by AS and country of the source, and distance.
+        history: `methods` by number of measurements of the new source; None but for new sources.
         calibrated_on: Measurements that each model was calibrated on, by kind of question.
         loss_per_field: Loss of the run in nats per token by field; None without a run, and for
             files of measurements.
+        divergence: How far measured RTTs are from predicted ones, for the pairs of most
+            measurements; None where none has enough. See `divergence`.
+        field_orders: With `field_orders`, the losses of each field; else None.
+        tokens: With `tokens`, the actual and expected ones; else None.
         seconds: How long it took.
     """
 
@@ -77,6 +85,9 @@ class EvaluationResult:
     history: dict[str, Scores] | None
     calibrated_on: dict[str, dict[str, int]]
     loss_per_field: dict[str, float] | None
+    divergence: dict[str, Any] | None
+    field_orders: dict[str, dict[str, float]] | None
+    tokens: list[dict[str, Any]] | None
     seconds: float
 
     def to_json(self) -> dict[str, Any]:
@@ -130,10 +141,13 @@ def _evaluate(chosen: EvaluateSettings) -> EvaluationResult:
     data = Location.of(chosen.data)
     predictors = {}
     if chosen.run is not None:
-        predictors["model"] = Predictor.load(chosen.run)
+        predictors["model"] = Predictor.load(chosen.run, chosen.step)
     if chosen.pretrained:
         predictors["model_pretrained"] = Predictor.pretrained()
     first = next(iter(predictors.values()))
+    if chosen.field_orders or chosen.tokens:
+        predictors["model"].check_windows()
+    places = None if chosen.prefixes is None else Places.read(chosen.prefixes)
     task = load_task(data, known=first.known, max_rows=chosen.max_rows)
     prepared = is_dataset(data)
     own = prepared and data_fingerprint(data) == first.trained_on.get("fingerprint")
@@ -172,6 +186,12 @@ def _evaluate(chosen: EvaluateSettings) -> EvaluationResult:
         name: scores.calibration(rows, each.quantiles, each.below, each.crps)
         for name, each in answers.items()
     }
+    decoder, orders, tokens = (first.model.graphdef, first.model.params), None, None
+    if chosen.field_orders:
+        losses = field_losses(*decoder, rows, condition.train)
+        orders = {name: dataclasses.asdict(each) for name, each in losses.items()}
+    if chosen.tokens:
+        tokens = token_table(*decoder, rows, chosen.tokens, longest=first.max_tokens)
     return EvaluationResult(
         protocol=task.protocol,
         n=n,
@@ -189,12 +209,15 @@ def _evaluate(chosen: EvaluateSettings) -> EvaluationResult:
         ),
         noise_floor=scores.noise_floor(rows, task.pair_medians, model.mode),
         ranking=scores.rankings(rows, predicted),
-        by=scores.breakdowns(rows, model.shown, predicted),
+        by=scores.breakdowns(rows, model.shown, predicted, places),
         history=by_history or None,
         calibrated_on={
             name: each.calibrated_on(condition.train) for name, each in predictors.items()
         },
         loss_per_field=_loss_per_field(first, data) if prepared and chosen.run else None,
+        divergence=divergence(rows, lambda some: first.answers(some, condition.train)),
+        field_orders=orders,
+        tokens=tokens,
         seconds=round(time.monotonic() - started, 1),
     )
 

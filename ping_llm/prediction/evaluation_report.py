@@ -13,6 +13,9 @@ _HEADINGS = {
     "rtt_band": "By actual RTT",
     "history": "By measurements that the answer was drawn from",
     "hour_utc": "By hour of the day (UTC)",
+    "asn": "By autonomous system of the source",
+    "country": "By country of the source",
+    "distance": "By distance",
 }
 
 
@@ -41,6 +44,12 @@ def write_report(
     if "loss_per_field" in result:
         rows = [(name, f"{loss:.3f}") for name, loss in result["loss_per_field"].items()]
         sections.append(("Loss", [report.table(("field", "nats a token"), rows, numbers="-n")]))
+    if "divergence" in result:
+        sections.append(("Measured beside predicted RTTs", [_divergence(result["divergence"])]))
+    if "field_orders" in result:
+        sections.append(("Each field asked last", [_field_orders(result["field_orders"])]))
+    if "tokens" in result:
+        sections.append(("Tokens, actual and expected", [_tokens(result["tokens"])]))
     blocks = []
     for heading, content in sections:
         blocks += [Html(f"<h2>{report.markup(heading)}</h2>"), *content]
@@ -174,6 +183,50 @@ def _rankings(rankings: Mapping[str, Mapping[str, float] | None]) -> Html:
     ]
     headers = ("method", "top-1 regret, ms", "recall at 1", "recall at 5", "sources")
     return report.table(headers, rows, numbers="-nnnn")
+
+
+def _divergence(divergence: Mapping[str, Any]) -> Html:
+    names = {
+        "half": "the other half of the measurements",
+        "with_time": "the prediction at their times",
+        "without_time": "the prediction at no time",
+    }
+    rows = [
+        (text, *(f"{divergence[which][name]:.4f}" for which in ("kl", "wasserstein")))
+        for name, text in names.items()
+    ]
+    text = (
+        f"<p>Medians over {divergence['pairs']:,} pairs with {divergence['measurements']:,} "
+        "measurements, of which one half is compared.</p>"
+    )
+    headers = ("from", "KL divergence, nats", "Wasserstein distance of log RTTs")
+    return Html(text + report.table(headers, rows, numbers="-nn"))
+
+
+def _field_orders(losses: Mapping[str, Mapping[str, float]]) -> Html:
+    names = ("last", "first", "marginal", "constant")
+    rows = [
+        (field, f"{each['n']:,}", *(f"{each[name]:.3f}" for name in names))
+        for field, each in losses.items()
+    ]
+    headers = ("nats a field", "n", "asked last", "asked first", "marginal", "best constant")
+    return report.table(headers, rows, numbers="-nnnnn")
+
+
+def _tokens(tokens: list[dict[str, Any]]) -> Html:
+    rows = [
+        (
+            str(each["position"]),
+            each["field"],
+            each["actual"],
+            f"{each['p_actual']:.1%}",
+            each["predicted"],
+            f"{each['p_predicted']:.1%}",
+        )
+        for each in tokens
+    ]
+    headers = ("position", "field", "actual", "probability", "expected", "probability")
+    return report.table(headers, rows, numbers="n--n-n")
 
 
 def _groups(groups: Mapping[str, Mapping[str, Any]]) -> Html:

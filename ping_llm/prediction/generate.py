@@ -47,7 +47,7 @@ def generate(chosen: GenerateSettings) -> GenerateResult:
         DataError: `history` cannot be read.
         CheckpointError: `run` is no run.
     """
-    predictor = Predictor.load(chosen.run)
+    predictor = Predictor.load(chosen.run, chosen.step)
     nothing = MeasurementTable.empty()
     history = nothing if chosen.history is None else read_table([chosen.history])
     table = sample(predictor, chosen.count, history=history, seed=chosen.seed)

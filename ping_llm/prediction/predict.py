@@ -130,7 +130,7 @@ def predict(chosen: PredictSettings) -> PairAnswer | RankingResult | PairsResult
 
 
 def _predictor(chosen: PredictSettings) -> Predictor:
-    return Predictor.pretrained() if chosen.run is None else Predictor.load(chosen.run)
+    return Predictor.pretrained() if chosen.run is None else Predictor.load(chosen.run, chosen.step)
 
 
 def _read_questions(chosen: PredictSettings) -> tuple[MeasurementTable, list[str]]:

@@ -33,6 +33,7 @@ class Predictor:
         known: The measurements that it answers from: those its run keeps of the train rows.
         trained_on: The run's data set, its `path` and `fingerprint`; empty where there is none.
         grids_a_batch: Sequences of grids in each batch of its training; None: not known.
+        windows_a_batch: Sequences of windows, likewise.
     """
 
     model: Answerer
@@ -41,26 +42,31 @@ class Predictor:
     known: MeasurementTable = dataclasses.field(default_factory=MeasurementTable.empty)
     trained_on: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     grids_a_batch: int | None = None
+    windows_a_batch: int | None = None
     _calibrated: Answerer | None = None
 
     @classmethod
-    def load(cls, run: str | Location) -> "Predictor":
-        """Returns the best decoder of a run directory or an export.
+    def load(cls, run: str | Location, step: int | None = None) -> "Predictor":
+        """Returns the decoder of a run directory or an export.
 
-        The best one has the lowest objective on the valid split.
+        Args:
+            run: Where it is.
+            step: Of which checkpoint; None: the best, of the lowest objective on the valid split.
 
         Raises:
-            CheckpointError: `run` is no run, or has no checkpoint.
+            CheckpointError: `run` is no run, or has no such checkpoint.
         """
         location = Location.of(run)
-        loaded = load_run(location)
+        loaded = load_run(location, step)
         training = loaded.config["train"]
+        grids = round(training["grid_fraction"] * training["batch_size"])
         return cls(
             Answerer(loaded.graphdef, loaded.params),
             max_tokens=training["seq_len"],
             known=read_known(location),
             trained_on=loaded.config["data"],
-            grids_a_batch=round(training["grid_fraction"] * training["batch_size"]),
+            grids_a_batch=grids,
+            windows_a_batch=training["batch_size"] - grids,
         )
 
     @classmethod
@@ -203,6 +209,14 @@ class Predictor:
         if self._calibrated is None or not len(self.known):
             self._calibrated = self.model.calibrated(self.known if len(self.known) else known)
         return self._calibrated
+
+    def check_windows(self) -> None:
+        """Raises a `CheckpointError` if the decoder has learnt no windows, and so only RTTs."""
+        if self.windows_a_batch == 0:
+            raise CheckpointError(
+                "the run has learnt no windows, so it knows of no field but the RTT; train it with "
+                "a smaller grid_fraction or a larger batch_size"
+            )
 
     def knowing(self, known: MeasurementTable) -> "Predictor":
         """Returns the predictor of the same decoder for another network."""

@@ -5,6 +5,7 @@ The protocol is the split that the data were prepared with, or `raw` for files t
 - *pair*: test rows of pairs that training has not seen.
 - *probe*: test rows of sources that training has not seen; a stated number of their own
   measurements, to other destinations than those scored, are given to every method.
+- *asn*, *region*: likewise, and of autonomous systems or countries that it has not seen.
 - *time*: test rows of later times; static methods know training rows, online ones all that came
   before.
 - *raw*: all rows, against the training rows of the run.
@@ -25,6 +26,7 @@ from ping_llm.measurements import NO_TIME, MeasurementTable
 from ping_llm.prediction.metrics import others_median
 from ping_llm.storage import Location
 
+NEW_SOURCES = ("probe", "asn", "region")  # protocols whose sources are not in training
 HISTORIES = (0, 1, 2, 4, 8, 16)
 SEED = 0
 _NOT_SCORED = 2**31
@@ -48,7 +50,7 @@ class EvaluationTask:
     """What is evaluated.
 
     Attributes:
-        protocol: "pair", "probe", "time" or "raw".
+        protocol: "pair", "probe", "asn", "region", "time" or "raw".
         rows: The measurements that are scored [n].
         available: How many there were to choose `rows` from.
         pair_medians: Median RTT of the other measurements of each row's pair among those, which no
@@ -89,12 +91,12 @@ def load_task(data: Location, *, known: MeasurementTable, max_rows: int | None) 
             "`ping-llm prepare-data`, or give a run"
         )
     available = len(rows)
-    if protocol == "probe":
+    if protocol in NEW_SOURCES:
         rows, pool, rank = _give_destinations(rows, train)
         available = len(rows) + len(pool)
     scored, medians = _some(rows, max_rows)
     conditions: dict[int | None, Callable[[], Condition]]
-    if protocol == "probe":
+    if protocol in NEW_SOURCES:
         context = "all train rows, and some of the new source's, to other destinations"
         make = functools.partial(_new_sources, train, pool, rank)
         conditions = {history: functools.partial(make, history) for history in HISTORIES}

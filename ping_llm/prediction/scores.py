@@ -9,12 +9,15 @@ import numpy as np
 from ping_llm.estimators.pairs import MIN_RTT_MS, pair_keys, runs
 from ping_llm.hashing import hash_addresses
 from ping_llm.measurements import MeasurementTable
+from ping_llm.places import UNKNOWN, Places
 from ping_llm.prediction import metrics
 from ping_llm.prediction.baselines import ONLINE, predict_failures
 
 BANDS_MS = (10, 50, 100, 200)
 HISTORY_STEPS = (1, 5, 17, 65)
 HOURS = 6
+DISTANCES_KM = (100, 1000, 5000)
+MAX_PLACES = 10  # autonomous systems or countries, those of most rows
 
 # RTTs in ms [n] by method.
 Predicted = Mapping[str, np.ndarray]
@@ -94,9 +97,13 @@ def rankings(rows: MeasurementTable, predicted: Predicted) -> dict[str, dict[str
 
 
 def breakdowns(
-    rows: MeasurementTable, history: np.ndarray, predicted: Predicted
+    rows: MeasurementTable, history: np.ndarray, predicted: Predicted, places: Places | None = None
 ) -> dict[str, dict[str, Any]]:
-    """Returns point metrics by family, actual RTT, `history` [n] behind the answer, and hour."""
+    """Returns point metrics by groups of measurements.
+
+    These are by family, actual RTT, `history` [n] behind the answer, and hour; and as far as places
+    are known by AS and country of the source, and distance.
+    """
     actual, answered = actual_rtt(rows), rows.rtt >= 0
     band = np.searchsorted(BANDS_MS, actual, side="right")
     step = np.searchsorted(HISTORY_STEPS, history, side="right")
@@ -106,6 +113,7 @@ def breakdowns(
         "rtt_band": (band, _ranges(BANDS_MS, " ms")),
         "history": (step, _ranges(HISTORY_STEPS, "")),
         "hour_utc": (rows.time // 3600 % 24 // HOURS, hours),
+        **({} if places is None else _by_place(rows, places)),
     }
     result: dict[str, dict[str, Any]] = {name: {} for name in groupings}
     for name, (group, labels) in groupings.items():
@@ -118,6 +126,25 @@ def breakdowns(
                 }
                 result[name][label] = {"n": int(chosen.sum()), "methods": methods}
     return result
+
+
+def _by_place(rows: MeasurementTable, places: Places) -> dict[str, tuple[np.ndarray, list[str]]]:
+    """Returns (group of each row, names of the groups) by what `places` tells."""
+    found: dict[str, tuple[np.ndarray, list[str]]] = {}
+    for what in places.told():
+        labels = places.labels(rows.src, what)
+        names, counts = np.unique(labels[labels != UNKNOWN], return_counts=True)
+        largest = names[np.argsort(-counts, kind="stable")][:MAX_PLACES].tolist()
+        index = {name: i for i, name in enumerate(largest)}
+        group = np.array([index.get(label, len(largest)) for label in labels.tolist()])
+        group[labels == UNKNOWN] = len(largest) + 1
+        found[what] = (group, [*largest, "others", "not known"])
+    distance = places.distance_km(rows.src, rows.dst)
+    if not np.isnan(distance).all():
+        band = np.searchsorted(DISTANCES_KM, distance, side="right")
+        group = np.where(np.isnan(distance), len(DISTANCES_KM) + 1, band)
+        found["distance"] = (group, [*_ranges(DISTANCES_KM, " km"), "not known"])
+    return found
 
 
 def _ranges(steps: tuple[int, ...], unit: str) -> list[str]:

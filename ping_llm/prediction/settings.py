@@ -1,5 +1,6 @@
-"""The settings of `ping-llm predict`, `evaluate` and `generate`."""
+"""The settings of `ping-llm predict`, `query`, `evaluate` and `generate`."""
 
+import math
 from typing import TYPE_CHECKING, Literal
 
 from ping_llm.errors import ConfigError
@@ -20,6 +21,7 @@ class PredictSettings(Settings):
 
     Attributes:
         run: Run directory of the model.
+        step: Its checkpoint of that step.
         pretrained: Ask the model in the box, which needs no training but a --history.
         src: Source address.
         dst: Destination address.
@@ -32,6 +34,7 @@ class PredictSettings(Settings):
     """
 
     run: str | None = field(default=None, location=True, positional=True)
+    step: int | None = field(default=None, ge=0, default_text="the best")
     pretrained: bool = False
     src: str | None = field(default=None, metavar="A")
     dst: str | None = field(default=None, metavar="B")
@@ -46,6 +49,8 @@ class PredictSettings(Settings):
         """Raises a `ConfigError` unless the settings are those of one of the three forms."""
         if (self.run is None) != self.pretrained:
             raise ConfigError("give either --run or --pretrained")
+        if self.pretrained and self.step is not None:
+            raise ConfigError("--step is for a --run; the model in the box has one state")
         if self.pretrained and self.history is None:
             raise ConfigError("--pretrained knows no network; give --history with measurements")
         if self.explain and self.dst is None:
@@ -64,6 +69,65 @@ class PredictSettings(Settings):
             raise ConfigError(f"output {self.output} must be a .parquet file")
 
 
+class QuerySettings(Settings):
+    """Complete a measurement: any fields given, any asked.
+
+    An end of which nothing is given is one of those that the run knows, or of --candidates; one
+    given by a prefix is any address under it.
+
+    Attributes:
+        run: Run directory of the model.
+        step: Its checkpoint of that step.
+        ask: What is asked: an end, both, the RTT, or the hour of the day.
+        src: Source: an address, or a prefix such as 198.51.100.0/24.
+        dst: Destination, likewise.
+        time: When: ISO 8601 or seconds since 1970, UTC.
+        rtt: RTT in ms: a band such as 20..30; a number, which stands for 1 % around it; or failed.
+        candidates: Addresses to choose from, one a line; of pairs two.
+        history: Further measurements of the network, to be known first.
+        beam: Beginnings of addresses that are followed; of addresses, how many have their RTT
+            predicted.
+        top: Completions to show.
+    """
+
+    run: str = field(location=True)
+    step: int | None = field(default=None, ge=0, default_text="the best")
+    ask: Literal["dst", "src", "pair", "rtt", "time"]
+    src: str | None = field(default=None, metavar="A")
+    dst: str | None = field(default=None, metavar="B")
+    time: str | None = field(default=None, metavar="T")
+    rtt: str | None = field(default=None, metavar="R")
+    candidates: str | None = field(default=None, location=True)
+    history: str | None = field(default=None, location=True)
+    beam: int = field(default=256, gt=0)
+    top: int = field(default=10, gt=0)
+
+    def check(self) -> None:
+        """Raises a `ConfigError` if what is asked is given, or the RTT is none."""
+        if self.ask in ("rtt", "time") and getattr(self, self.ask) is not None:
+            raise ConfigError(f"--ask {self.ask} and --{self.ask} exclude each other")
+        if self.rtt is not None:
+            rtt_band(self.rtt)
+
+
+def rtt_band(text: str) -> tuple[float, float] | None:
+    """Returns the least and the largest RTT in ms that are meant; None: a failure.
+
+    Raises:
+        ConfigError: The text is no RTT.
+    """
+    if text == "failed":
+        return None
+    low, dots, high = text.partition("..")
+    try:
+        ends = (float(low), float(high)) if dots else (float(low) * 0.99, float(low) * 1.01)
+    except ValueError:
+        ends = (math.nan, math.nan)
+    if not 0 <= ends[0] <= ends[1] < math.inf:
+        raise ConfigError(f"rtt={text!r} is no RTT; give ms like 25, a band like 20..30, or failed")
+    return ends
+
+
 class EvaluateSettings(Settings):
     """Compare a model with classical methods.
 
@@ -72,24 +136,37 @@ class EvaluateSettings(Settings):
 
     Attributes:
         run: Run directory of the model.
+        step: Its checkpoint of that step.
         pretrained: Compare the model in the box, too, or alone without --run.
         data: Directory of probe rows, or a file of measurements.
         baselines: Classical methods to compare the model with.
         max_rows: Measurements to score at most, drawn at random.
         report: Write one HTML page.
+        field_orders: Also the loss of each field asked last, beside the best without the others.
+        tokens: Also that many tokens of a window, actual and expected.
+        prefixes: Also by autonomous system, country and distance: CSV with the columns prefix and
+            some of asn, country, latitude, longitude; or pyasn's text.
     """
 
     run: str | None = field(default=None, location=True, positional=True)
+    step: int | None = field(default=None, ge=0, default_text="the best")
     data: str = field(location=True)
     pretrained: bool = False
     baselines: tuple[Baseline, ...] = ("all",)
     max_rows: int | None = field(default=10_000, ge=1)
     report: str | None = field(default=None, location=True)
+    field_orders: bool = False
+    tokens: int | None = field(default=None, gt=0, default_text="none")
+    prefixes: str | None = field(default=None, location=True)
 
     def check(self) -> None:
         """Raises a `ConfigError` without a model, or if `all` or `none` does not stand alone."""
         if self.run is None and not self.pretrained:
             raise ConfigError("give --run, --pretrained, or both")
+        if self.run is None and self.step is not None:
+            raise ConfigError("--step is for a --run; the model in the box has one state")
+        if self.run is None and (self.field_orders or self.tokens):
+            raise ConfigError("--field-orders and --tokens are for a --run, which knows all fields")
         alone = {"all", "none"} & set(self.baselines)
         if alone and len(self.baselines) > 1:
             raise ConfigError(f"baselines: give {alone.pop()} alone, or names of methods")
@@ -102,12 +179,14 @@ class GenerateSettings(Settings):
 
     Attributes:
         run: Run directory of the model.
+        step: Its checkpoint of that step.
         count: How many measurements.
         history: Measurements to go on from.
         seed: Seed of the samples.
     """
 
     run: str = field(location=True)
+    step: int | None = field(default=None, ge=0, default_text="the best")
     count: int = field(ge=1)
     history: str | None = field(default=None, location=True)
     seed: int = field(default=0, ge=0, lt=2**63)

@@ -29,7 +29,7 @@ class ExportResult:
 
 @settings.takes(ExportSettings)
 def export_run(chosen: ExportSettings) -> ExportResult:
-    """Writes a run's best decoder as one safetensors file beside its config and what it knows.
+    """Writes a run's decoder as one safetensors file beside its config and what it knows.
 
     The directory can stand for the run wherever one is read: `predict`, `evaluate`, `generate`,
     `extract-activations`. Exporting again what is there already changes nothing.
@@ -43,7 +43,7 @@ def export_run(chosen: ExportSettings) -> ExportResult:
 
     output = Location.of(chosen.output)
     with outputs.claim(output, what="export") as claim:
-        run = load_run(chosen.run)
+        run = load_run(chosen.run, chosen.step)
         tensors = {name: np.asarray(leaf) for name, leaf in by_name(run.params).items()}
         checksum = tensors_digest(sorted(tensors.items()))
         weights = save(tensors, metadata={"checksum": checksum})  # of several the order varies

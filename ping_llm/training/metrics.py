@@ -147,7 +147,7 @@ class RunLog:
     def __init__(self, path: Path, *, last_step: int):
         """Reads the lines up to `last_step`; what comes after it is cut off before the next."""
         self._path = path
-        self.rows = [row for row in _read_whole_lines(path) if row["step"] <= last_step]
+        self.rows = [row for row in read_whole_lines(path) if row["step"] <= last_step]
 
     def cut(self) -> None:
         """Makes the file hold `rows`, and nothing after them that a killed process left."""
@@ -165,7 +165,8 @@ class RunLog:
                 raise StorageError(f"{self._path}: cannot be written: {error.strerror}") from None
 
 
-def _read_whole_lines(path: Path) -> list[dict[str, Any]]:
+def read_whole_lines(path: Path) -> list[dict[str, Any]]:
+    """Returns the lines of a `metrics.jsonl`; damaged ones are told and left out."""
     rows = []
     lines = (
         path.read_text(encoding="utf-8", errors="replace").split("\n") if path.exists() else [""]

@@ -1,4 +1,4 @@
-"""The settings of `train` and `export`."""
+"""The settings of `train`, `export` and `inspect-run`."""
 
 from collections.abc import Mapping
 from typing import Any, ClassVar, Literal
@@ -163,7 +163,19 @@ class ExportSettings(Settings):
     Attributes:
         run: Run directory of the model; may be remote.
         output: Directory to write; may be remote.
+        step: The run's checkpoint of that step.
     """
 
     run: str = field(location=True)
     output: str = field(location=True)
+    step: int | None = field(default=None, ge=0, default_text="the best")
+
+
+class InspectRunSettings(Settings):
+    """Show how far a run is: steps, losses, checkpoints, settings, data.
+
+    Attributes:
+        run: Run directory or export; may be remote.
+    """
+
+    run: str = field(argument=True, location=True, metavar="RUN")

@@ -70,6 +70,8 @@ BAD = {
     "data of no format": (["--data", "words.txt"], "words.txt"),
     "empty data": (["--data", "empty.csv"], "empty.csv"),
     "no run": (["--data", "rows", "--run", "rows"], "rows is not a run"),
+    "no prefixes": (["--data", "rows", "--prefixes", "words.txt"], "words.txt, line 1"),
+    "no such step": (["--data", "rows", "--step", "7"], "run has no checkpoint of step 7"),
 }
 
 

@@ -84,7 +84,9 @@ def test_the_result_has_every_method_on_the_same_rows(run, prepared, tmp_path, m
     page = tmp_path / "report.html"
     loads = []
     load_run = predictor.load_run
-    monkeypatch.setattr(predictor, "load_run", lambda run: loads.append(run) or load_run(run))
+    monkeypatch.setattr(
+        predictor, "load_run", lambda *given: loads.append(given) or load_run(*given)
+    )
     result = evaluate(run, prepared["pair"], max_rows=60, report=page)
     assert len(loads) == 1  # the weights once
     assert list(result.methods) == ["model", *baselines.STATIC]
@@ -126,6 +128,45 @@ def test_time_has_online_methods_and_raw_files_take_the_runs_own_training_rows(r
     result = evaluate(run, raw, max_rows=20, baselines="prefix")
     assert result.protocol == "raw"
     assert result.rows_available == 4000
+
+
+def test_fields_tokens_and_places_are_told_where_asked(run, raw, tmp_path):
+    """Data prepared by AS: new sources, all systems in two countries; IPv6 is not known."""
+    (tmp_path / "prefixes.csv").write_text(
+        "prefix,asn,country,latitude,longitude\n"
+        + "".join(
+            f"10.{block}.{i}.0/22,{block + i},{'NL' if block else 'US'},{i / 3},{block}\n"
+            for block in (0, 85, 170)
+            for i in range(0, 256, 4)
+        )
+    )
+    given = {"prefixes": tmp_path / "prefixes.csv"}
+    prepare_data(
+        [raw], output=tmp_path / "rows", split="asn", test_fraction=0.3, workers=1, **given
+    )
+    result = evaluate(
+        run,
+        tmp_path / "rows",
+        max_rows=40,
+        baselines="prefix",
+        report=tmp_path / "report.html",
+        field_orders=True,
+        tokens=25,
+        **given,
+    )
+    assert result.protocol == "asn"
+    assert list(result.history) == [str(history) for history in protocols.HISTORIES]
+    for name in ("asn", "country", "distance"):
+        groups = result.by[name]
+        assert sum(group["n"] for group in groups.values()) == result.n
+        assert "not known" in groups
+    assert set(result.by["country"]) - {"NL", "US"} == {"not known"}
+    assert len(result.tokens) == 25
+    assert set(result.field_orders) == {"source", "destination", "time", "rtt"}
+    json.dumps(result.to_json(), allow_nan=False)
+    text = (tmp_path / "report.html").read_text()
+    for word in ("By autonomous system", "best constant", "Tokens, actual and expected"):
+        assert word in text
 
 
 @pytest.mark.slow
