@@ -28,6 +28,7 @@ COMMANDS = {
     "quickstart": "Run the whole story once, in minutes.",
     "simulate": "Write the measurements of a synthetic internet.",
     "train": "Train a decoder on probe rows.",
+    "train-sae": "Train sparse autoencoders on the activations in a store.",
     "verify-parity": "Compare a checkpoint's activations with those of transformers.",
 }
 

@@ -29,7 +29,7 @@ from ping_llm.sae.settings import TrainSaeSettings
 
 Params = Mapping[str, Array]
 
-DEFAULT_SPARSITY = {"topk": 0.0, "batchtopk": 0.0, "jumprelu": 1.0, "gated": 0.03, "l1": 0.02}
+DEFAULT_SPARSITY = {"jumprelu": 1.0, "gated": 0.2, "l1": 0.1}
 THRESHOLD_RATE = 0.01  # of the running mean that becomes batchtopk's threshold
 
 
@@ -164,8 +164,9 @@ def losses(
         penalty = jnp.mean(jnp.sum(opened, axis=1))
     elif cfg.architecture == "jumprelu":
         threshold = jnp.exp(params["log_threshold"])
-        features = jump_relu(jax.nn.relu(pre), threshold, cfg.bandwidth)
-        active = jnp.mean(jnp.sum(step(pre, threshold, cfg.bandwidth), axis=1))
+        features = jnp.asarray(jump_relu(jax.nn.relu(pre), threshold, cfg.bandwidth))
+        steps = jnp.asarray(step(pre, threshold, cfg.bandwidth))
+        active = jnp.mean(jnp.sum(steps, axis=1))
         penalty = (active / cfg.k - 1) ** 2  # appendix of 2024b: a given number of them
     else:
         features = jax.nn.relu(pre)

@@ -56,7 +56,7 @@ class SparseAutoencoder:
     @functools.cached_property
     def encode(self):
         """Returns the features [*B, F] of activations [*B, D], in float32; compiled."""
-        k, kind = self.config.get("k"), self.config["architecture"]
+        k, kind = self.config.get("k", 0), self.config["architecture"]
 
         @jax.jit
         def encode(x: Float[Array, "*B D"]) -> Float[Array, "*B F"]:
@@ -104,7 +104,9 @@ class SparseAutoencoder:
             least = np.nextafter(np.asarray(rest["threshold"], np.float32), np.float32(0))
             held["threshold"] = np.full_like(held["b_enc"], least)
         scale = np.asarray(rest["scale"], np.float32)
-        unscaled = {n: v if n in ("W_enc", "W_dec", "r_mag") else v / scale for n, v in held.items()}
+        unscaled = {
+            n: v if n in ("W_enc", "W_dec", "r_mag") else v / scale for n, v in held.items()
+        }
         config = {
             "architecture": kind,
             "d_in": held["W_enc"].shape[0],

@@ -39,8 +39,8 @@ class TrainSaeSettings(Settings):
         coordinator: Several processes: address of process 0, HOST:PORT.
         num_processes: Several processes: how many.
         process_id: Several processes: which one this is, from 0.
-        min_position: Leave out tokens before this position in their prompts; 1 leaves out the first
-            ones, on which language models have outliers.
+        min_position: Leave out tokens before this position in their prompts: first ones, on which
+            language models have outliers.
         special_tokens: Train on special tokens too.
         held_out_tokens: Tokens of whole prompts, at most a tenth of them, that are evaluated on and
             never trained on.
@@ -75,7 +75,7 @@ class TrainSaeSettings(Settings):
     features: int | None = field(default=None, gt=0, default_text="16 for each dimension")
     k: int = field(default=32, gt=0)
     sparsity: float | None = field(
-        default=None, ge=0, default_text="1 for jumprelu, 0.03 for gated, 0.02 for l1"
+        default=None, ge=0, default_text="1 for jumprelu, 0.2 for gated, 0.1 for l1"
     )
     steps: int = field(default=5000, gt=0, lt=2**31, changeable=True)
     batch_size: int = field(default=4096, gt=0)
@@ -85,7 +85,7 @@ class TrainSaeSettings(Settings):
     coordinator: str | None = field(default=None, stored=False)
     num_processes: int | None = field(default=None, stored=False)
     process_id: int | None = field(default=None, stored=False)
-    min_position: int = field(default=0, **_WEIGHT)
+    min_position: int = field(default=1, **_WEIGHT)
     special_tokens: bool = field(default=False, flag=False)
     held_out_tokens: int = field(default=16384, **_POSITIVE)
     buffer_mb: float = field(default=256.0, **_POSITIVE)

@@ -109,7 +109,7 @@ def make_train_step(
     Activations are as stored; `number` counts the steps from 0. The metrics are those of
     `architectures.losses`, `grad_norm`, `dead` features and `skipped`.
     """
-    assert cfg.sparsity is not None
+    weight = cfg.sparsity or 0.0  # of the penalty
     layout = jax.tree.map(lambda leaf: leaf.sharding, abstract)
 
     def train_step(
@@ -120,7 +120,7 @@ def make_train_step(
         risen = jnp.minimum((number + 1) / max(cfg.sparsity_warmup_steps, 1), 1.0)
         dead = rest["idle"] >= cfg.dead_tokens
         grad = jax.grad(architectures.losses, has_aux=True)
-        grads, metrics = grad(params, x, cfg, sparsity=cfg.sparsity * risen, dead=dead)
+        grads, metrics = grad(params, x, cfg, sparsity=weight * risen, dead=dead)
         # What would only lengthen a direction is taken out, for its length is set to 1 again.
         along = jnp.sum(grads["W_dec"] * params["W_dec"], axis=1, keepdims=True)
         grads["W_dec"] -= along * params["W_dec"]

@@ -1,0 +1,91 @@
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType
+
+from ping_llm.errors import ConfigError
+from ping_llm.sae import architectures
+from ping_llm.sae.autoencoder import SparseAutoencoder
+from ping_llm.sae.settings import TrainSaeSettings
+from ping_llm.sae.step import abstract_state, init_state, make_optimizer, make_train_step
+from ping_llm.sharding import MESH_AXES
+
+KINDS = ("topk", "batchtopk", "jumprelu", "gated", "l1")
+WIDTH, TRUE_FEATURES, FEATURES, BATCH = 24, 48, 72, 256
+SMALL = {"learning_rate": 3e-3, "dead_tokens": 10_000, "sparsity_warmup_steps": 100}
+
+
+def settings(architecture, **changes):
+    given = {"activations": "acts", "output": "sae", "layer": (0,), "batch_size": BATCH, "k": 3}
+    given |= {"features": FEATURES, "architecture": architecture, **SMALL, **changes}
+    return TrainSaeSettings(**given)
+
+
+def one_device():
+    auto = (AxisType.Auto,) * 3
+    return jax.make_mesh((1, 1, 1), MESH_AXES, devices=jax.devices()[:1], axis_types=auto)
+
+
+def make_step(cfg, width):
+    tx, mesh = make_optimizer(cfg), one_device()
+    with jax.set_mesh(mesh):
+        return tx, make_train_step(cfg, tx, abstract_state(cfg, tx, d_model=width, mesh=mesh))
+
+
+def planted(seed=0):
+    """Returns (directions, a function that draws tokens which are sums of about 3 of them)."""
+    rng = np.random.default_rng(seed)
+    directions = rng.standard_normal((TRUE_FEATURES, WIDTH)).astype(np.float32)
+    directions /= np.linalg.norm(directions, axis=1, keepdims=True)
+
+    def draw(key, n):
+        a, b, c = jax.random.split(key, 3)
+        active = jax.random.bernoulli(a, 3 / TRUE_FEATURES, (n, TRUE_FEATURES))
+        strength = 0.5 + 0.5 * jax.random.exponential(b, (n, TRUE_FEATURES))
+        noise = 0.02 * jax.random.normal(c, (n, WIDTH))
+        return (active * strength) @ directions + noise + 3.0
+
+    return directions, draw
+
+
+# What the penalties must weigh for about 3 active features, and how long learning takes.
+RECIPES = {
+    "topk": {"steps": 800, "learning_rate": 6e-3},
+    "batchtopk": {"steps": 2500},
+    "jumprelu": {"steps": 2000},
+    "gated": {"steps": 2000, "sparsity": 0.4},
+    "l1": {"steps": 800, "learning_rate": 6e-3, "sparsity": 0.3},
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_planted_features_are_found(kind):
+    cfg = settings(kind, **RECIPES[kind])
+    directions, draw = planted()
+    tx, step = make_step(cfg, WIDTH)
+
+    @jax.jit
+    def train(key):
+        seen = draw(jax.random.fold_in(key, 2**31), 4096)
+        scale = 1 / jnp.sqrt(jnp.mean(jnp.sum((seen - seen.mean(axis=0)) ** 2, axis=1)))
+        state = init_state(cfg, tx, key, seen.mean(axis=0), scale)
+
+        def one(state, number):
+            return step(state, draw(jax.random.fold_in(key, number), BATCH), number)
+
+        return jax.lax.scan(one, state, jnp.arange(cfg.steps))
+
+    with jax.set_mesh(one_device()):
+        state, metrics = train(jax.random.key(0))
+    cosine = directions @ np.asarray(state.params["W_dec"]).T
+    recovered = np.mean(cosine.max(axis=1) >= 0.95)
+    assert recovered >= 0.95, f"{kind}: {recovered:.1%} of the features"
+    assert 1 < metrics["l0"][-100:].mean() < 6
+    sae = SparseAutoencoder.of_training(cfg, state.params, state.rest, {})
+    tokens = draw(jax.random.key(7), 2048)
+    left = np.sum((tokens - sae(tokens)) ** 2) / np.sum((tokens - tokens.mean(axis=0)) ** 2)
+    # In the units of the tokens it does what it did in training on scaled ones.
+    assert float(left) == pytest.approx(float(metrics["unexplained"][-100:].mean()), rel=0.2)
