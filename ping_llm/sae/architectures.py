@@ -23,13 +23,14 @@ from collections.abc import Mapping
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from jaxtyping import Array, Float
 
 from ping_llm.sae.settings import TrainSaeSettings
 
 Params = Mapping[str, Array]
 
-DEFAULT_SPARSITY = {"jumprelu": 1.0, "gated": 0.2, "l1": 0.1}
+DEFAULT_SPARSITY = {"jumprelu": 0.3, "gated": 0.2, "l1": 0.1}
 THRESHOLD_RATE = 0.01  # of the running mean that becomes batchtopk's threshold
 
 
@@ -167,7 +168,9 @@ def losses(
         features = jnp.asarray(jump_relu(jax.nn.relu(pre), threshold, cfg.bandwidth))
         steps = jnp.asarray(step(pre, threshold, cfg.bandwidth))
         active = jnp.mean(jnp.sum(steps, axis=1))
-        penalty = (active / cfg.k - 1) ** 2  # appendix of 2024b: a given number of them
+        # 2024b's appendix: a square about the number wanted. Far from it, the number itself, as in
+        # its main text: at first half of all are active, and the square would drown all else.
+        penalty = optax.huber_loss(active / cfg.k, jnp.ones(()))
     else:
         features = jax.nn.relu(pre)
         if cfg.architecture == "l1":

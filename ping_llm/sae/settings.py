@@ -75,7 +75,7 @@ class TrainSaeSettings(Settings):
     features: int | None = field(default=None, gt=0, default_text="16 for each dimension")
     k: int = field(default=32, gt=0)
     sparsity: float | None = field(
-        default=None, ge=0, default_text="1 for jumprelu, 0.2 for gated, 0.1 for l1"
+        default=None, ge=0, default_text="0.3 for jumprelu, 0.2 for gated, 0.1 for l1"
     )
     steps: int = field(default=5000, gt=0, lt=2**31, changeable=True)
     batch_size: int = field(default=4096, gt=0)

@@ -14,8 +14,8 @@ from ping_llm.sae.step import abstract_state, init_state, make_optimizer, make_t
 from ping_llm.sharding import MESH_AXES
 
 KINDS = ("topk", "batchtopk", "jumprelu", "gated", "l1")
-WIDTH, TRUE_FEATURES, FEATURES, BATCH = 24, 48, 72, 256
-SMALL = {"learning_rate": 3e-3, "dead_tokens": 10_000, "sparsity_warmup_steps": 100}
+WIDTH, TRUE_FEATURES, FEATURES, BATCH = 32, 48, 96, 256
+SMALL = {"learning_rate": 6e-3, "dead_tokens": 5000, "sparsity_warmup_steps": 100}
 
 
 def settings(architecture, **changes):
@@ -53,11 +53,11 @@ def planted(seed=0):
 
 # What the penalties must weigh for about 3 active features, and how long learning takes.
 RECIPES = {
-    "topk": {"steps": 800, "learning_rate": 6e-3},
-    "batchtopk": {"steps": 2500},
-    "jumprelu": {"steps": 2000},
-    "gated": {"steps": 2000, "sparsity": 0.4},
-    "l1": {"steps": 800, "learning_rate": 6e-3, "sparsity": 0.3},
+    "topk": {"steps": 700},
+    "batchtopk": {"steps": 1000},
+    "jumprelu": {"steps": 1000, "sparsity": 0.3},
+    "gated": {"steps": 1000, "sparsity": 0.6},
+    "l1": {"steps": 700, "sparsity": 0.3},
 }
 
 
