@@ -52,7 +52,10 @@ def write_store(path, rows, lengths, *, roles=None, unit_prompts=20):
         "schema_version": store.SCHEMA_VERSION,
         "settings": {"dtype": "float32", "format": "tokens"},
         "model": {"weights": "none"},
-        "input": {"lengths": list(map(int, lengths)), "sum": float(sum(map(np.sum, rows.values())))},
+        "input": {
+            "lengths": list(map(int, lengths)),
+            "sum": float(sum(map(np.sum, rows.values()))),
+        },
         "lease_seconds": 60.0,
         "d_model": width,
         "arrays": [{"name": n, "site": "residual", "layer": i} for i, n in names.items()],

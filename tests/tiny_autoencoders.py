@@ -20,9 +20,7 @@ def settings(architecture: str, **changes) -> TrainSaeSettings:
 def autoencoder(architecture: str, *, width: int = 8, **metadata) -> SparseAutoencoder:
     """Returns one with random directions and biases."""
     cfg, rng = settings(architecture), np.random.default_rng(0)
-    params = init_params(
-        jax.random.key(0), cfg, features=24, bias=jnp.ones(width)
-    )
+    params = init_params(jax.random.key(0), cfg, features=24, bias=jnp.ones(width))
     for name, value in params.items():
         if value.ndim == 1 and name != "b_dec":
             params[name] = value + 0.1 * rng.standard_normal(value.shape).astype(np.float32)

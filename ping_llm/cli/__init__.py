@@ -23,6 +23,7 @@ COMMANDS = {
         "Show what an activation store holds, whether it is whole, and who is at work on it."
     ),
     "inspect-data": "Show what a data set holds, and what is wrong with it.",
+    "inspect-sae": ("Show how good a sparse autoencoder is, and what its features go with."),
     "predict": "Predict RTT distributions and failures.",
     "prepare-data": "Turn measurements into probe rows for training.",
     "quickstart": "Run the whole story once, in minutes.",

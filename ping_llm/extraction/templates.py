@@ -92,6 +92,13 @@ class CheckpointTokenizer:
                     )
                 yield sample, tokens
 
+    def texts(self, tokens: np.ndarray) -> list[str]:
+        """Returns each token [n] as text; of half a character, a replacement character."""
+        known = {
+            i: self._tokenizer.decode([i], skip_special_tokens=False) for i in set(tokens.tolist())
+        }
+        return [known[i] for i in tokens.tolist()]
+
     def roles(self, tokens: np.ndarray) -> np.ndarray:
         """Returns REAL, SPECIAL or BOS of each token [n], uint8."""
         roles = np.where(np.isin(tokens, self._special), SPECIAL, REAL).astype(np.uint8)

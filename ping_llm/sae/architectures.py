@@ -30,7 +30,7 @@ from ping_llm.sae.settings import TrainSaeSettings
 
 Params = Mapping[str, Array]
 
-DEFAULT_SPARSITY = {"jumprelu": 0.3, "gated": 0.2, "l1": 0.1}
+DEFAULT_SPARSITY = {"jumprelu": 1.0, "gated": 0.2, "l1": 0.1}
 THRESHOLD_RATE = 0.01  # of the running mean that becomes batchtopk's threshold
 
 

@@ -75,7 +75,7 @@ class TrainSaeSettings(Settings):
     features: int | None = field(default=None, gt=0, default_text="16 for each dimension")
     k: int = field(default=32, gt=0)
     sparsity: float | None = field(
-        default=None, ge=0, default_text="0.3 for jumprelu, 0.2 for gated, 0.1 for l1"
+        default=None, ge=0, default_text="1 for jumprelu, 0.2 for gated, 0.1 for l1"
     )
     steps: int = field(default=5000, gt=0, lt=2**31, changeable=True)
     batch_size: int = field(default=4096, gt=0)
@@ -127,3 +127,34 @@ class TrainSaeSettings(Settings):
                 f"sparsity={self.sparsity} does not go with architecture={self.architecture!r}, "
                 "which has k active features whatever it costs"
             )
+
+
+class InspectSaeSettings(Settings):
+    """Show how good a sparse autoencoder is, and what its features go with.
+
+    For a latency model, features are named by what their tokens are about.
+
+    Attributes:
+        sae: Directory of one autoencoder, as train-sae or SAELens saves it; may be remote.
+        activations: The store to look at; may be remote.
+        model: The model of the store, to measure its loss with the autoencoder in it and to show
+            its tokens as text.
+        site: Where in the model.
+        layer: Which layer.
+        tokens: Tokens of the store to look at, those of whole prompts.
+        features: Features to show with their contexts, the ones that rebuild most.
+        contexts: Contexts of each, from different prompts.
+        report: Write one self-contained HTML page here; may be remote.
+    """
+
+    sae: str = field(argument=True, location=True)
+    activations: str | None = field(
+        default=None, location=True, default_text="the store it was trained on"
+    )
+    model: str | None = field(default=None, location=True, default_text="that of the store")
+    site: Site | None = field(default=None, default_text="that of the training")
+    layer: int | None = field(default=None, ge=0, default_text="that of the training")
+    tokens: int = field(default=200_000, gt=0)
+    features: int = field(default=50, gt=0)
+    contexts: int = field(default=5, gt=0)
+    report: str | None = field(default=None, location=True)

@@ -1,13 +1,9 @@
-import dataclasses
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import AxisType
 
-from ping_llm.errors import ConfigError
-from ping_llm.sae import architectures
 from ping_llm.sae.autoencoder import SparseAutoencoder
 from ping_llm.sae.settings import TrainSaeSettings
 from ping_llm.sae.step import abstract_state, init_state, make_optimizer, make_train_step
@@ -55,7 +51,7 @@ def planted(seed=0):
 RECIPES = {
     "topk": {"steps": 700},
     "batchtopk": {"steps": 1000},
-    "jumprelu": {"steps": 1000, "sparsity": 0.3},
+    "jumprelu": {"steps": 1000, "sparsity": 1.0},
     "gated": {"steps": 1000, "sparsity": 0.6},
     "l1": {"steps": 700, "sparsity": 0.3},
 }

@@ -33,7 +33,8 @@ def timeless(output):
 
 def weights(output):
     return {
-        path.parent.name: load_file(path) for path in sorted(output.glob("*/sae_weights.safetensors"))
+        path.parent.name: load_file(path)
+        for path in sorted(output.glob("*/sae_weights.safetensors"))
     }
 
 

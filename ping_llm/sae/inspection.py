@@ -1,0 +1,290 @@
+"""What an autoencoder is worth, and what its features are: numbers, names, contexts, a page."""
+
+import dataclasses
+import sys
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from ping_llm import settings, tokenizer
+from ping_llm.activations import store
+from ping_llm.activations.reader import ActivationReader
+from ping_llm.errors import CheckpointError, ConfigError
+from ping_llm.extraction.model import ModelSource, open_model
+from ping_llm.extraction.templates import CheckpointTokenizer
+from ping_llm.models.config import END_SITES
+from ping_llm.report import write_page
+from ping_llm.sae.autoencoder import SparseAutoencoder
+from ping_llm.sae.evaluation import (
+    ReplacementLoss,
+    evaluate_rows,
+    held_out_rows,
+    replacement_losses,
+)
+from ping_llm.sae.features import (
+    Association,
+    FeatureStatistics,
+    associations,
+    choose_prompts,
+    gather_statistics,
+    neighbours,
+)
+from ping_llm.sae.settings import InspectSaeSettings
+from ping_llm.sae.tokens import TokenChoice
+
+AROUND = 24  # tokens of a context before its strongest, and half as many after it
+NEIGHBOURS = 3
+
+
+@dataclasses.dataclass(frozen=True)
+class Context:
+    """A stretch of a prompt around a token on which a feature is strongly active.
+
+    Attributes:
+        sample: Id of the prompt.
+        tokens: Its tokens as text.
+        strengths: How active the feature is on each.
+        strongest: Index of the strongest token.
+        caption: For a latency model, the measurement which that token is part of; else empty.
+    """
+
+    sample: str
+    tokens: list[str]
+    strengths: list[float]
+    strongest: int
+    caption: str
+
+
+@dataclasses.dataclass(frozen=True)
+class FeatureReport:
+    """What is known of a feature.
+
+    Attributes:
+        feature: Its number.
+        density: Part of the tokens on which it is active.
+        mean: Mean strength there.
+        maximum: Largest strength.
+        associations: What it goes with, see `Association`; empty for language models.
+        neighbours: The features whose directions are most alike: (number, cosine).
+        contexts: Where it is strongest; only of the features that are shown in full.
+    """
+
+    feature: int
+    density: float
+    mean: float
+    maximum: float
+    associations: list[Association]
+    neighbours: list[tuple[int, float]]
+    contexts: list[Context]
+
+
+@dataclasses.dataclass(frozen=True)
+class InspectSaeResult:
+    """What an autoencoder is worth, and what its features are.
+
+    Attributes:
+        sae: Where it is.
+        architecture: As `cfg.json` names it.
+        d_in: Width of the activations.
+        d_sae: Number of features.
+        held_out: Whether the evaluation is on prompts that it was not trained on.
+        explained_variance: On these prompts.
+        l0: Mean number of active features there.
+        losses: Of the model with and without it, by what was predicted; None: no model at hand.
+        tokens: Number of tokens over which features were looked at.
+        never_active: Features that none of these activates.
+        features: Those that are active, by what they put into what is rebuilt, descending; as many
+            as asked for.
+    """
+
+    sae: str
+    architecture: str
+    d_in: int
+    d_sae: int
+    held_out: bool
+    explained_variance: float
+    l0: float
+    losses: dict[str, ReplacementLoss] | None
+    tokens: int
+    never_active: int
+    features: list[FeatureReport]
+
+
+@settings.takes(InspectSaeSettings)
+def inspect_sae(chosen: InspectSaeSettings) -> InspectSaeResult:
+    """Returns what an autoencoder is worth and what its features are; writes a page if asked.
+
+    Raises:
+        CheckpointError: There is no autoencoder, or it is damaged, or the model cannot be read.
+        ConfigError: Store, site and layer do not go with it, or the model is not the store's.
+        StorageError: The store cannot be read, or the page not be written.
+    """
+    sae = SparseAutoencoder.load(chosen.sae)
+    facts = sae.metadata
+    url = chosen.activations or (facts.get("store") or {}).get("url")
+    site = chosen.site or facts.get("site")
+    if url is None or site is None:
+        raise ConfigError(
+            f"{chosen.sae} does not say what it was trained on: give --activations, --site and "
+            "--layer"
+        )
+    layer = facts.get("layer") if chosen.layer is None else chosen.layer
+    reader = ActivationReader(url, site=site, layer=layer)
+    if reader.shape[1] != sae.config["d_in"]:
+        raise ConfigError(
+            f"{chosen.sae} is of activations of width {sae.config['d_in']}, those in {url} have "
+            f"{reader.shape[1]}; give the store of its model"
+        )
+    layer = None if site in END_SITES else layer
+    sae = dataclasses.replace(
+        sae, config={**sae.config, "metadata": {**facts, "site": site, "layer": layer}}
+    )
+    choice = _choice(facts)
+    source = _find_model(chosen.model, reader.manifest)
+    spans = choice.held_out(reader)
+    measured = evaluate_rows(sae, held_out_rows(reader, choice, spans))
+    losses = source and replacement_losses(sae, source, reader, choice, spans)
+    named = reader.manifest["settings"].get("format") == "measurements"
+    statistics = gather_statistics(
+        sae,
+        reader,
+        choice,
+        choose_prompts(reader, chosen.tokens, seed=choice.seed),
+        contexts=chosen.contexts,
+        named=named,
+    )
+    alive = np.flatnonzero(statistics.counts)
+    order = alive[np.argsort(-statistics.contribution[alive], kind="stable")].tolist()
+    shown = order[: chosen.features]
+    texts = _Texts(reader, source, named=named)
+    reports = [
+        _report(statistics, feature, near, _contexts(sae, statistics, feature, texts))
+        for feature, near in zip(shown, neighbours(sae, shown, NEIGHBOURS), strict=True)
+    ]
+    trained_on = (facts.get("store") or {}).get("identity")
+    result = InspectSaeResult(
+        sae=str(chosen.sae),
+        architecture=facts.get("trained_as") or sae.config["architecture"],
+        d_in=int(sae.config["d_in"]),
+        d_sae=int(sae.config["d_sae"]),
+        held_out=trained_on == store.identity(reader.manifest),
+        explained_variance=measured["explained_variance"],
+        l0=measured["l0"],
+        losses=losses,
+        tokens=statistics.tokens,
+        never_active=int(sae.config["d_sae"]) - len(alive),
+        features=reports,
+    )
+    if chosen.report is not None:
+        from ping_llm.sae.page import html_page
+
+        others = order[chosen.features :]
+        rest = [_report(statistics, feature, [], []) for feature in others]
+        write_page(html_page(result, statistics, rest), chosen.report)
+    return result
+
+
+def _choice(facts: Mapping[str, Any]) -> TokenChoice:
+    """Returns which tokens the autoencoder is about; of one made elsewhere, as by default."""
+    defaults = {"seed": 0, "held_out_tokens": 16384, "min_position": 1, "special_tokens": False}
+    return TokenChoice(**{name: facts.get(name, value) for name, value in defaults.items()})
+
+
+def _find_model(given: str | None, manifest: Mapping[str, Any]) -> ModelSource | None:
+    """Returns the model of a store; None where the store's own is not at hand, which is said.
+
+    Raises:
+        CheckpointError: The given one cannot be read.
+        ConfigError: It is not the store's.
+    """
+    name = given or manifest["made_from"]["model"]
+    try:
+        source = open_model(name)
+    except CheckpointError as error:
+        if given:
+            raise
+        said = f"the model of the store is not at hand, so its loss is not measured: {error}"
+        print(said, file=sys.stderr, flush=True)
+        return None
+    if source.identity != manifest["model"]:
+        raise ConfigError(
+            f"{name} is not the model whose activations the store holds; give that one as --model"
+        )
+    return source
+
+
+def _report(
+    statistics: FeatureStatistics,
+    feature: int,
+    near: list[tuple[int, float]],
+    contexts: list[Context],
+) -> FeatureReport:
+    return FeatureReport(
+        feature=feature,
+        density=float(statistics.counts[feature] / statistics.tokens),
+        mean=float(statistics.means[feature]),
+        maximum=float(statistics.maxima[feature]),
+        associations=associations(statistics, feature),
+        neighbours=near,
+        contexts=contexts,
+    )
+
+
+# --- contexts ------------------------------------------------------------------------------------
+
+
+class _Texts:
+    """The tokens of a store as text.
+
+    Attributes:
+        reader: Of the store.
+        named: Whether they are those of a latency model.
+        offsets: Where its samples lie.
+    """
+
+    def __init__(self, reader: ActivationReader, source: ModelSource | None, *, named: bool):
+        self.reader, self.named = reader, named
+        self.offsets = reader.sample_offsets()
+        self._tokenizer = None
+        directory = source.checkpoint if source else None
+        if directory is not None and (directory / "tokenizer.json").is_file():
+            size = source.cfg.vocab_size if source else 0
+            self._tokenizer = CheckpointTokenizer(directory, chat=False, vocab_size=size)
+
+    def of(self, tokens: np.ndarray) -> list[str]:
+        if self.named:
+            return [tokenizer.token_name(token).removeprefix("byte ") for token in tokens.tolist()]
+        return self._tokenizer.texts(tokens) if self._tokenizer else list(map(str, tokens.tolist()))
+
+
+def _contexts(
+    sae: SparseAutoencoder, statistics: FeatureStatistics, feature: int, texts: _Texts
+) -> list[Context]:
+    contexts = []
+    strengths, rows = statistics.top_strengths[:, feature], statistics.top_rows[:, feature]
+    for row in rows[strengths > 0].tolist():
+        sample = int(np.searchsorted(texts.offsets, row, side="right")) - 1
+        first, stop = texts.offsets[sample : sample + 2].tolist()
+        begin, end = max(row - AROUND, first), min(row + AROUND // 2 + 1, stop)
+        tokens = texts.reader.column("tokens", slice(begin, end))
+        padded = np.zeros((AROUND + AROUND // 2 + 1, texts.reader.shape[1]), texts.reader.dtype)
+        padded[: end - begin] = texts.reader[begin:end]  # one compiled program
+        active = np.asarray(sae.encode(padded))[: end - begin, feature]
+        caption = ""
+        if texts.named:
+            prompt = texts.reader.column("tokens", slice(first, stop))
+            caption = _measurement(prompt, row - first)
+        (name,) = texts.reader.rows([row]).samples
+        contexts.append(Context(name, texts.of(tokens), active.tolist(), row - begin, caption))
+    return contexts
+
+
+def _measurement(prompt: np.ndarray, index: int) -> str:
+    """Returns the measurement that a token of a latency model's prompt is part of, as text."""
+    starts = np.flatnonzero(prompt == tokenizer.MEASUREMENT_START)
+    number = int(np.searchsorted(starts, index, side="right"))
+    if not number:
+        return ""
+    stop = starts[number] if number < len(starts) else len(prompt)
+    return tokenizer.format_tokens(prompt[starts[number - 1] : stop]).replace("\n", " ")
