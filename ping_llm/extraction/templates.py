@@ -94,10 +94,8 @@ class CheckpointTokenizer:
 
     def texts(self, tokens: np.ndarray) -> list[str]:
         """Returns each token [n] as text; of half a character, a replacement character."""
-        known = {
-            i: self._tokenizer.decode([i], skip_special_tokens=False) for i in set(tokens.tolist())
-        }
-        return [known[i] for i in tokens.tolist()]
+        ids = [[token] for token in tokens.tolist()]
+        return self._tokenizer.decode_batch(ids, skip_special_tokens=False)
 
     def roles(self, tokens: np.ndarray) -> np.ndarray:
         """Returns REAL, SPECIAL or BOS of each token [n], uint8."""

@@ -162,7 +162,7 @@ def _strongest(
     numbers: np.ndarray,
     spans: np.ndarray,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Returns `strengths` and `rows` [m, F] with the best token of each further prompt among them."""
+    """Returns `strengths` and `rows` [m, F] with the best token of each new prompt among them."""
     found, where, start = [strengths], [rows], 0
     for size in np.diff(spans, axis=1)[:, 0].tolist():
         part = dense[start : start + size]
