@@ -17,98 +17,24 @@ from ping_llm.models.config import END_SITES
 from ping_llm.report import write_page
 from ping_llm.sae.autoencoder import SparseAutoencoder
 from ping_llm.sae.evaluation import (
-    ReplacementLoss,
     evaluate_rows,
     held_out_rows,
     replacement_losses,
 )
 from ping_llm.sae.features import (
-    Association,
     FeatureStatistics,
     associations,
     choose_prompts,
     gather_statistics,
     neighbours,
 )
+from ping_llm.sae.page import html_page
+from ping_llm.sae.result import Context, FeatureReport, InspectSaeResult
 from ping_llm.sae.settings import InspectSaeSettings
 from ping_llm.sae.tokens import TokenChoice
 
 AROUND = 24  # tokens of a context before its strongest, and half as many after it
 NEIGHBOURS = 3
-
-
-@dataclasses.dataclass(frozen=True)
-class Context:
-    """A stretch of a prompt around a token on which a feature is strongly active.
-
-    Attributes:
-        sample: Id of the prompt.
-        tokens: Its tokens as text.
-        strengths: How active the feature is on each.
-        strongest: Index of the strongest token.
-        caption: For a latency model, the measurement which that token is part of; else empty.
-    """
-
-    sample: str
-    tokens: list[str]
-    strengths: list[float]
-    strongest: int
-    caption: str
-
-
-@dataclasses.dataclass(frozen=True)
-class FeatureReport:
-    """What is known of a feature.
-
-    Attributes:
-        feature: Its number.
-        density: Part of the tokens on which it is active.
-        mean: Mean strength there.
-        maximum: Largest strength.
-        associations: What it goes with, see `Association`; empty for language models.
-        neighbours: The features whose directions are most alike: (number, cosine).
-        contexts: Where it is strongest; only of the features that are shown in full.
-    """
-
-    feature: int
-    density: float
-    mean: float
-    maximum: float
-    associations: list[Association]
-    neighbours: list[tuple[int, float]]
-    contexts: list[Context]
-
-
-@dataclasses.dataclass(frozen=True)
-class InspectSaeResult:
-    """What an autoencoder is worth, and what its features are.
-
-    Attributes:
-        sae: Where it is.
-        architecture: As `cfg.json` names it.
-        d_in: Width of the activations.
-        d_sae: Number of features.
-        held_out: Whether the evaluation is on prompts that it was not trained on.
-        explained_variance: On these prompts.
-        l0: Mean number of active features there.
-        losses: Of the model with and without it, by what was predicted; None: no model at hand.
-        tokens: Number of tokens over which features were looked at.
-        never_active: Features that none of these activates.
-        features: Those that are active, by what they put into what is rebuilt, descending; as many
-            as asked for.
-    """
-
-    sae: str
-    architecture: str
-    d_in: int
-    d_sae: int
-    held_out: bool
-    explained_variance: float
-    l0: float
-    losses: dict[str, ReplacementLoss] | None
-    tokens: int
-    never_active: int
-    features: list[FeatureReport]
 
 
 @settings.takes(InspectSaeSettings)
@@ -177,8 +103,6 @@ def inspect_sae(chosen: InspectSaeSettings) -> InspectSaeResult:
         features=reports,
     )
     if chosen.report is not None:
-        from ping_llm.sae.page import html_page
-
         others = order[chosen.features :]
         rest = [_report(statistics, feature, [], []) for feature in others]
         write_page(html_page(result, statistics, rest), chosen.report)

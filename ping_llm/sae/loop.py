@@ -120,7 +120,7 @@ def train_sae(chosen: TrainSaeSettings) -> TrainSaeResult:
                 log.cut()
             mode = cfg.wandb if is_first else "disabled"
             with Tracker(path, mode=mode, config=settings.to_json(cfg)) as tracker:
-                _Trainer(cfg, readers, checkpoints, log, tracker, mesh, output, config).train()
+                _SaeTrainer(cfg, readers, checkpoints, log, tracker, mesh, output, config).train()
             if remote is not None:
                 remote.push_files()
     return _result(cfg, readers, log)
@@ -205,7 +205,7 @@ def _open_checkpoints(cfg: TrainSaeSettings, path: Path, remote: Any) -> "Checkp
 
 
 @dataclasses.dataclass
-class _Trainer:
+class _SaeTrainer:
     """The parts of a training between its start and its end."""
 
     cfg: TrainSaeSettings

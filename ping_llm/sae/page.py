@@ -8,7 +8,7 @@ import numpy as np
 
 from ping_llm.report import COLOURS, Html, figure, log_axis, markup, page, picture, sortable, table
 from ping_llm.sae.features import Association, FeatureStatistics
-from ping_llm.sae.inspection import Context, FeatureReport, InspectSaeResult
+from ping_llm.sae.result import Context, FeatureReport, InspectSaeResult
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
