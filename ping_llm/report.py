@@ -117,7 +117,10 @@ th { color: #666; font-weight: 600; }
 td.number, th.number { text-align: right; white-space: nowrap; }
 img { max-width: 100%; }
 pre { overflow-x: auto; background: #f7f7f7; padding: .7rem; font-size: 13px; }
-table.sortable th { cursor: pointer; }
+table.sortable th { cursor: pointer; vertical-align: bottom; white-space: normal;
+                    overflow-wrap: normal; }
+table.sortable th, table.sortable td { padding-right: .6rem; min-width: 0; }
+table.sortable td:not(.number) { min-width: 9em; }
 th[data-order=down]::after { content: " \\2193"; } th[data-order=up]::after { content: " \\2191"; }
 .good { color: #00734f; } .bad { color: #b23c00; font-weight: 600; } .quiet { color: #666; }
 """

@@ -22,6 +22,7 @@ from ping_llm.sae.evaluation import (
     replacement_losses,
 )
 from ping_llm.sae.features import (
+    Association,
     FeatureStatistics,
     associations,
     choose_prompts,
@@ -35,6 +36,7 @@ from ping_llm.sae.tokens import TokenChoice
 
 AROUND = 24  # tokens of a context before its strongest, and half as many after it
 NEIGHBOURS = 3
+TOKENS_TO_TRUST = 20  # on which a feature is active, before its name counts
 
 
 @settings.takes(InspectSaeSettings)
@@ -81,11 +83,15 @@ def inspect_sae(chosen: InspectSaeSettings) -> InspectSaeResult:
         named=named,
     )
     alive = np.flatnonzero(statistics.counts)
-    order = alive[np.argsort(-statistics.contribution[alive], kind="stable")].tolist()
-    shown = order[: chosen.features]
+    by_part = alive[np.argsort(-statistics.contribution[alive], kind="stable")].tolist()
+    related = {feature: associations(statistics, feature) for feature in by_part}
+    order = sorted(by_part, key=lambda feature: -_closeness(statistics, feature, related[feature]))
+    shown, others = order[: chosen.features], order[chosen.features :]
     texts = _Texts(reader, source, named=named)
     reports = [
-        _report(statistics, feature, near, _contexts(sae, statistics, feature, texts))
+        _report(
+            statistics, feature, related[feature], near, texts.contexts(sae, statistics, feature)
+        )
         for feature, near in zip(shown, neighbours(sae, shown, NEIGHBOURS), strict=True)
     ]
     trained_on = (facts.get("store") or {}).get("identity")
@@ -103,8 +109,7 @@ def inspect_sae(chosen: InspectSaeSettings) -> InspectSaeResult:
         features=reports,
     )
     if chosen.report is not None:
-        others = order[chosen.features :]
-        rest = [_report(statistics, feature, [], []) for feature in others]
+        rest = [_report(statistics, feature, related[feature], [], []) for feature in others]
         write_page(html_page(result, statistics, rest), chosen.report)
     return result
 
@@ -138,9 +143,16 @@ def _find_model(given: str | None, manifest: Mapping[str, Any]) -> ModelSource |
     return source
 
 
+def _closeness(statistics: FeatureStatistics, feature: int, related: list[Association]) -> float:
+    """Returns how closely a feature goes with a property beyond the place; of rare ones, 0."""
+    enough = statistics.counts[feature] >= TOKENS_TO_TRUST
+    return related[1].share if related and enough else 0.0
+
+
 def _report(
     statistics: FeatureStatistics,
     feature: int,
+    related: list[Association],
     near: list[tuple[int, float]],
     contexts: list[Context],
 ) -> FeatureReport:
@@ -149,7 +161,7 @@ def _report(
         density=float(statistics.counts[feature] / statistics.tokens),
         mean=float(statistics.means[feature]),
         maximum=float(statistics.maxima[feature]),
-        associations=associations(statistics, feature),
+        associations=related,
         neighbours=near,
         contexts=contexts,
     )
@@ -159,17 +171,11 @@ def _report(
 
 
 class _Texts:
-    """The tokens of a store as text.
-
-    Attributes:
-        reader: Of the store.
-        named: Whether they are those of a latency model.
-        offsets: Where its samples lie.
-    """
+    """The tokens of a store as text."""
 
     def __init__(self, reader: ActivationReader, source: ModelSource | None, *, named: bool):
-        self.reader, self.named = reader, named
-        self.offsets = reader.sample_offsets()
+        self._reader, self._named = reader, named
+        self._offsets = reader.sample_offsets()
         self._tokenizer = None
         directory = source.checkpoint if source else None
         if directory is not None and (directory / "tokenizer.json").is_file():
@@ -177,31 +183,33 @@ class _Texts:
             self._tokenizer = CheckpointTokenizer(directory, chat=False, vocab_size=size)
 
     def of(self, tokens: np.ndarray) -> list[str]:
-        if self.named:
+        """Returns each token as text; as its number where the tokenizer is not at hand."""
+        if self._named:
             return [tokenizer.token_name(token).removeprefix("byte ") for token in tokens.tolist()]
         return self._tokenizer.texts(tokens) if self._tokenizer else list(map(str, tokens.tolist()))
 
-
-def _contexts(
-    sae: SparseAutoencoder, statistics: FeatureStatistics, feature: int, texts: _Texts
-) -> list[Context]:
-    contexts = []
-    strengths, rows = statistics.top_strengths[:, feature], statistics.top_rows[:, feature]
-    for row in rows[strengths > 0].tolist():
-        sample = int(np.searchsorted(texts.offsets, row, side="right")) - 1
-        first, stop = texts.offsets[sample : sample + 2].tolist()
-        begin, end = max(row - AROUND, first), min(row + AROUND // 2 + 1, stop)
-        tokens = texts.reader.column("tokens", slice(begin, end))
-        padded = np.zeros((AROUND + AROUND // 2 + 1, texts.reader.shape[1]), texts.reader.dtype)
-        padded[: end - begin] = texts.reader[begin:end]  # one compiled program
-        active = np.asarray(sae.encode(padded))[: end - begin, feature]
-        caption = ""
-        if texts.named:
-            prompt = texts.reader.column("tokens", slice(first, stop))
-            caption = _measurement(prompt, row - first)
-        (name,) = texts.reader.rows([row]).samples
-        contexts.append(Context(name, texts.of(tokens), active.tolist(), row - begin, caption))
-    return contexts
+    def contexts(
+        self, sae: SparseAutoencoder, statistics: FeatureStatistics, feature: int
+    ) -> list[Context]:
+        """Returns where a feature is strongest."""
+        contexts = []
+        strengths, rows = statistics.top_strengths[:, feature], statistics.top_rows[:, feature]
+        for row in rows[strengths > 0].tolist():
+            sample = int(np.searchsorted(self._offsets, row, side="right")) - 1
+            first, stop = self._offsets[sample : sample + 2].tolist()
+            begin, end = max(row - AROUND, first), min(row + AROUND // 2 + 1, stop)
+            tokens = self._reader.column("tokens", slice(begin, end))
+            # Of one size, and so one compiled program.
+            padded = np.zeros((AROUND + AROUND // 2 + 1, self._reader.shape[1]), np.float32)
+            padded[: end - begin] = self._reader[begin:end]
+            active = np.asarray(sae.encode(padded))[: end - begin, feature]
+            caption = ""
+            if self._named:
+                prompt = self._reader.column("tokens", slice(first, stop))
+                caption = _measurement(prompt, row - first)
+            (name,) = self._reader.rows([row]).samples
+            contexts.append(Context(name, self.of(tokens), active.tolist(), row - begin, caption))
+        return contexts
 
 
 def _measurement(prompt: np.ndarray, index: int) -> str:

@@ -72,9 +72,10 @@ def html_page(
     if statistics.properties:
         blocks.append(
             Html(
-                '<p class="quiet">Share: what part of the entropy of "it is active" the property '
-                "explains; of all but the place, within places. How often its tokens are of the "
-                "category, and in brackets how often others in these places are.</p>"
+                '<p class="quiet">Numbers below properties: what part of the entropy of "it is '
+                'active" they explain, <em>share</em> for the place, the others within places. '
+                "Percentages: how often the feature's tokens are of the category and, in "
+                "brackets, how often any tokens in these places are.</p>"
             )
         )
     blocks.append(Html("<h2>Contexts</h2>"))
@@ -99,23 +100,23 @@ def _density_figure(statistics: FeatureStatistics) -> "Figure":
 
 def _feature_table(reports: Sequence[FeatureReport], detailed: int) -> Html:
     named = any(report.associations for report in reports)
-    headers = ["feature", "density", "mean", "most"]
+    headers = ["feature", "density", "mean"]
+    properties = sorted({each.property for r in reports for each in r.associations[1:]})
     if named:
-        headers += ["place", "share", "goes with", "share", "category"]
+        headers += ["place", "share", *properties, "goes with"]
     rows = []
     for index, report in enumerate(reports):
         number = f"#{report.feature}"
         link = Html(f'<a href="#f{report.feature}">{number}</a>') if index < detailed else number
         row: list[object] = [link, f"{report.density:.5f}"]
-        row += [f"{report.mean:.3f}", f"{report.maximum:.3f}"]
-        if named and len(report.associations) > 1:
+        row.append(f"{report.mean:.3g}")
+        if named:
             place, best, *_ = report.associations
-            row += [_category(place), f"{place.share:.3f}"]
-            row += [best.property, f"{best.share:.3f}", _category(best)]
-        elif named:
-            row += [""] * 5
+            shares = {each.property: f"{each.share:.3f}" for each in report.associations}
+            row += [_category(place), f"{place.share:.3f}", *map(shares.get, properties)]
+            row.append(f"{best.property} {_category(best)}")
         rows.append(row)
-    return table(headers, rows, numbers="nnnn-n-n-")
+    return table(headers, rows, numbers="nnn-n" + "n" * len(properties) if named else "nnn")
 
 
 def _category(each: Association) -> str:

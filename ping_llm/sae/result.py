@@ -63,8 +63,8 @@ class InspectSaeResult:
         losses: Of the model with and without it, by what was predicted; None: no model at hand.
         tokens: Number of tokens over which features were looked at.
         never_active: Features that none of these activates.
-        features: Those that are active, by what they put into what is rebuilt, descending; as many
-            as asked for.
+        features: As many of the active ones as asked for: of a latency model those first whose
+            activity goes closest with a property beyond the place, else those that rebuild most.
     """
 
     sae: str

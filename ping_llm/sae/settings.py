@@ -142,7 +142,8 @@ class InspectSaeSettings(Settings):
         site: Where in the model.
         layer: Which layer.
         tokens: Tokens of the store to look at, those of whole prompts.
-        features: Features to show with their contexts, the ones that rebuild most.
+        features: Features to show with their contexts: of a latency model those that go closest
+            with a property of measurements, else those that rebuild most.
         contexts: Contexts of each, from different prompts.
         report: Write one self-contained HTML page here; may be remote.
     """
