@@ -17,12 +17,12 @@ def settings(architecture: str, **changes) -> TrainSaeSettings:
     return TrainSaeSettings(**given | {"architecture": architecture} | changes)
 
 
-def autoencoder(architecture: str, *, width: int = 8, **metadata) -> SparseAutoencoder:
+def autoencoder(architecture: str, *, scale: float = 0.4, **metadata) -> SparseAutoencoder:
     """Returns one with random directions and biases."""
     cfg, rng = settings(architecture), np.random.default_rng(0)
-    params = init_params(jax.random.key(0), cfg, features=24, bias=jnp.ones(width))
+    params = init_params(jax.random.key(0), cfg, features=24, bias=jnp.ones(8))
     for name, value in params.items():
         if value.ndim == 1 and name != "b_dec":
             params[name] = value + 0.1 * rng.standard_normal(value.shape).astype(np.float32)
-    rest = {"scale": np.float32(0.4), "threshold": np.float32(0.3)}
+    rest = {"scale": np.float32(scale), "threshold": np.float32(0.3)}
     return SparseAutoencoder.of_training(cfg, params, rest, metadata)

@@ -24,13 +24,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from ping_llm.sae.settings import TrainSaeSettings
 
 Params = Mapping[str, Array]
 
 DEFAULT_SPARSITY = {"jumprelu": 1.0, "gated": 0.2, "l1": 0.1}
+MOST_OF_A_TOKEN = 4  # times k are the features that one token may have in batchtopk's training
 THRESHOLD_RATE = 0.01  # of the running mean that becomes batchtopk's threshold
 
 
@@ -77,25 +78,32 @@ def decode(params: Params, features: Float[Array, "*B F"]) -> Float[Array, "*B D
     return features @ params["W_dec"] + params["b_dec"]
 
 
-def keep_largest(
-    values: Float[Array, "B F"], k: Array | int, *, axis: int | None
-) -> Float[Array, "B F"]:
-    """Returns `values` >= 0 with all but the k largest of each row (axis 1) or of all (None) 0.
+def keep_largest(values: Float[Array, "B F"], k: int) -> Float[Array, "B F"]:
+    """Returns `values` >= 0 with all but the k largest of each row 0."""
+    return _scattered(*jax.lax.top_k(values, k), values.shape[1])
 
-    Values equal to the k-th largest all stay. Floats that are not negative are ordered like the
-    integers that have their bits, so 31 comparisons find the k-th largest exactly; nothing is
-    sorted, and nothing gathered where features are spread over devices.
+
+def keep_largest_of_all(values: Float[Array, "B F"], k: int, *, of_row: int) -> Array:
+    """Returns `values` >= 0 with all but the k largest 0 [B, F], and at most `of_row` of a row.
+
+    Values equal to the k-th largest all stay.
     """
-    bits = jax.lax.bitcast_convert_type(values, jnp.int32)
-    shape = (values.shape[0], 1) if axis == 1 else (1, 1)
+    top, numbers = jax.lax.top_k(values, min(of_row, values.shape[1]))
+    # Floats that are not negative are ordered like the integers that have their bits, so 31
+    # comparisons find the k-th largest exactly, wherever the rows are; nothing is sorted.
+    bits = jax.lax.bitcast_convert_type(top, jnp.int32)
 
     def narrow(i, threshold):  # the highest bit first
         higher = threshold | (1 << (30 - i))
-        enough = jnp.sum(bits >= higher, axis=axis, keepdims=True) >= k
-        return jnp.where(enough, higher, threshold)
+        return jnp.where(jnp.sum(bits >= higher) >= k, higher, threshold)
 
-    threshold = jax.lax.fori_loop(0, 31, narrow, jnp.zeros(shape, jnp.int32))
-    return jnp.where(bits >= threshold, values, 0.0)
+    threshold = jax.lax.fori_loop(0, 31, narrow, jnp.int32(0))
+    return _scattered(jnp.where(bits >= threshold, top, 0.0), numbers, values.shape[1])
+
+
+def _scattered(values: Float[Array, "B k"], numbers: Int[Array, "B k"], features: int) -> Array:
+    rows = jnp.arange(len(values))[:, None]
+    return jnp.zeros((len(values), features), values.dtype).at[rows, numbers].set(values)
 
 
 # --- thresholds that are learnt through a step ---------------------------------------------------
@@ -176,9 +184,10 @@ def losses(
         if cfg.architecture == "l1":
             penalty = jnp.mean(jnp.sum(features, axis=1))
         elif cfg.architecture == "topk":
-            features = keep_largest(features, cfg.k, axis=1)
+            features = keep_largest(features, cfg.k)
         else:
-            features = keep_largest(features, cfg.k * len(x), axis=None)
+            most = MOST_OF_A_TOKEN * cfg.k
+            features = keep_largest_of_all(features, cfg.k * len(x), of_row=most)
     rebuilt = decode(params, features)
     unexplained = _squared_error(x, rebuilt)
     aux = _aux_loss(params, pre, x - rebuilt, dead) if cfg.aux_weight else jnp.zeros(())
@@ -207,7 +216,7 @@ def _aux_loss(
     def left_over(pre):
         most = min(max(error.shape[1] // 2, 1), pre.shape[1])
         target = jax.lax.stop_gradient(error)
-        strongest = keep_largest(jnp.where(dead, jax.nn.relu(pre), 0.0), most, axis=1)
+        strongest = keep_largest(jnp.where(dead, jax.nn.relu(pre), 0.0), most)
         left = _squared_error(target, strongest @ params["W_dec"])
         variance = _squared_error(target, jnp.mean(target, axis=0))
         few = jnp.minimum(jnp.sum(dead) / most, 1.0)  # a few can do little about it

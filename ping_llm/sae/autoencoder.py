@@ -65,7 +65,7 @@ class SparseAutoencoder:
             if kind == "gated":
                 features = architectures.gated_features(self.params, pre)
             elif kind == "topk":
-                features = architectures.keep_largest(jax.nn.relu(pre), k, axis=1)
+                features = architectures.keep_largest(jax.nn.relu(pre), k)
             elif kind == "jumprelu":
                 features = jax.nn.relu(jnp.where(pre > self.params["threshold"], pre, 0.0))
             else:

@@ -3,13 +3,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import AxisType
+from tiny_autoencoders import KINDS, autoencoder
 
+from ping_llm.sae import architectures
+from ping_llm.sae.architectures import keep_largest, keep_largest_of_all
 from ping_llm.sae.autoencoder import SparseAutoencoder
 from ping_llm.sae.settings import TrainSaeSettings
 from ping_llm.sae.step import abstract_state, init_state, make_optimizer, make_train_step
 from ping_llm.sharding import MESH_AXES
 
-KINDS = ("topk", "batchtopk", "jumprelu", "gated", "l1")
 WIDTH, TRUE_FEATURES, FEATURES, BATCH = 32, 48, 96, 256
 SMALL = {"learning_rate": 6e-3, "dead_tokens": 5000, "sparsity_warmup_steps": 100}
 
@@ -85,3 +87,52 @@ def test_planted_features_are_found(kind):
     left = np.sum((tokens - sae(tokens)) ** 2) / np.sum((tokens - tokens.mean(axis=0)) ** 2)
     # In the units of the tokens it does what it did in training on scaled ones.
     assert float(left) == pytest.approx(float(metrics["unexplained"][-100:].mean()), rel=0.2)
+
+
+def test_the_largest_are_kept_of_each_row_or_of_all():
+    values = np.abs(np.random.default_rng(0).standard_normal((6, 40))).astype(np.float32)
+    rows = np.asarray(keep_largest(jnp.asarray(values), 3))
+    assert (np.count_nonzero(rows, axis=1) == 3).all()
+    assert (rows.max(axis=1) == values.max(axis=1)).all()
+    assert np.sort(rows, axis=1)[:, -3:].tolist() == np.sort(values, axis=1)[:, -3:].tolist()
+    for k in (1, 5, 17):
+        kept = np.asarray(keep_largest_of_all(jnp.asarray(values), k, of_row=40))
+        assert np.count_nonzero(kept) == k
+        assert np.sort(kept, axis=None)[-k:].tolist() == np.sort(values, axis=None)[-k:].tolist()
+    # No row has more than it may, and nothing below 0 is made up.
+    values[0] += 10
+    kept = np.asarray(keep_largest_of_all(jnp.asarray(values), 20, of_row=8))
+    assert np.count_nonzero(kept, axis=1)[0] == 8
+    assert np.count_nonzero(kept) == 20
+    assert not np.asarray(keep_largest_of_all(jnp.zeros((2, 4)), 3, of_row=4)).any()
+
+
+def test_gradients_of_jumps_are_those_of_the_paper():
+    pre, threshold = jnp.array([[0.2, 0.52, 0.9], [0.49, 0.3, 0.6]]), jnp.full(3, 0.5)
+    width = 0.1  # the kernel reaches from 0.45 to 0.55
+    total = lambda function: lambda z, t: function(z, t, width).sum()  # noqa: E731
+    by_pre, by_threshold = jax.grad(total(architectures.jump_relu), (0, 1))(pre, threshold)
+    np.testing.assert_array_equal(by_pre, pre > threshold)
+    np.testing.assert_allclose(by_threshold, [-0.5 / 0.1, -0.5 / 0.1, 0.0])
+    by_pre, by_threshold = jax.grad(total(architectures.step), (0, 1))(pre, threshold)
+    np.testing.assert_array_equal(by_pre, 0 * pre)
+    np.testing.assert_allclose(by_threshold, [-1 / 0.1, -1 / 0.1, 0.0])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_is_saved_is_loaded(kind, tmp_path):
+    sae = autoencoder(kind, site="residual")
+    sae.save(tmp_path)
+    again = SparseAutoencoder.load(tmp_path)
+    assert again.config == sae.config
+    x = jax.random.normal(jax.random.key(1), (5, 7, 8))
+    np.testing.assert_array_equal(again(x), sae(x))
+    assert again.encode(x).shape == (5, 7, 24)
+
+
+def test_scaling_the_activations_scales_what_is_rebuilt():
+    """The scale of training is folded into biases, whatever the kind."""
+    for kind in KINDS:
+        sae, other = autoencoder(kind), autoencoder(kind, scale=0.04)
+        x = jax.random.normal(jax.random.key(1), (64, 8))
+        np.testing.assert_allclose(other(10 * x), 10 * sae(x), rtol=1e-4, atol=1e-4)
