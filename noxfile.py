@@ -39,7 +39,8 @@ def tests(session: nox.Session) -> None:
 @nox.session
 def sae_lens(session: nox.Session) -> None:
     """Compares our sparse autoencoders with what SAELens makes of their files, and back."""
-    session.install("-e", ".", "sae-lens", "hypothesis", "pytest")
+    torch = next(each for each in GROUPS["test"] if each.startswith("torch"))
+    session.install("-e", ".", "sae-lens", torch, "hypothesis", "pytest")
     session.run("pytest", "tests/sae/test_sae_lens.py")
 
 
