@@ -164,7 +164,8 @@ class SparseAutoencoder:
                 raise DataError("its checksum is another")
         except (SafetensorError, ValueError, AttributeError, DataError) as error:
             raise CheckpointError(
-                f"{where} is not a sound safetensors file ({error}); train or fetch it again"
+                f"{where} is not a sound safetensors file ({error}); fetch it again, or remove "
+                f"{CONFIG} beside it and run train-sae again"
             ) from None
         sizes = {"D": config["d_in"], "F": config["d_sae"]}
         shapes = _SHAPES | dict.fromkeys(_VECTORS[config["architecture"]], "F")
@@ -197,7 +198,9 @@ def _read_config(path: Location) -> dict[str, Any]:
         _ = {**(config.get("metadata") or {})}
     except (ValueError, KeyError, TypeError, DataError) as error:
         reason = f"{type(error).__name__}: {error}"
-        raise CheckpointError(f"{path} is damaged: {reason}; restore it") from None
+        raise CheckpointError(
+            f"{path} is damaged: {reason}; restore it, or remove it and run train-sae again"
+        ) from None
     supported = {
         "architecture": (*_VECTORS,),
         "apply_b_dec_to_input": (True,),

@@ -24,7 +24,7 @@ from ping_llm.outputs import publish_json
 from ping_llm.progress import progress
 from ping_llm.runs import whole_steps, with_checksum
 from ping_llm.sae.architectures import DEFAULT_SPARSITY
-from ping_llm.sae.autoencoder import SparseAutoencoder
+from ping_llm.sae.autoencoder import CONFIG, SparseAutoencoder
 from ping_llm.sae.evaluation import evaluate_rows, held_out_rows
 from ping_llm.sae.settings import TrainSaeSettings
 from ping_llm.sae.step import (
@@ -86,7 +86,7 @@ class TrainSaeResult:
 def train_sae(chosen: TrainSaeSettings) -> TrainSaeResult:
     """Trains autoencoders on the store `activations`, from their newest checkpoint if any.
 
-    A training that already has its steps is not touched.
+    A training that already has its steps is not touched, but for an autoencoder that is gone.
 
     Raises:
         ConfigError: A setting cannot be, or is not what `output` was begun with, or another
@@ -114,13 +114,18 @@ def train_sae(chosen: TrainSaeSettings) -> TrainSaeResult:
         done = checkpoints.latest() or 0
         log = RunLog(path / "metrics.jsonl", last_step=done)
         is_first = jax.process_index() == 0
-        if done < cfg.steps:
+        lacking = [name for name in readers if not (output / name / CONFIG).is_file()]
+        if done < cfg.steps or lacking:
             if is_first:
                 publish_json(Location.of(path) / "config.json", with_checksum(config))
                 log.cut()
             mode = cfg.wandb if is_first else "disabled"
             with Tracker(path, mode=mode, config=settings.to_json(cfg)) as tracker:
-                _SaeTrainer(cfg, readers, checkpoints, log, tracker, mesh, output, config).train()
+                trainer = _SaeTrainer(cfg, readers, checkpoints, log, tracker, mesh, output, config)
+                if done < cfg.steps:
+                    trainer.train()
+                else:  # someone removed them
+                    trainer.publish()
             if remote is not None:
                 remote.push_files()
     return _result(cfg, readers, log)
@@ -295,10 +300,10 @@ class _SaeTrainer:
                 if log_now or evaluate:
                     self._write_row(evaluate=evaluate)
                 bar.update(done=self.step, note=self._note())
+                if last:
+                    self.publish()  # before there is a checkpoint: a killed end is done again
                 if last or stop or self.step % cfg.checkpoint_every == 0:
                     self._save()
-                if last:
-                    self._publish()  # before the checkpoint counts: a killed end is done again
                 if last or stop:
                     self.checkpoints.wait()
                 if stop:
@@ -418,7 +423,8 @@ class _SaeTrainer:
         }
         return SparseAutoencoder.of_training(cfg, params, rest, metadata)
 
-    def _publish(self) -> None:
+    def publish(self) -> None:
+        """Saves the autoencoders as they are now."""
         for name in self.states:
             finished = self._finished(name)
             if jax.process_index() == 0:

@@ -5,6 +5,7 @@ import subprocess
 import sys
 import time
 
+import emulators
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
@@ -74,6 +75,15 @@ def test_a_finished_training_is_not_touched(finished, planted_store):
     before = {path: path.stat().st_mtime_ns for path in output.rglob("*") if path.is_file()}
     assert run(planted_store, output) == result
     assert before == {p: p.stat().st_mtime_ns for p in output.rglob("*") if p.is_file()}
+
+
+def test_an_autoencoder_that_is_gone_is_saved_again(finished, planted_store, tmp_path):
+    again = shutil.copytree(finished[0], tmp_path / "again")
+    (again / "residual.00004" / "cfg.json").unlink()
+    assert run(planted_store, again).autoencoders == finished[1].autoencoders
+    assert_equal_runs(again, finished[0])
+    ours, theirs = (path / "residual.00004" / "cfg.json" for path in (again, finished[0]))
+    assert json.loads(ours.read_text()) == json.loads(theirs.read_text())
 
 
 def test_resumed_from_a_checkpoint_it_is_the_same_bit_for_bit(finished, planted_store, tmp_path):
@@ -175,3 +185,19 @@ def test_a_store_that_is_none_is_refused(tmp_path):
 def test_gradients_that_are_not_finite_end_it_with_a_way_out(planted_store, tmp_path):
     with pytest.raises(TrainingError, match="try a smaller learning_rate"):
         run(planted_store, tmp_path / "sae", "learning_rate=1e38", "max_skipped_steps=2")
+
+
+@pytest.mark.slow
+def test_in_an_object_store_it_is_the_same(finished, planted_store, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    with (tmp_path / "log").open("w") as log, emulators.s3(log) as variables:
+        for name, value in variables.items():
+            monkeypatch.setenv(name, value)
+        run(planted_store, "s3://bucket/saes", steps=4)
+        shutil.rmtree(tmp_path / "cache")  # as on another machine
+        result = run(planted_store, "s3://bucket/saes")
+        assert result.autoencoders == finished[1].autoencoders
+        there = SparseAutoencoder.load("s3://bucket/saes/residual.00004")
+    here = SparseAutoencoder.load(finished[0] / "residual.00004")
+    assert there.metadata == here.metadata
+    assert there.identity == here.identity
