@@ -37,6 +37,14 @@ def tests(session: nox.Session) -> None:
 
 
 @nox.session
+def sae_lens(session: nox.Session) -> None:
+    """Compares our sparse autoencoders with what SAELens makes of their files, and back."""
+    torch = next(each for each in GROUPS["test"] if each.startswith("torch"))
+    session.install("-e", ".", "sae-lens", torch, "hypothesis", "pytest")
+    session.run("pytest", "tests/sae/test_sae_lens.py")
+
+
+@nox.session
 def package(session: nox.Session) -> None:
     """Builds sdist and wheel, installs the wheel in a fresh place and runs `quickstart` from it."""
     session.install("build")

@@ -11,6 +11,9 @@ if TYPE_CHECKING:
     from ping_llm.measurements import MeasurementTable
     from ping_llm.prediction.evaluate import evaluate
     from ping_llm.prediction.predictor import Predictor
+    from ping_llm.sae.autoencoder import SparseAutoencoder
+    from ping_llm.sae.inspection import inspect_sae
+    from ping_llm.sae.loop import train_sae
     from ping_llm.training.loop import train
 
 __version__ = "0.1.0"
@@ -18,11 +21,14 @@ __all__ = [
     "ActivationReader",
     "MeasurementTable",
     "Predictor",
+    "SparseAutoencoder",
     "evaluate",
     "extract_activations",
     "inspect_data",
+    "inspect_sae",
     "prepare_data",
     "train",
+    "train_sae",
 ]
 
 # Where the public names are; each is imported when it is first asked for.
@@ -30,11 +36,14 @@ _HOMES = {
     "ActivationReader": "activations.reader",
     "MeasurementTable": "measurements",
     "Predictor": "prediction.predictor",
+    "SparseAutoencoder": "sae.autoencoder",
     "evaluate": "prediction.evaluate",
     "extract_activations": "extraction.run",
     "inspect_data": "inspection.dataset",
+    "inspect_sae": "sae.inspection",
     "prepare_data": "ingest.prepare",
     "train": "training.loop",
+    "train_sae": "sae.loop",
 }
 
 

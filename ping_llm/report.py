@@ -4,6 +4,7 @@ matplotlib is used through its objects, never through `pyplot`: no global state,
 """
 
 import base64
+import hashlib
 import html
 import io
 import itertools
@@ -116,6 +117,11 @@ th { color: #666; font-weight: 600; }
 td.number, th.number { text-align: right; white-space: nowrap; }
 img { max-width: 100%; }
 pre { overflow-x: auto; background: #f7f7f7; padding: .7rem; font-size: 13px; }
+table.sortable th { cursor: pointer; vertical-align: bottom; white-space: normal;
+                    overflow-wrap: normal; }
+table.sortable th, table.sortable td { padding-right: .6rem; min-width: 0; }
+table.sortable td:not(.number) { min-width: 9em; }
+th[data-order=down]::after { content: " \\2193"; } th[data-order=up]::after { content: " \\2191"; }
 .good { color: #00734f; } .bad { color: #b23c00; font-weight: 600; } .quiet { color: #666; }
 """
 
@@ -160,14 +166,44 @@ def picture(fig: "Figure", description: str) -> Html:
     return Html(f'<img alt="{html.escape(description)}" src="data:image/svg+xml;base64,{data}">')
 
 
+# Sorts a table by the column whose header is clicked, and the other way round at the next click.
+_SORTING = """
+for (const table of document.querySelectorAll('table.sortable')) {
+  const heads = [...table.querySelectorAll('th')];
+  heads.forEach((head, column) => head.addEventListener('click', () => {
+    const down = head.dataset.order !== 'down';
+    heads.forEach(each => delete each.dataset.order);
+    head.dataset.order = down ? 'down' : 'up';
+    const text = row => row.children[column].textContent;
+    const number = row => parseFloat(text(row).replace(/[,#]/g, ''));
+    const rows = [...table.querySelectorAll('tr')].slice(1);
+    const numeric = rows.every(row => !text(row) || !isNaN(number(row)));
+    rows.sort((a, b) => numeric ? (number(b) || 0) - (number(a) || 0)
+                                : text(a).localeCompare(text(b)));
+    table.append(...(down ? rows : rows.reverse()));
+  }));
+}
+"""
+
+
+def sortable(content: Html) -> Html:
+    """Returns a table of `table` that is sorted by the column whose header is clicked."""
+    return Html(content.replace("<table>", '<table class="sortable">', 1))
+
+
 def page(title: str, blocks: Iterable[Html]) -> str:
     """Returns a whole HTML page that needs nothing outside itself."""
+    blocks, policy, script = list(blocks), _POLICY, ""
+    if any('<table class="sortable">' in block for block in blocks):
+        known = base64.b64encode(hashlib.sha256(_SORTING.encode()).digest()).decode()
+        policy += f"; script-src 'sha256-{known}'"  # this script and no other
+        script = f"<script>{_SORTING}</script>"
     return (
         '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
-        f'<meta http-equiv="Content-Security-Policy" content="{_POLICY}">'
+        f'<meta http-equiv="Content-Security-Policy" content="{policy}">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
         f"<title>{markup(title)}</title><style>{_STYLE}</style></head><body>\n"
-        f"<h1>{markup(title)}</h1>\n" + "\n".join(blocks) + "\n</body></html>\n"
+        f"<h1>{markup(title)}</h1>\n" + "\n".join(blocks) + f"\n{script}</body></html>\n"
     )
 
 

@@ -27,6 +27,9 @@ BIAS_F = P("tensor")
 NORM_D = P()
 BATCH_BT = P(("data", "fsdp"))
 RESIDUAL_BTD = P(("data", "fsdp"), None, None)
+FEATURES_DF = P(None, ("fsdp", "tensor"))  # of sparse autoencoders: F features
+FEATURES_FD = P(("fsdp", "tensor"))
+FEATURES_F = P(("fsdp", "tensor"))
 HEADS_BTNH = P(("data", "fsdp"), None, "tensor", None)
 
 # What JAX's own detection goes by: any of these means that a launcher started several processes.

@@ -5,7 +5,9 @@ import dataclasses
 import numpy as np
 
 from ping_llm.activations import store
+from ping_llm.activations.begin import open_store
 from ping_llm.activations.reader import ActivationReader
+from ping_llm.activations.writer import UnitWriter
 from ping_llm.storage import KeyValueStore
 
 
@@ -29,3 +31,55 @@ def assert_equal_stores(left, right):
         np.testing.assert_array_equal(
             getattr(our_rows, field.name), getattr(their_rows, field.name)
         )
+
+
+def write_store(path, rows, lengths, *, roles=None, unit_prompts=20):
+    """Writes a finished store of made-up activations, site `residual`, and returns its path.
+
+    Args:
+        path: Where to.
+        rows: {layer: activations [tokens, D], float32}.
+        lengths: Tokens of each prompt.
+        roles: Of each token; None: all real.
+        unit_prompts: Prompts of a work unit.
+    """
+    width = next(iter(rows.values())).shape[1]
+    offsets = np.cumsum([0, *lengths])
+    roles = np.zeros(offsets[-1], np.uint8) if roles is None else roles
+    units = [(i, min(i + unit_prompts, len(lengths))) for i in range(0, len(lengths), unit_prompts)]
+    names = {layer: store.array_name("residual", layer) for layer in rows}
+    manifest = {
+        "schema_version": store.SCHEMA_VERSION,
+        "settings": {"dtype": "float32", "format": "tokens"},
+        "model": {"weights": "none"},
+        "input": {
+            "lengths": list(map(int, lengths)),
+            "sum": float(sum(map(np.sum, rows.values()))),
+        },
+        "lease_seconds": 60.0,
+        "d_model": width,
+        "arrays": [{"name": n, "site": "residual", "layer": i} for i, n in names.items()],
+        "units": [(0, *unit) for unit in units],
+        "made_from": {"model": "nobody's", "input": "nothing"},
+    }
+    kv = KeyValueStore(path)
+    identity = open_store(kv, manifest)
+    for number, (first, stop) in enumerate(units):
+        begin, end = offsets[first], offsets[stop]
+        prompts = store.UnitPrompts(
+            tokens=np.arange(begin, end, dtype=np.int32) % 251,
+            offsets=offsets[first : stop + 1] - begin,
+            roles=roles[begin:end],
+            ids=[f"prompt{i}" for i in range(first, stop)],
+            overlong=0,
+            empty=0,
+        )
+        form = {"d_model": width, "dtype": np.dtype(np.float32), "zstd": False}
+        attempt, held = store.new_attempt(), list(names.values())
+        writer = UnitWriter(kv, number, attempt, held, prompts, store_identity=identity, **form)
+        for layer, name in names.items():
+            own = rows[layer][begin:end]
+            writer.put(name, 0, own, np.linalg.norm(own, axis=1))
+            writer.add_sum(name, own.sum(axis=0))
+        writer.commit(writer.finish({}))
+    return path

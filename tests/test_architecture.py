@@ -30,7 +30,7 @@ LEVELS = [
     {"data", "checkpoints"},
     {"runs"},
     {"ingest", "training", "extraction"},
-    {"prediction", "inspection"},
+    {"prediction", "inspection", "sae"},
     {"bench"},
     {"quickstart", "pretrained"},
     {"cli"},

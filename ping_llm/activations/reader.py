@@ -127,6 +127,29 @@ class ActivationReader:
             samples[chosen] = self._samples(unit, numbers[chosen] - self._starts[unit])
         return Rows(*parts, samples=samples.tolist())
 
+    def column(self, name: str, index: slice | Sequence[int] | np.ndarray) -> np.ndarray:
+        """Returns the `tokens`, `positions` or `roles` of rows [n], without their samples.
+
+        Raises:
+            IndexError: As for the rows themselves.
+        """
+        return self._gather(name, self._numbers(index))
+
+    def chunks(self) -> np.ndarray:
+        """Returns (first row, row after the last) of each chunk [n, 2]: read rows by these."""
+        pieces = self._pieces()
+        firsts = np.array([self._starts[unit] + start for unit, start, _ in pieces], np.int64)
+        return np.stack([firsts, firsts + [rows for _, _, rows in pieces]], axis=1)
+
+    def sample_offsets(self) -> np.ndarray:
+        """Returns where samples lie: s is the rows `offsets[s]:offsets[s + 1]` [S + 1], int64."""
+        pending = [self._array(unit, "sample_offsets").read() for unit in range(len(self._done))]
+        ends = [
+            store_result(read, self._kv.url)[1:] + start
+            for read, start in zip(pending, self._starts[:-1], strict=True)
+        ]
+        return np.concatenate([np.zeros(1, np.int64), *ends])
+
     def _numbers(self, index: Any) -> np.ndarray:
         if isinstance(index, slice):
             return np.arange(*index.indices(len(self)))
@@ -166,8 +189,8 @@ class ActivationReader:
     def _gather(self, name: str, numbers: np.ndarray) -> np.ndarray:
         which = np.searchsorted(self._starts, numbers, side="right") - 1
         pending = [
-            (unit, self._array(unit, name)[numbers[which == unit] - self._starts[unit]].read())
-            for unit in np.unique(which).tolist()
+            (unit, self._array(unit, name)[_as_slice(numbers[which == unit] - start)].read())
+            for unit, start in ((unit, self._starts[unit]) for unit in np.unique(which).tolist())
         ]
         first = self._array(0, name)
         rows = np.empty((len(numbers), *first.shape[1:]), first.dtype.numpy_dtype)
@@ -256,6 +279,13 @@ class ActivationReader:
             roles = self._array(unit, "roles")[chunk].read() if real_only else None
             started.append((self._array(unit, self._name)[chunk].read(), roles))
         return started
+
+
+def _as_slice(rows: np.ndarray) -> np.ndarray | slice:
+    """Returns `rows` [n], n > 0, as a slice where they are consecutive: that is read faster."""
+    first, last = int(rows[0]), int(rows[-1])
+    consecutive = last - first == len(rows) - 1 and bool(np.all(np.diff(rows) == 1))
+    return slice(first, last + 1) if consecutive else rows
 
 
 def _chosen(read: Any, roles: Any, where: str) -> np.ndarray:

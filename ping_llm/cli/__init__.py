@@ -24,12 +24,14 @@ COMMANDS = {
     ),
     "inspect-data": "Show what a data set holds, and what is wrong with it.",
     "inspect-run": "Show how far a run is: steps, losses, checkpoints, settings, data.",
+    "inspect-sae": "Show how good a sparse autoencoder is, and what its features go with.",
     "predict": "Predict RTT distributions and failures.",
     "prepare-data": "Turn measurements into probe rows for training.",
     "query": "Complete a measurement: any fields given, any asked.",
     "quickstart": "Run the whole story once, in minutes.",
     "simulate": "Write the measurements of a synthetic internet.",
     "train": "Train a decoder on probe rows.",
+    "train-sae": "Train sparse autoencoders on the activations in a store.",
     "verify-parity": "Compare a checkpoint's activations with those of transformers.",
 }
 

@@ -92,6 +92,11 @@ class CheckpointTokenizer:
                     )
                 yield sample, tokens
 
+    def texts(self, tokens: np.ndarray) -> list[str]:
+        """Returns each token [n] as text; of half a character, a replacement character."""
+        ids = [[token] for token in tokens.tolist()]
+        return self._tokenizer.decode_batch(ids, skip_special_tokens=False)
+
     def roles(self, tokens: np.ndarray) -> np.ndarray:
         """Returns REAL, SPECIAL or BOS of each token [n], uint8."""
         roles = np.where(np.isin(tokens, self._special), SPECIAL, REAL).astype(np.uint8)

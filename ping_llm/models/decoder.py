@@ -1,5 +1,7 @@
 """The one decoder: models of measurements and of language differ in their config only."""
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -152,9 +154,58 @@ class Decoder(nnx.Module):
             ends["final_norm"] = self.final_norm(x)[None]
         return kept | ends
 
+    def logits_with(
+        self,
+        tokens: Int[Array, "B T"],
+        segment_ids: Int[Array, "B T"],
+        positions: Int[Array, "B T"],
+        *,
+        site: str,
+        layer: int | None,
+        replace: Callable[[Float[Array, "B T D"]], Float[Array, "B T D"]],
+    ) -> Float[Array, "B T V"]:
+        """Returns next-token logits with `replace(x)` in the place of what a site held, x.
+
+        Args:
+            tokens: Token ids.
+            segment_ids: Segment of each token, equal ids side by side.
+            positions: Place of each token in its segment.
+            site: Which of `SITES` and `END_SITES`.
+            layer: Of which layer; None for `END_SITES`.
+            replace: What is to stand there.
+        """
+        cos, sin = layers.rope_angles(self.cfg, positions)
+        stacked = self.blocks, self.layer_windows(tokens.shape[1])
+
+        def run(index, x):
+            block, window = jax.tree.map(lambda leaf: leaf[index], stacked)
+            return block, *block(x, segment_ids, cos, sin, window)
+
+        x, done = self.embed(tokens), 0
+        if site == "embed":
+            x = replace(x)
+        elif layer is not None:
+            x = jax.lax.fori_loop(0, layer, lambda index, x: run(index, x)[1], x)
+            block, after, held = run(layer, x)
+            if site == "residual":
+                x = replace(after)
+            elif site == "mlp":
+                x = after - held["mlp"] + replace(held["mlp"])
+            else:  # what the MLP reads changes too
+                x = x + replace(held["attn"])
+                x = x + block.mlp(block.mlp_norm(x))
+            done = layer + 1
+        x = jax.lax.fori_loop(done, self.cfg.n_layers, lambda index, x: run(index, x)[1], x)
+        if site == "final_norm":
+            return self.head_logits(replace(self.final_norm(x)))
+        return self.logits(x)
+
     def logits(self, x: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
         """Returns the logits of a residual stream, in float32."""
-        x = self.final_norm(x)
+        return self.head_logits(self.final_norm(x))
+
+    def head_logits(self, x: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
+        """Returns the logits of what the final norm gave, in float32."""
         kernel = self.embed.embedding[...].T if self.cfg.tie_embeddings else self.head.kernel[...]
         kernel = kernel.astype(x.dtype)  # [D, V]
         logits = jnp.einsum("btd,dv->btv", x, kernel, preferred_element_type=jnp.float32)

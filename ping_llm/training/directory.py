@@ -4,7 +4,7 @@ import contextlib
 import dataclasses
 import functools
 import hashlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -54,27 +54,57 @@ def open_run(cfg: TrainSettings, data: Path, fingerprint: str) -> Iterator[RunDi
         CheckpointError: Its files are damaged.
         StorageError: It cannot be read or written.
     """
-    output, remote = Location.of(cfg.output), None
+    output = Location.of(cfg.output)
+    stored = functools.partial(_stored_settings, output, data, fingerprint)
+    with open_directory(output, what="train", settings=cfg, stored=stored) as (path, remote):
+        yield RunDirectory(path, remote, _config(cfg, data, fingerprint))
+
+
+@contextlib.contextmanager
+def open_directory(
+    output: Location,
+    *,
+    what: str,
+    settings: Any,
+    stored: Callable[[], Mapping[str, Any] | None],
+    own: Collection[str] = _OWN,
+) -> Iterator[tuple[Path, RemoteRun | None]]:
+    """Claims a directory of checkpoints for all processes of a training; yields (path, remote).
+
+    Both are as in `RunDirectory`. If a new training fails before it has logged a step, nothing is
+    left of it.
+
+    Args:
+        output: The directory.
+        what: The command, for messages.
+        settings: The training's settings.
+        stored: Returns the settings that `output` was begun with, or None.
+        own: Names of what a training puts there.
+
+    Raises:
+        ConfigError: Another process has claimed it, or it was begun with other settings.
+        StorageError: It cannot be read or written.
+    """
+    remote = None
     key = hashlib.sha256(output.url.encode()).hexdigest()[:24]
     path = output.path if output.is_local else storage.cache_root() / "runs" / key
     before = set(Location.of(path).names())
     with contextlib.ExitStack() as stack:
         with sharding.by_first_process() as is_first:
             if is_first:
-                stored = functools.partial(_stored_settings, output, data, fingerprint)
-                claim = outputs.claim(output, what="train", settings=cfg, stored=stored)
+                claim = outputs.claim(output, what=what, settings=settings, stored=stored)
                 claimed = stack.enter_context(claim)
                 if not output.is_local:
-                    stack.enter_context(outputs.claim(Location.of(path), what="train"))
+                    stack.enter_context(outputs.claim(Location.of(path), what=what))
                     path.mkdir(parents=True, exist_ok=True)
                     remote = RemoteRun(output, path, claimed)
         if not output.is_local and jax.process_count() > 1:
             sharding.check_shared(path)
         try:
-            yield RunDirectory(path, remote, _config(cfg, data, fingerprint))
+            yield path, remote
         except BaseException:
             if is_first:
-                _remove_unbegun(path, before)
+                _remove_unbegun(path, before, own)
             raise
 
 
@@ -110,12 +140,12 @@ def _config(cfg: TrainSettings, data: Path, fingerprint: str) -> dict[str, Any]:
     }
 
 
-def _remove_unbegun(path: Path, before: set[str]) -> None:
+def _remove_unbegun(path: Path, before: set[str], own: Collection[str]) -> None:
     """Removes what was made, beside what was there before, of a run that has logged no step."""
     run, metrics = Location.of(path), path / "metrics.jsonl"
     if (metrics.exists() and metrics.stat().st_size > 0) or whole_steps(run):
         return
-    for name in _OWN - before:
+    for name in set(own) - before:
         (run / name).remove()
     if not before:
         with contextlib.suppress(OSError):  # something else is in it

@@ -1,11 +1,8 @@
 """Training from start to end: data in, a run directory out, and on again after any stop."""
 
 import dataclasses
-import signal
-import threading
 from math import inf
 from pathlib import Path
-from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -35,6 +32,7 @@ from ping_llm.training.step import (
     make_eval_step,
     make_train_step,
 )
+from ping_llm.training.stopping import StopSignals
 from ping_llm.training.tracking import Tracker
 
 if TYPE_CHECKING:
@@ -207,7 +205,7 @@ class _Trainer:
         cfg = self.cfg
         title = f"train {cfg.preset}, {cfg.model.parameter_count():,} parameters"
         with (
-            _StopSignals() as signals,
+            StopSignals() as signals,
             progress(title, total=cfg.steps, unit="steps", initial=self.step) as bar,
             jax.set_mesh(self.mesh),
             _Trace(cfg.profile, first=self.step + 1 + UNTRACED_STEPS) as trace,
@@ -329,40 +327,6 @@ class _Trace:
         if self._running:
             jax.profiler.stop_trace()
             self._running = False
-
-
-class _StopSignals:
-    """Notes SIGINT and SIGTERM while a step runs; a second one acts as it did before."""
-
-    def __init__(self) -> None:
-        self._noted = 0
-        self._before: dict[int, Any] = {}
-
-    def __enter__(self) -> "_StopSignals":
-        if threading.current_thread() is threading.main_thread():
-            both = (signal.SIGINT, signal.SIGTERM)
-            self._before = {signum: signal.signal(signum, self._note) for signum in both}
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for signum, handler in self._before.items():
-            signal.signal(signum, handler)
-
-    def _note(self, signum: int, _: FrameType | None) -> None:
-        self._noted = signum
-        self.__exit__()
-
-    def agreed(self, *, at_log_point: bool) -> int:
-        """Returns the signal that every process is to stop for now, 0 for none.
-
-        Several processes must stop at the same step, so they ask each other, but only where they
-        wait for the devices anyway.
-        """
-        if jax.process_count() == 1:
-            return self._noted
-        if not at_log_point:
-            return 0
-        return int(np.max(multihost_utils.process_allgather(np.int32(self._noted))))
 
 
 def _result(cfg: TrainSettings, log: RunLog) -> TrainResult:

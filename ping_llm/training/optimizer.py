@@ -21,7 +21,7 @@ NORM_DECAY = 0.98  # of the running mean of gradient norms
 NORMS_TO_TRUST = 20  # steps before that mean is trusted
 
 
-def learning_rate_at(cfg: TrainSettings) -> Callable[[Any], Any]:
+def learning_rate_at(cfg: Any) -> Callable[[Any], Any]:
     """Returns the schedule: a linear warm-up, then down to its floor at step `steps`.
 
     `cosine` goes down half a cosine; `wsd` (warm-up, stable, decay: Hu et al., MiniCPM, 2024) stays

@@ -1,0 +1,1 @@
+"""Sparse autoencoders: trained on an activation store, measured, saved, and looked into."""
