@@ -26,6 +26,7 @@ COMMANDS = {
     "predict": "Predict RTT distributions and failures.",
     "prepare-data": "Turn measurements into probe rows for training.",
     "quickstart": "Run the whole story once, in minutes.",
+    "serve": "Answer questions over HTTP, and show a page.",
     "simulate": "Write the measurements of a synthetic internet.",
     "train": "Train a decoder on probe rows.",
     "verify-parity": "Compare a checkpoint's activations with those of transformers.",

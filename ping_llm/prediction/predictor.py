@@ -181,8 +181,8 @@ class Predictor:
         self, questions: MeasurementTable, known: MeasurementTable | None = None
     ) -> np.ndarray:
         """Returns whether nothing is known of source and destination [n, 2]."""
-        is_own = known is None or known is self.known
-        seen = self.network.nodes if is_own else Nodes(known.src, known.dst)
+        known = self.known if known is None else known
+        seen = self.network.nodes if known is self.known else Nodes(known.src, known.dst)
         return np.stack([seen.lookup(end) < 0 for end in (questions.src, questions.dst)], axis=1)
 
     def answers(
