@@ -65,7 +65,7 @@ def test_a_host_that_is_open_to_others_needs_a_token():
 
 def test_what_cannot_be_served_is_told_in_one_line(tmp_path):
     assert "either --run or --pretrained" in refused()
-    assert "nowhere" in refused("--run", str(tmp_path / "nowhere"))
+    assert "nowhere" in refused("--run", str(tmp_path / "nowhere"), "--port", "0")
     places = tmp_path / "places.csv"
     places.write_text("a,b\n1,2\n")
     assert "lacks latitude" in refused("--pretrained", "--places", str(places), "--port", "0")
