@@ -25,7 +25,7 @@ from ping_llm.serve.scaling import classical_scaling
 
 LANDMARKS, MAPPED = 16, 500  # nodes that the others are placed by, and all that are placed
 MEASURED_SHOWN = 200  # measurements of a pair
-PAGE = ("index.html", "page.js", "charts.js", "page.css")
+PAGE = ("index.html", "page.js", "charts.js", "land.js", "page.css")
 PROBLEMS: dict[int | str, dict[str, Any]] = {
     status: {"model": api.Problem, "description": text}
     for status, text in {

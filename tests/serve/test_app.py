@@ -10,7 +10,7 @@ from fastapi.testclient import TestClient
 from ping_llm import MeasurementTable
 from ping_llm.prediction.predictor import LEVELS
 from ping_llm.serve import engine, guard
-from ping_llm.serve.app import Service, create_app
+from ping_llm.serve.app import PAGE, Service, create_app
 from ping_llm.serve.places import Place, Places
 
 PAIR = {"src": "10.0.0.1", "dst": "10.0.1.2"}
@@ -298,7 +298,7 @@ def test_metrics_count_requests_by_route_and_never_by_what_was_asked(client):
 
 
 def test_the_page_fetches_nothing_from_elsewhere(client):
-    for path in ("/", "/page.js", "/charts.js", "/page.css"):
+    for path in ("/", *(f"/{name}" for name in PAGE[1:])):
         answer = client.get(path)
         assert answer.status_code == 200
         assert "default-src 'none'" in answer.headers["content-security-policy"]

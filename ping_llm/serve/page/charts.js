@@ -1,5 +1,7 @@
 // Pictures as SVG: the map, a distribution, an interval. No state is kept here.
 
+import { LAND } from "./land.js";
+
 const NS = "http://www.w3.org/2000/svg";
 
 // Viridis (van der Walt and Smith, 2015) at five places: as good for those who see colours otherwise.
@@ -33,6 +35,12 @@ export function logScale(low, high, left, right) {
 
 function ticks(low, high, most) {
   const found = [];
+  if (high < 2.5 * low) { // a narrow part of the scale: even steps
+    const raw = (high - low) / most, ten = 10 ** Math.floor(Math.log10(raw));
+    const step = ten * [1, 2, 5, 10].find((n) => n * ten >= raw);
+    for (let tick = Math.ceil(low / step) * step; tick <= high; tick += step) found.push(tick);
+    return found;
+  }
   for (let ten = 10 ** Math.floor(Math.log10(low)); ten <= high; ten *= 10)
     for (const n of [1, 1.5, 2, 3, 4, 5, 6, 7, 8, 9]) if (n * ten >= low && n * ten <= high) found.push(n * ten);
   const step = Math.ceil(found.length / most);
@@ -47,10 +55,16 @@ export function drawMap(svg, nodes, { world, src, dst, at, onChoose }) {
   const width = svg.clientWidth || 560, height = Math.round(width * (world ? 0.5 : 0.7)), edge = 14;
   svg.setAttribute("viewBox", `0 0 ${width} ${height}`);
   svg.style.height = `${height}px`;
-  const drawn = [];
+  const drawn = [], beside = new Map(); // what stands at one place is drawn around it
   let place;
   if (world) {
     place = (n) => [((n.x + 180) / 360) * width, ((90 - n.y) / 180) * height];
+    const coasts = LAND.map((ring) => {
+      const points = [];
+      for (let i = 0; i < ring.length; i += 2) points.push(place({ x: ring[i], y: ring[i + 1] }).map(Math.round).join(" "));
+      return `M${points.join("L")}Z`;
+    });
+    drawn.push(element("path", { class: "land", d: coasts.join("") }));
     for (let degree = -150; degree <= 150; degree += 30) {
       const [x] = place({ x: degree, y: 0 });
       drawn.push(element("line", { class: "grid", x1: x, x2: x, y1: 0, y2: height }));
@@ -72,10 +86,12 @@ export function drawMap(svg, nodes, { world, src, dst, at, onChoose }) {
   // The chosen ones come last, and so lie on top.
   const rank = (n) => (n.address === src || n.address === dst ? 1 : 0);
   for (const node of [...nodes].sort((a, b) => rank(a) - rank(b))) {
-    const [cx, cy] = place(node);
+    const key = `${node.x} ${node.y}`, k = world ? (beside.get(key) ?? 0) : 0;
+    beside.set(key, k + 1);
+    const at0 = place(node), cx = at0[0] + 4.5 * Math.sqrt(k) * Math.cos(2.4 * k), cy = at0[1] + 4.5 * Math.sqrt(k) * Math.sin(2.4 * k);
     const kind = node.address === src ? " source" : node.address === dst ? " chosen" : node.share === null ? " unknown" : "";
     const circle = element("circle", { class: `node${kind}`, cx, cy, r: rank(node) ? 8 : 5.5 });
-    if (node.share !== null) circle.setAttribute("fill", colour(node.share));
+    if (node.share !== null && node.address !== src) circle.setAttribute("fill", colour(node.share));
     circle.append(element("title", {}, node.label));
     circle.addEventListener("click", (event) => onChoose(node.address, event.shiftKey));
     drawn.push(circle);
@@ -110,7 +126,7 @@ export function drawPair(svg, answer, before) {
   const x = logScale(low, high, 8, width - 8), drawn = [];
   for (const tick of ticks(low, high, width / 60)) {
     drawn.push(element("line", { class: "grid", x1: x(tick), x2: x(tick), y1: 8, y2: base }));
-    drawn.push(element("text", { x: x(tick), y: height - 4, "text-anchor": "middle" }, `${+tick.toPrecision(2)}`));
+    drawn.push(element("text", { x: x(tick), y: height - 4, "text-anchor": "middle" }, `${+tick.toPrecision(3)}`));
   }
   drawn.push(element("text", { x: width - 4, y: height - 18, "text-anchor": "end" }, "ms"));
   const bins = 70, edges = Array.from({ length: bins + 1 }, (_, i) => low * (high / low) ** (i / bins));
@@ -128,7 +144,7 @@ export function drawPair(svg, answer, before) {
   drawn.push(element("text", { class: "strong", x: x(answer.rtt_ms.p50), y: 9, "text-anchor": "middle" }, "median"));
   for (const rtt of points) drawn.push(element("line", { class: "point", x1: x(rtt), x2: x(rtt), y1: base + 5, y2: base + 19 }));
   drawn.push(element("line", { class: "axis", x1: 0, x2: width, y1: base, y2: base }));
-  const label = points.length ? `${points.length} measured` : "never measured";
+  const label = points.length ? `${points.length} measured` : "not measured";
   drawn.push(element("text", { x: 4, y: base + 33 }, label));
   svg.replaceChildren(...drawn);
 }

@@ -67,17 +67,19 @@ async function refresh() {
       } else pair = (await ask("predict", asked)).answers[0];
     }
     if (late()) return;
+    if (pair) pair.measured.push(...pings.filter((each) => [src, dst].includes(each.src) && [src, dst].includes(each.dst)));
     showPair(pair, before, pings);
     const all = { src, history: pings, ms: Number(state.ms) || 50, probability: 0 };
     const found = src ? (await ask("within", all)).within : [];
     if (late()) return;
-    ranked = found.sort((a, b) => a.rtt_ms.mean - b.rtt_ms.mean);
+    ranked = found.sort((a, b) => a.rtt_ms.p50 - b.rtt_ms.p50);
     showRank();
     showMap();
   } catch (error) {
     if (late()) return;
     $("problem").textContent = error.message;
     ranked = [];
+    showPair(null, null, []);
     showRank();
     showMap();
   } finally {
@@ -96,6 +98,8 @@ function medians() {
   const low = Math.min(...ranked.map((each) => each.rtt_ms.p50)), high = Math.max(...ranked.map((each) => each.rtt_ms.p50));
   return [low, Math.max(high, low * 1.01)];
 }
+
+const counted = (pings) => (pings.length === 1 ? "1 measurement counts" : `${pings.length} measurements count`);
 
 function placed() {
   const world = known.nodes.some((node) => node.latitude !== null);
@@ -136,7 +140,7 @@ function showPair(answer, before, pings) {
   if (!answer) {
     $("pair-note").textContent = "Choose a source and a destination.";
     $("quantiles").replaceChildren();
-    $("pings-note").textContent = pings.length ? `${pings.length} measurements count.` : "";
+    $("pings-note").textContent = pings.length ? `${counted(pings)}.` : "";
     return;
   }
   const { rtt_ms: rtt, p_failed: failed } = answer;
@@ -144,7 +148,7 @@ function showPair(answer, before, pings) {
   $("pair-note").textContent =
     `${nameOf(answer.src)} to ${nameOf(answer.dst)}: ${milliseconds(rtt.p50)} ms, with 90 % between ` +
     `${milliseconds(rtt.p5)} and ${milliseconds(rtt.p95)} ms; fails ${(100 * failed).toFixed(1)} %; ` +
-    `drawn from ${answer.history} measurements.` + (unseen.length ? ` Nothing is known of ${unseen.join(", ")}.` : "");
+    `drawn from ${answer.history} measurement${answer.history === 1 ? "" : "s"}.` + (unseen.length ? ` Nothing is known of ${unseen.join(", ")}.` : "");
   drawPair($("pair"), answer, before);
   const names = ["p5", "p25", "p50", "p75", "p95", "mode", "mean"];
   const rows = [["", ...names.map((name) => name.replace(/^p(\d+)/, "$1 %"))], ["ms", ...names.map((name) => milliseconds(rtt[name]))]];
@@ -152,7 +156,7 @@ function showPair(answer, before, pings) {
   fill($("quantiles"), rows);
   const width = (each) => `${milliseconds(each.rtt_ms.p5)} to ${milliseconds(each.rtt_ms.p95)} ms`;
   const compared = before ? `: 90 % between ${width(answer)}, without them ${width(before)} (dashed).` : ".";
-  $("pings-note").textContent = pings.length ? `${pings.length} measurements count${compared}` : "";
+  $("pings-note").textContent = pings.length ? `${counted(pings)}${compared}` : "";
 }
 
 function cell(kind, content, type = "") {
