@@ -31,7 +31,7 @@ LEVELS = [
     {"runs"},
     {"ingest", "training", "extraction"},
     {"prediction", "inspection", "sae"},
-    {"bench"},
+    {"bench", "serve"},
     {"quickstart", "pretrained"},
     {"cli"},
 ]
@@ -60,10 +60,16 @@ def _outside(parts: set[str]):
     return lambda path: path.parts[0].removesuffix(".py") not in parts
 
 
+def SERVE(path: Path) -> bool:  # noqa: N802
+    return path.parts[0] == "serve" or path == Path("cli/serve.py")
+
+
 TORCH = {Path("extraction/parity.py"), Path("bench/peers.py")}
 
 # Libraries that only some files may import.
 RESERVED = {
+    **dict.fromkeys(("uvicorn", "prometheus_client", "starlette", "pydantic"), SERVE),
+    "fastapi": SERVE,
     "click": lambda path: path.parts[0] == "cli",
     "orbax": lambda path: path == Path("checkpoints.py"),
     "wandb": lambda path: path == Path("training/tracking.py"),

@@ -15,6 +15,7 @@ from ping_llm.errors import ConfigError, PingLLMError, Stopped
 # imports no command, which would take longer than all the rest.
 COMMANDS = {
     "bench": "Measure the throughput of one part on this machine.",
+    "detect": "Find what is strange in a stream of measurements.",
     "evaluate": "Compare a model with classical methods.",
     "export": "Write a run's model as safetensors and a config.",
     "extract-activations": "Write a model's activations over a data set into a store.",
@@ -29,6 +30,7 @@ COMMANDS = {
     "prepare-data": "Turn measurements into probe rows for training.",
     "query": "Complete a measurement: any fields given, any asked.",
     "quickstart": "Run the whole story once, in minutes.",
+    "serve": "Answer questions over HTTP, and show a page.",
     "simulate": "Write the measurements of a synthetic internet.",
     "train": "Train a decoder on probe rows.",
     "train-sae": "Train sparse autoencoders on the activations in a store.",

@@ -17,6 +17,7 @@ from scipy.sparse.csgraph import connected_components
 from ping_llm.data.history_grids import PairSeries
 from ping_llm.data.rows import ALWAYS, RowBatch, checked, row_schema
 from ping_llm.errors import CheckpointError
+from ping_llm.estimators.failures import FailureOdds
 from ping_llm.estimators.pairs import Nodes, pair_keys, runs
 from ping_llm.estimators.world import MEASUREMENTS_KEPT, MeasuredWorld, Pairs
 from ping_llm.hashing import hash_addresses
@@ -63,6 +64,11 @@ class Network:
     def series(self) -> PairSeries:
         """What was measured, by pair over time."""
         return PairSeries.of(self.measurements)
+
+    @functools.cached_property
+    def failures(self) -> FailureOdds:
+        """How often measurements fail, by source, destination and day."""
+        return FailureOdds(self.measurements)
 
     @functools.cached_property
     def _whole(self) -> MeasuredWorld:

@@ -15,7 +15,10 @@ AT_ONCE = 512  # questions whose grids are made at once
 
 
 def question_grids(
-    questions: MeasurementTable, known: MeasurementTable, history: MeasurementTable | None = None
+    questions: MeasurementTable,
+    known: MeasurementTable,
+    history: MeasurementTable | None = None,
+    network: Network | None = None,
 ) -> Iterator[tuple[np.ndarray, str, Grids]]:
     """Yields (questions, kind, their grids) until all have had their turn.
 
@@ -26,18 +29,21 @@ def question_grids(
         questions: What is asked; without a time, all that is known of a pair came before.
         known: What the network is known by.
         history: Measurements of pairs before the questions; None: `known`.
+        network: That of `known`, where it is at hand; else it is made.
 
     Raises:
         DataError: No measurement that was answered is known.
     """
     if not (known.rtt >= 0).any():
         raise DataError("no answered measurement is known to answer from; give a history")
-    network = Network.of(known, questions.src, questions.dst)
-    series = network.series if history is None else PairSeries.of(history)
+    network = network or Network.of(known, questions.src, questions.dst)
+    series = network.series if history is None or history is known else PairSeries.of(history)
     pair, stop, time = lookup(series, questions)
     for rows in _blocks(np.flatnonzero(pair >= 0)):
         yield rows, "history", history_grids(series, pair[rows], stop[rows], time[rows])
     others = np.flatnonzero(pair < 0)
+    if not all((network.nodes.lookup(end) >= 0).all() for end in (questions.src, questions.dst)):
+        network = Network.of(known, questions.src, questions.dst)
     for rows, world, a, b in network.worlds(questions.take(others)):
         a, b = world.oriented(a, b)
         for block in _blocks(np.arange(len(rows))):

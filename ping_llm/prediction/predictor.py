@@ -1,18 +1,20 @@
 """`Predictor`: what a trained run says of round trips, for tables of any library."""
 
 import dataclasses
-from collections.abc import Iterator, Mapping
+import functools
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
-from ping_llm.data.network import read_known
+from ping_llm.data.network import Network, read_known
 from ping_llm.errors import CheckpointError, DataError
 from ping_llm.estimators.pairs import Nodes
 from ping_llm.measurements import NO_TIME, MeasurementTable
 from ping_llm.prediction.answers import Answerer
 from ping_llm.prediction.calibration import Answers
+from ping_llm.prediction.distribution import Distribution
 from ping_llm.prediction.explain import Evidence, explain
 from ping_llm.runs import PRETRAINED, load_run
 from ping_llm.storage import Location
@@ -126,20 +128,28 @@ class Predictor:
             DataError: The table lacks a column, or a value in it cannot be; or nothing is known.
         """
         measured = _table(frame)
-        surprise = np.zeros(len(measured))
+        scores = np.zeros(len(measured))
         # What has no time stands before everything, so it would stand before itself.
         past = MeasurementTable.concat([self.known, measured.take(measured.has_time)])
         for rows, distribution, _ in self.answers(measured, history=past):
-            rtt, p_failed = measured.rtt[rows], distribution.p_failed
-            near = distribution.within(np.maximum(rtt, 0), 0.01)
-            probability = np.where(rtt < 0, p_failed, (1 - p_failed) * near)
-            surprise[rows] = -np.log(np.maximum(probability, 1e-300))
-        return surprise
+            scores[rows] = surprise(measured.rtt[rows], distribution)
+        return scores
 
     # --- from questions to answers -----------------------------------------------------------
 
-    def ask(self, questions: MeasurementTable, history: MeasurementTable | None = None) -> pa.Table:
-        """Returns the columns that `predict` appends; RTTs of the questions are not looked at."""
+    def ask(
+        self,
+        questions: MeasurementTable,
+        history: MeasurementTable | None = None,
+        see: Callable[[np.ndarray, Distribution], None] | None = None,
+    ) -> pa.Table:
+        """Returns the columns that `predict` appends; RTTs of the questions are not looked at.
+
+        Args:
+            questions: What is asked.
+            history: Further measurements.
+            see: Is called with (questions by number, their distributions) for all of them.
+        """
         n, levels = len(questions), np.array([*LEVELS.values()])
         quantiles, (mode, mean, p_failed) = np.zeros((n, len(levels))), np.zeros((3, n))
         unseen, (shown, later) = np.zeros((n, 2), bool), np.zeros((2, n), np.int32)
@@ -150,6 +160,8 @@ class Predictor:
                 quantiles[at] = answer.quantiles(levels)
                 mode[at], mean[at], p_failed[at] = answer.mode(), answer.mean(), answer.p_failed
                 shown[at] = count
+                if see is not None:
+                    see(at, answer)
             unseen[group] = self.unseen(asked, known)
             later[group] = 0 if history is None or so_far is None else len(history) - len(so_far)
         columns = {f"rtt_{name}": quantiles[:, i] for i, name in enumerate(LEVELS)}
@@ -176,7 +188,7 @@ class Predictor:
     ) -> np.ndarray:
         """Returns whether nothing is known of source and destination [n, 2]."""
         known = self.known if known is None else known
-        seen = Nodes(known.src, known.dst)
+        seen = self.network.nodes if known is self.known else Nodes(known.src, known.dst)
         return np.stack([seen.lookup(end) < 0 for end in (questions.src, questions.dst)], axis=1)
 
     def answers(
@@ -193,7 +205,13 @@ class Predictor:
             history: Measurements of pairs before the questions; None: `known`.
         """
         known = self.known if known is None else known
-        return self.answerer(known).answer(questions, known, history)
+        network = self.network if known is self.known else None
+        return self.answerer(known).answer(questions, known, history, network)
+
+    @functools.cached_property
+    def network(self) -> Network:
+        """What is known by nodes and pairs, made once for all that is asked."""
+        return Network.of(self.known)
 
     def answerer(self, known: MeasurementTable) -> Answerer:
         """Returns the decoder calibrated on `self.known`, or where that is nothing, on `known`.
@@ -221,6 +239,14 @@ class Predictor:
     def knowing(self, known: MeasurementTable) -> "Predictor":
         """Returns the predictor of the same decoder for another network."""
         return dataclasses.replace(self, known=known, _calibrated=None)
+
+
+def surprise(rtt: np.ndarray, distribution: Distribution) -> np.ndarray:
+    """Returns minus the log-probability of RTTs within 1 % of `rtt` [n], or of failures below 0."""
+    near = distribution.within(np.maximum(rtt, 0), 0.01)
+    p_failed = distribution.p_failed
+    probability = np.where(rtt < 0, p_failed, (1 - p_failed) * near)
+    return -np.log(np.maximum(probability, 1e-300))
 
 
 def not_later(history: MeasurementTable | None, time: int) -> MeasurementTable | None:
