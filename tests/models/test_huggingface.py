@@ -23,6 +23,13 @@ ALL_YARN = YARN | {
     "mscale_all_dim": 0.4,
     "truncate": False,
 }
+LLAMA3 = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
 # What differs from a plain Qwen2 with grouped queries, an untied head and one file.
 VARIANTS = {
     "plain": {},
@@ -70,6 +77,19 @@ VARIANTS = {
         "head_dim": 12,
         "rms_norm_eps": 1e-5,
     },
+    "llama": {"model_type": "llama"},
+    "llama_rope_llama3": {
+        "model_type": "llama",
+        "head_dim": 20,
+        "tie_word_embeddings": True,
+        "rope_parameters": {"rope_theta": 5e5, **LLAMA3},
+    },
+    "llama_rope_linear": {
+        "model_type": "llama",
+        "config": {"rope_parameters": None, "rope_scaling": {"type": "linear", "factor": 3.0}},
+    },
+    "mistral": {"model_type": "mistral", "sliding_window": None},
+    "mistral_sliding": {"model_type": "mistral", "sliding_window": 6},
 }
 
 
@@ -136,7 +156,13 @@ def test_parameters_keep_their_dtype_unless_asked(dtype, tmp_path):
 @pytest.mark.parametrize(
     ("change", "name"),
     [
-        ({"model_type": "llama"}, "model_type 'llama'"),
+        ({"model_type": "gemma"}, "model_type 'gemma'"),
+        ({"rope_scaling": LLAMA3 | {"factor": None}, "rope_parameters": None}, "needs factor"),
+        ({"rope_scaling": LLAMA3 | {"foo": 1}, "rope_parameters": None}, "foo=1"),
+        ({"rope_scaling": LLAMA3 | {"low_freq_factor": 9.0}, "rope_parameters": None}, "below"),
+        ({"model_type": "llama", "attention_bias": True}, "attention_bias"),
+        ({"model_type": "llama", "mlp_bias": True}, "mlp_bias"),
+        ({"model_type": "llama", "sliding_window": 8}, "sliding_window=8"),
         ({"hidden_act": "gelu"}, "hidden_act 'gelu'"),
         ({"rope_parameters": {"rope_type": "dynamic", "factor": 2.0}}, "'dynamic'"),
         ({"rope_parameters": {"rope_type": "yarn", "factor": 2.0, "foo": 1}}, "foo=1"),

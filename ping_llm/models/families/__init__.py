@@ -8,9 +8,9 @@ from types import ModuleType
 from typing import Any
 
 from ping_llm.errors import ConfigError
-from ping_llm.models.families import qwen
+from ping_llm.models.families import llama
 
-FAMILIES = {"qwen2": qwen, "qwen3": qwen}  # by `model_type`
+FAMILIES: dict[Any, ModuleType] = dict.fromkeys(llama.MEMBERS, llama)  # by `model_type`
 
 
 def open(model_type: Any, where: str) -> ModuleType:  # noqa: A001
