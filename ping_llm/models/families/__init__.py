@@ -1,7 +1,7 @@
 """Families of checkpoints. They differ in the values of a `DecoderConfig` and in a weight table.
 
-A family is a module: `read_config` makes a `DecoderConfig` of a `config.json`; `BLOCK` and `ENDS`
-name the tensor of each parameter.
+A family is a module: `read_config` makes a `DecoderConfig` of a `config.json`, `write_config` the
+other way round; `BLOCK` and `ENDS` name the tensor of each parameter.
 """
 
 from types import ModuleType

@@ -177,6 +177,68 @@ def read_config(fields: Mapping[str, Any], where: str) -> DecoderConfig:
     return config
 
 
+def write_config(cfg: DecoderConfig) -> dict[str, Any]:
+    """Returns the `config.json` of a decoder, for the member of the family that computes the same.
+
+    Raises:
+        ConfigError: None of them does.
+    """
+    slides = cfg.windows is not None
+    if cfg.qk_norm:
+        model_type = "qwen3"
+    elif cfg.qkv_bias:
+        model_type = "qwen2"
+    else:
+        model_type = "mistral" if slides else "llama"
+    unknown = {
+        f"logit_softcap={cfg.logit_softcap}": cfg.logit_softcap is not None,
+        "qk_norm=true with qkv_bias=true": cfg.qk_norm and cfg.qkv_bias,
+        "sliding_layers without qk_norm or qkv_bias": (
+            model_type == "mistral" and not all(cfg.windows or ())
+        ),
+        f"d_model={cfg.d_model} that is no multiple of n_heads={cfg.n_heads}": (
+            model_type == "llama" and cfg.d_model % cfg.n_heads > 0
+        ),
+    }
+    if refused := [setting for setting, is_so in unknown.items() if is_so]:
+        raise ConfigError(
+            f"no model of {', '.join(MEMBERS)} has {' or '.join(refused)}, so that such a run "
+            "cannot be written as one; export it in the format ping-llm"
+        )
+    content: dict[str, Any] = {
+        "architectures": [f"{model_type.capitalize()}ForCausalLM"],
+        "model_type": model_type,
+        "vocab_size": cfg.vocab_size,
+        "hidden_size": cfg.d_model,
+        "num_hidden_layers": cfg.n_layers,
+        "num_attention_heads": cfg.n_heads,
+        "num_key_value_heads": cfg.n_kv_heads,
+        "head_dim": cfg.head_dim,
+        "intermediate_size": cfg.d_ff,
+        "hidden_act": "silu",
+        "rms_norm_eps": cfg.rms_norm_eps,
+        "rope_theta": cfg.rope_theta,
+        "rope_scaling": None if cfg.rope_scaling is None else _rope_content(cfg.rope_scaling),
+        "tie_word_embeddings": cfg.tie_embeddings,
+        "dtype": cfg.param_dtype,
+    }
+    if model_type == "mistral":
+        content["sliding_window"] = cfg.sliding_window
+    elif slides:
+        kinds = ["full_attention" if w is None else "sliding_attention" for w in cfg.windows or ()]
+        content |= {"use_sliding_window": True, "sliding_window": cfg.sliding_window}
+        content["layer_types"] = kinds
+    return content
+
+
+def _rope_content(scaling: RopeScaling) -> dict[str, Any]:
+    fields = {key: getattr(scaling, field) for key, field in _ROPE_KEYS[scaling.kind].items()}
+    content = {"rope_type": scaling.kind, "factor": scaling.factor, **fields}
+    if scaling.kind != "linear":
+        content[_ORIGINAL] = scaling.original_max_positions
+    return {key: value for key, value in content.items() if value is not None}
+
+
 def _check_types(fields: Mapping[str, Any], where: str) -> None:
     """Raises a `ConfigError` where a value is of a kind that it cannot be."""
     kinds: dict[str, tuple[type, ...]] = dict.fromkeys(_NUMBERS, (int, float))
@@ -229,7 +291,7 @@ def _rope(
         )
     given = {field: rope.pop(key, None) for key, field in _ROPE_KEYS[kind].items()}
     given = {field: value for field, value in given.items() if value is not None}
-    factor = None if kind == "default" else rope.pop("factor", None)
+    factor = 0.0 if kind == "default" else rope.pop("factor", None) or 0.0
     if kind in ("yarn", "llama3"):
         inner = rope.pop(_ORIGINAL, None)
         original = original or inner or max_positions
