@@ -3,7 +3,7 @@
 import hashlib
 import json
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -92,6 +92,10 @@ class CheckpointTokenizer:
                         f"{vocab_size=}; the tokenizer is not this model's"
                     )
                 yield sample, tokens
+
+    def decode(self, tokens: Sequence[int]) -> str:
+        """Returns the text of token ids, without special tokens."""
+        return self._tokenizer.decode(tokens, skip_special_tokens=True)
 
     def roles(self, tokens: np.ndarray) -> np.ndarray:
         """Returns REAL, SPECIAL or BOS of each token [n], uint8."""
