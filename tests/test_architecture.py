@@ -59,6 +59,7 @@ def _outside(parts: set[str]):
 
 
 TORCH = {Path("extraction/parity.py"), Path("bench/peers.py")}
+TENSORS = {Path("activations/reader.py"), Path("activations/torch_dataset.py")}
 
 # Libraries that only some files may import.
 RESERVED = {
@@ -68,7 +69,7 @@ RESERVED = {
     "jax": _outside(WITHOUT_JAX),
     "flax": _outside(WITHOUT_JAX | {"activations"}),
     "optax": _outside(WITHOUT_JAX | {"activations"}),
-    "torch": lambda path: path in TORCH | {Path("activations/reader.py")},
+    "torch": lambda path: path in TORCH | TENSORS,
     "transformers": lambda path: path in TORCH,
 }
 
