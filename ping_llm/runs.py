@@ -29,6 +29,7 @@ from ping_llm.models.decoder import Decoder
 from ping_llm.models.trees import by_path, check_shapes
 from ping_llm.outputs import Claim, publish_json
 from ping_llm.storage import Location
+from ping_llm.text import safe
 
 EXPORTED = "model.safetensors"
 PRETRAINED = Location.of(Path(__file__).parent / "pretrained")  # the model in the box
@@ -111,6 +112,11 @@ def read_config(run: Location) -> dict[str, Any]:
         )
     try:
         config = json.loads(path.read_text())
+        if "model_type" in config:
+            raise CheckpointError(
+                f"{run} is no run but a checkpoint of {safe(config['model_type'])}; give it as "
+                "--model to generate, extract-activations or verify-parity"
+            )
         checksum = config.pop("checksum", None)  # none in runs of earlier versions
         _ = {**config["model"]}, {**config["train"]}, config["data"]["fingerprint"]
         if checksum not in (None, digest(config)):

@@ -31,14 +31,14 @@ def make_checkpoint(
 
     Args:
         directory: Where to.
-        model_type: "qwen2" or "qwen3".
+        model_type: "qwen2", "qwen3", "llama" or "mistral".
         backbone: Whether to leave out the head, and `model.` in the names.
         dtype: Of the weights.
         shard_size: The largest file, as transformers takes it.
         config: What to change in config.json afterwards; None removes a key.
         settings: For the configuration.
     """
-    name = {"qwen2": "Qwen2", "qwen3": "Qwen3"}[model_type]
+    name = model_type.capitalize()
     make_config = getattr(transformers, f"{name}Config")
     make_model = getattr(transformers, f"{name}{'Model' if backbone else 'ForCausalLM'}")
     if model_type == "qwen3":

@@ -65,6 +65,7 @@ def SERVE(path: Path) -> bool:  # noqa: N802
 
 
 TORCH = {Path("extraction/parity.py"), Path("bench/peers.py")}
+TENSORS = {Path("activations/reader.py"), Path("activations/torch_dataset.py")}
 
 # Libraries that only some files may import.
 RESERVED = {
@@ -76,7 +77,7 @@ RESERVED = {
     "jax": _outside(WITHOUT_JAX),
     "flax": _outside(WITHOUT_JAX | {"activations"}),
     "optax": _outside(WITHOUT_JAX | {"activations"}),
-    "torch": lambda path: path in TORCH | {Path("activations/reader.py")},
+    "torch": lambda path: path in TORCH | TENSORS,
     "transformers": lambda path: path in TORCH,
 }
 

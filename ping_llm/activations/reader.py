@@ -2,12 +2,13 @@
 
 import dataclasses
 import functools
+import importlib.util
 import itertools
 import os
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import tensorstore as ts
@@ -18,6 +19,9 @@ from ping_llm.activations.roles import REAL
 from ping_llm.errors import ConfigError, StorageError
 from ping_llm.models.config import END_SITES
 from ping_llm.storage import KeyValueStore, Location
+
+if TYPE_CHECKING:
+    from ping_llm.activations.torch_dataset import ActivationDataset
 
 KINDS = ("numpy", "jax", "torch")
 
@@ -261,6 +265,50 @@ class ActivationReader:
                     left = rows[shuffled[full:]]
 
         return stream()
+
+    def torch_dataset(
+        self,
+        batch_size: int,
+        *,
+        seed: int = 0,
+        epochs: int | None = None,
+        buffer_mb: float = 256.0,
+        real_only: bool = False,
+        part: tuple[int, int] = (0, 1),
+    ) -> "ActivationDataset":
+        """Returns `batches` as an `IterableDataset` of torch, of tensors [batch_size, D].
+
+        Give it to a `DataLoader` with `batch_size=None` and, where it has workers,
+        `multiprocessing_context="spawn"`. Each worker reads its own part of the chunks with a
+        buffer of its own, and leaves out the last rows that fill no batch.
+
+        Args:
+            batch_size: Rows of a batch.
+            seed: Decides the order, each epoch's another.
+            epochs: How often every row comes; None: endlessly.
+            buffer_mb: Size of the buffer of each worker.
+            real_only: Whether rows of special and BOS tokens are left out.
+            part: (i, n) for the i-th of n processes that train together, such as
+                (`torch.distributed.get_rank()`, `get_world_size()`).
+
+        Raises:
+            ConfigError: torch is not installed. What `batches` refuses is refused when iteration
+                begins.
+        """
+        if importlib.util.find_spec("torch") is None:
+            raise ConfigError("torch is not installed; install the extra: ping-llm[parity]")
+        from ping_llm.activations.torch_dataset import ActivationDataset
+
+        batches = functools.partial(
+            self.batches,
+            batch_size,
+            seed=seed,
+            epochs=epochs,
+            buffer_mb=buffer_mb,
+            real_only=real_only,
+            kind="torch",
+        )
+        return ActivationDataset(batches, part)
 
     def _pieces(self) -> list[tuple[int, int, int]]:
         """Returns (unit, first row, rows) of every chunk."""

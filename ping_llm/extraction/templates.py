@@ -3,7 +3,7 @@
 import hashlib
 import json
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -44,12 +44,13 @@ class CheckpointTokenizer:
         usual = "Qwen2Tokenizer" if model_type in ("qwen2", "qwen3") else ""
         kind = str(settings.get("tokenizer_class") or usual).removesuffix("Fast")
         is_qwen = model_type == "qwen2" or kind == "Qwen2Tokenizer"
+        is_llama = model_type == "llama" and kind == "LlamaTokenizer"
         content, self._tokenizer = _read_tokenizer(directory, settings, is_qwen=is_qwen)
         # Some checkpoints are saved with either, which would cut or pad prompts unseen.
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
         try:
-            _set_steps(self._tokenizer, settings, is_qwen=is_qwen)
+            _set_steps(self._tokenizer, settings, is_qwen=is_qwen, is_llama=is_llama)
             named, added = _add_tokens(self._tokenizer, directory, settings, is_qwen=is_qwen)
         except (TypeError, ValueError, AttributeError, KeyError) as error:
             raise DataError(
@@ -96,6 +97,10 @@ class CheckpointTokenizer:
         """Returns each token [n] as text; of half a character, a replacement character."""
         ids = [[token] for token in tokens.tolist()]
         return self._tokenizer.decode_batch(ids, skip_special_tokens=False)
+
+    def decode(self, tokens: Sequence[int]) -> str:
+        """Returns the text of token ids, without special tokens."""
+        return self._tokenizer.decode(tokens, skip_special_tokens=True)
 
     def roles(self, tokens: np.ndarray) -> np.ndarray:
         """Returns REAL, SPECIAL or BOS of each token [n], uint8."""
@@ -152,8 +157,10 @@ def _read_tokenizer(
         raise DataError(f"{path} is not a tokenizer: {error}") from None
 
 
-def _set_steps(tokenizer: "Tokenizer", settings: dict[str, Any], *, is_qwen: bool) -> None:
-    """Sets what comes before the merges as transformers does, which knows Qwen's by heart."""
+def _set_steps(
+    tokenizer: "Tokenizer", settings: dict[str, Any], *, is_qwen: bool, is_llama: bool
+) -> None:
+    """Sets what comes before the merges as transformers 5 does, which knows some by heart."""
     from tokenizers import Regex, models, normalizers, pre_tokenizers
 
     prefix, steps = settings.get("add_prefix_space"), tokenizer.pre_tokenizer
@@ -164,6 +171,12 @@ def _set_steps(tokenizer: "Tokenizer", settings: dict[str, Any], *, is_qwen: boo
             to_bytes = pre_tokenizers.ByteLevel(add_prefix_space=bool(prefix), use_regex=False)
             tokenizer.normalizer = normalizers.NFC()
             tokenizer.pre_tokenizer = pre_tokenizers.Sequence([words, to_bytes])
+            return
+        # Files of Llama 2 have a normalizer that puts a space before a space, too.
+        if is_llama and tokenizer.model.byte_fallback:
+            scheme = "never" if prefix is False else "always" if settings.get("legacy") else "first"
+            tokenizer.normalizer = None
+            tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=scheme, split=False)
             return
     for step in steps if isinstance(steps, pre_tokenizers.Sequence) else [steps]:
         given = step.add_prefix_space if isinstance(step, pre_tokenizers.ByteLevel) else prefix

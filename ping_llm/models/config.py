@@ -12,28 +12,44 @@ SITES = ("attn", "mlp", "residual")  # of each block
 END_SITES = ("embed", "final_norm")  # once in the model
 
 
-class YarnScaling(Settings):
-    """YaRN: rotary frequencies stretched to contexts longer than those trained on.
+class RopeScaling(Settings):
+    """Rotary frequencies stretched to contexts longer than those trained on.
+
+    `linear` divides all of them. The others keep a frequency that turns often over the original
+    context, divide one that hardly turns, and mix between: `yarn` linearly in the dimension,
+    `llama3`, as Llama 3.1 does, in the number of rotations.
 
     Attributes:
+        kind: Which of these.
         factor: How many times longer the context becomes.
-        original_max_positions: Context length that the frequencies were trained for.
+        original_max_positions: Context length that the frequencies were trained for; `linear` does
+            not need it.
         beta_fast: Rotations over the original context above which a frequency stays as it is.
         beta_slow: Rotations below which a frequency is divided by `factor`.
-        attention_factor: Scale of queries and keys; none: computed from the fields below.
+        attention_factor: Of YaRN, the scale of queries and keys; none: computed from the fields
+            below.
         mscale: Numerator of the computed scale; none: 1, and no denominator.
         mscale_all_dim: Denominator of the computed scale; used only together with `mscale`.
-        truncate: Round the bounds of the ramp to whole dimensions.
+        truncate: Round the bounds of YaRN's ramp to whole dimensions.
     """
 
+    kind: Literal["yarn", "llama3", "linear"] = "yarn"
     factor: float = field(gt=0)
-    original_max_positions: int = field(gt=0)
+    original_max_positions: int | None = field(default=None, gt=0)
     beta_fast: float = field(default=32.0, gt=0)
     beta_slow: float = field(default=1.0, gt=0)
     attention_factor: float | None = None
     mscale: float | None = None
     mscale_all_dim: float | None = None
     truncate: bool = True
+
+    def check(self) -> None:
+        """Raises a `ConfigError` if fields do not fit together."""
+        kind, beta_fast, beta_slow = self.kind, self.beta_fast, self.beta_slow
+        if kind != "linear" and self.original_max_positions is None:
+            raise ConfigError(f"rope_scaling needs original_max_positions for {kind=}")
+        if kind == "llama3" and beta_slow >= beta_fast:
+            raise ConfigError(f"rope_scaling: {beta_slow=} must be below {beta_fast=}")
 
 
 class DecoderConfig(Settings):
@@ -49,7 +65,7 @@ class DecoderConfig(Settings):
         d_ff: Width of the gated MLP, F.
         rms_norm_eps: Added to the mean square in every RMSNorm.
         rope_theta: Base of the rotary frequencies.
-        rope_scaling: YaRN scaling of the rotary frequencies.
+        rope_scaling: Scaling of the rotary frequencies.
         qkv_bias: Give the query, key and value projections a bias.
         qk_norm: RMS-normalise queries and keys per head, before the rotation.
         tie_embeddings: Use the token embedding as the output projection.
@@ -70,7 +86,7 @@ class DecoderConfig(Settings):
     d_ff: int = field(gt=0)
     rms_norm_eps: float = field(default=1e-6, gt=0)
     rope_theta: float = field(default=10_000.0, gt=0)
-    rope_scaling: YarnScaling | None = None
+    rope_scaling: RopeScaling | None = None
     qkv_bias: bool = False
     qk_norm: bool = False
     tie_embeddings: bool = True

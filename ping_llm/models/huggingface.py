@@ -285,6 +285,18 @@ def load(
     return nnx.merge(graphdef, nnx.from_flat_state(flat))
 
 
+def to_tensors(cfg: DecoderConfig, params: nnx.State) -> dict[str, np.ndarray]:
+    """Returns the parameters of a decoder by the names that a checkpoint has for them."""
+    tensors = {}
+    flat = nnx.to_flat_state(params)
+    for (_, leaf), weight in zip(flat, _weights(families.llama, cfg, params), strict=True):
+        values = np.asarray(leaf[...])
+        for name, value in zip(weight.names, values if weight.stacked else [values], strict=True):
+            value = np.ascontiguousarray(value.T if weight.transposed else value)
+            tensors[name if name.startswith("lm_head") else f"model.{name}"] = value
+    return tensors
+
+
 def _split_shapes(cfg: DecoderConfig) -> tuple[Any, Any]:
     """Returns (graphdef, state) of a decoder whose parameters have shapes, but no values."""
     return nnx.split(nnx.eval_shape(lambda: Decoder(cfg, rngs=nnx.Rngs(0))))

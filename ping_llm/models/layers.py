@@ -11,7 +11,7 @@ from jaxtyping import Array, Float, Int
 
 from ping_llm import sharding
 from ping_llm.models.attention import Attend, attention
-from ping_llm.models.config import DecoderConfig, YarnScaling
+from ping_llm.models.config import DecoderConfig, RopeScaling
 
 
 def rms_norm(cfg: DecoderConfig, width: int, *, rngs: nnx.Rngs) -> nnx.RMSNorm:
@@ -96,11 +96,22 @@ def rope_frequencies(cfg: DecoderConfig) -> tuple[np.ndarray, float]:
     """Returns (radians per position [H / 2], scale of the rotated vectors)."""
     exponents = np.arange(0, cfg.head_dim, 2, dtype=np.float64) / cfg.head_dim
     frequencies = cfg.rope_theta**-exponents
-    yarn = cfg.rope_scaling
-    if yarn is None:
+    scaling = cfg.rope_scaling
+    if scaling is None:
         return frequencies.astype(np.float32), 1.0
-    # A dimension that turns often over the original context is kept, one that hardly turns is
-    # divided by the factor, and between the two bounds the mix is linear.
+    divided, scale = np.ones_like(frequencies), 1.0  # which part of each is divided by the factor
+    if scaling.kind == "llama3":
+        rotations = (scaling.original_max_positions or 0) * frequencies / (2 * math.pi)
+        kept = (rotations - scaling.beta_slow) / (scaling.beta_fast - scaling.beta_slow)
+        divided = 1 - np.clip(kept, 0.0, 1.0)
+    elif scaling.kind == "yarn":
+        divided, scale = _yarn_ramp(cfg, scaling), _attention_factor(scaling)
+    frequencies = frequencies * (1 - divided) + frequencies / scaling.factor * divided
+    return frequencies.astype(np.float32), scale
+
+
+def _yarn_ramp(cfg: DecoderConfig, yarn: RopeScaling) -> np.ndarray:
+    """Returns 0 where a dimension turns often over the original context, 1 where it hardly does."""
     low = _dimension_of(yarn.beta_fast, cfg, yarn)
     high = _dimension_of(yarn.beta_slow, cfg, yarn)
     if yarn.truncate:
@@ -108,17 +119,15 @@ def rope_frequencies(cfg: DecoderConfig) -> tuple[np.ndarray, float]:
     low, high = max(low, 0), min(high, cfg.head_dim - 1)
     if low == high:
         high += 0.001
-    divided = np.clip((np.arange(cfg.head_dim // 2) - low) / (high - low), 0.0, 1.0)
-    frequencies = frequencies * (1 - divided) + frequencies / yarn.factor * divided
-    return frequencies.astype(np.float32), _attention_factor(yarn)
+    return np.clip((np.arange(cfg.head_dim // 2) - low) / (high - low), 0.0, 1.0)
 
 
-def _dimension_of(rotations: float, cfg: DecoderConfig, yarn: YarnScaling) -> float:
-    turns = yarn.original_max_positions / (rotations * 2 * math.pi)
+def _dimension_of(rotations: float, cfg: DecoderConfig, yarn: RopeScaling) -> float:
+    turns = (yarn.original_max_positions or 0) / (rotations * 2 * math.pi)
     return cfg.head_dim * math.log(turns) / (2 * math.log(cfg.rope_theta))
 
 
-def _attention_factor(yarn: YarnScaling) -> float:
+def _attention_factor(yarn: RopeScaling) -> float:
     def scale(weight: float) -> float:
         return 0.1 * weight * math.log(yarn.factor) + 1.0 if yarn.factor > 1 else 1.0
 

@@ -5,10 +5,12 @@ ones. A cache of C rows serves a batch of any multiple of C rows, neighbours sha
 """
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
+from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from ping_llm.models import attention, layers
@@ -145,3 +147,19 @@ def append(cache: Cache, new: Cache, start: Int[Array, ""]) -> Cache:
     put = jax.lax.dynamic_update_slice_in_dim
     keys, values = put(cache.keys, new.keys, start, 2), put(cache.values, new.values, start, 2)
     return Cache(keys, values, put(cache.positions, new.positions, start, 1))
+
+
+@functools.partial(jax.jit, static_argnums=(0, 4))
+def begin(graphdef, params, tokens, positions, room):
+    """Returns a cache of `room` tokens a sequence that begins with `tokens` [n, P]."""
+    model = nnx.merge(graphdef, params)
+    _, cache = read(model, tokens, positions)
+    return append(empty_cache(model, tokens.shape[0], room), cache, jnp.int32(0))
+
+
+@functools.partial(jax.jit, static_argnums=0, donate_argnums=2)
+def advance(graphdef, params, cache, ids, position, column):
+    """Returns (the cache with one more token `ids` [n] each, the logits after it [n, V])."""
+    model = nnx.merge(graphdef, params)
+    x, new = read(model, ids[:, None], position[:, None], (cache,))
+    return append(cache, new, column), model.logits(x)[:, 0]

@@ -1,13 +1,9 @@
 """Measurements sampled from a model, under the grammar of the token language."""
 
 import dataclasses
-import functools
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 
 from ping_llm import addresses, settings, tokenizer
 from ping_llm.errors import ConfigError
@@ -19,6 +15,7 @@ from ping_llm.prediction import decode
 from ping_llm.prediction.grammar import TIMES, Grammar
 from ping_llm.prediction.predictor import Predictor
 from ping_llm.prediction.settings import GenerateSettings
+from ping_llm.prediction.text import TextResult, continue_prompt
 from ping_llm.progress import progress
 
 MAX_SEQUENCES = 64  # sampled side by side
@@ -37,16 +34,19 @@ class GenerateResult:
 
 
 @settings.takes(GenerateSettings)
-def generate(chosen: GenerateSettings) -> GenerateResult:
-    """Returns measurements sampled from a model.
+def generate(chosen: GenerateSettings) -> GenerateResult | TextResult:
+    """Returns measurements sampled from a run, or text from a language model.
 
-    With a history, they follow the measurements of its sources, in turn.
+    With a history, measurements follow those of its sources, in turn.
 
     Raises:
-        ConfigError: The model's sequences are too short.
-        DataError: `history` cannot be read.
-        CheckpointError: `run` is no run.
+        ConfigError: The run's sequences are too short, or `model` is none or not supported.
+        DataError: `history` cannot be read, or the tokenizer of `model`.
+        CheckpointError: `run` is no run, or `model` cannot be read.
     """
+    if chosen.run is None:
+        return continue_prompt(chosen)
+    assert chosen.count is not None  # which the settings see to
     predictor = Predictor.load(chosen.run, chosen.step)
     nothing = MeasurementTable.empty()
     history = nothing if chosen.history is None else read_table([chosen.history])
@@ -135,7 +135,10 @@ def _sample_sequences(
     if position.max() + longest > length:
         raise ConfigError(f"the model's sequences of {length} tokens are too short to sample in")
     decoder, column = (predictor.model.graphdef, predictor.model.params), prefixes.shape[1]
-    cache, grammar = _start(*decoder, prefixes, positions, column + length), _grammar(prefixes)
+    cache, grammar = (
+        decode.begin(*decoder, prefixes, positions, column + length),
+        _grammar(prefixes),
+    )
     ids, alive = np.full(len(position), tokenizer.MEASUREMENT_START), np.ones(len(position), bool)
     sampled: list[np.ndarray] = []
     while True:
@@ -146,7 +149,7 @@ def _sample_sequences(
         sampled.append(np.where(alive, ids, -1))
         grammar.advance(ids)
         inputs = ids.astype(np.int32), position.astype(np.int32), np.int32(column)
-        cache, logits = _next(*decoder, cache, *inputs)
+        cache, logits = decode.advance(*decoder, cache, *inputs)
         noisy = np.asarray(logits, np.float64) + rng.gumbel(size=logits.shape)
         ids = np.argmax(np.where(grammar.allowed(), noisy, -np.inf), axis=1)
         position, column = position + 1, column + 1
@@ -157,19 +160,3 @@ def _sample_sequences(
         first = int(np.count_nonzero(given == tokenizer.MEASUREMENT_START))
         tables.append(table.slice(first, len(table)))
     return MeasurementTable.concat(tables)
-
-
-@functools.partial(jax.jit, static_argnums=(0, 4))
-def _start(graphdef, params, tokens, positions, room):
-    """Returns a cache of `room` tokens a sequence that begins with `tokens` [n, P]."""
-    model = nnx.merge(graphdef, params)
-    _, cache = decode.read(model, tokens, positions)
-    return decode.append(decode.empty_cache(model, tokens.shape[0], room), cache, jnp.int32(0))
-
-
-@functools.partial(jax.jit, static_argnums=0, donate_argnums=2)
-def _next(graphdef, params, cache, ids, position, column):
-    """Returns (the cache with one more token `ids` [n] each, the logits after it [n, 267])."""
-    model = nnx.merge(graphdef, params)
-    x, new = decode.read(model, ids[:, None], position[:, None], (cache,))
-    return decode.append(cache, new, column), model.logits(x)[:, 0]

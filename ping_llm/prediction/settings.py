@@ -13,6 +13,9 @@ else:
     Baseline = Literal["all", "none", *STATIC, *ONLINE]
 
 
+DEFAULT_MAX_TOKENS = 64  # that a language model writes
+
+
 class PredictSettings(Settings):
     """Predict RTT distributions and failures.
 
@@ -203,18 +206,43 @@ class EvaluateSettings(Settings):
 class GenerateSettings(Settings):
     """Sample measurements from a model.
 
-    Prints CSV as prepare-data reads it; a measurement that the model gives no time has none.
+    Give --run and --count for measurements of a run: prints CSV as prepare-data reads it; a
+    measurement that the model gives no time has none. Give --model and --prompt for the text of a
+    language model, to check that its checkpoint is read right.
 
     Attributes:
         run: Run directory of the model.
         step: Its checkpoint of that step.
         count: How many measurements.
         history: Measurements to go on from.
+        model: Checkpoint directory or hub id of a language model.
+        prompt: Text to go on from.
+        max_tokens: Tokens to write after the prompt, at most.
+        temperature: Draw tokens, the more evenly the higher; 0: take the likeliest.
         seed: Seed of the samples.
     """
 
-    run: str = field(location=True)
+    run: str | None = field(default=None, location=True, positional=True)
     step: int | None = field(default=None, ge=0, default_text="the best")
-    count: int = field(ge=1)
+    count: int | None = field(default=None, ge=1, positional=True)
     history: str | None = field(default=None, location=True)
+    model: str | None = field(default=None, location=True)
+    prompt: str | None = None
+    max_tokens: int | None = field(default=None, ge=1, default_text=str(DEFAULT_MAX_TOKENS))
+    temperature: float | None = field(default=None, ge=0, default_text="0")
     seed: int = field(default=0, ge=0, lt=2**63)
+
+    def check(self) -> None:
+        """Raises a `ConfigError` unless the settings are those of one of the two forms."""
+        forms = {
+            "run": ("count", "history", "step"),
+            "model": ("prompt", "max_tokens", "temperature"),
+        }
+        if (self.run is None) == (self.model is None):
+            raise ConfigError("give either --run and --count, or --model and --prompt")
+        form, other = ("run", "model") if self.model is None else ("model", "run")
+        if wrong := [name for name in forms[other] if getattr(self, name) is not None]:
+            flag = wrong[0].replace("_", "-")
+            raise ConfigError(f"--{flag} belongs to --{other}, not to --{form}")
+        if getattr(self, needed := forms[form][0]) is None:
+            raise ConfigError(f"--{form} needs --{needed}")

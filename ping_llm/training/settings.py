@@ -158,17 +158,21 @@ class TrainSettings(Settings):
 class ExportSettings(Settings):
     """Write a run's model as safetensors and a config.
 
-    The directory can stand for the run in predict, evaluate, generate and extract-activations.
+    In the format ping-llm the directory can stand for the run in predict, evaluate, generate and
+    extract-activations; in the format hf transformers loads it, and whatever builds on that.
 
     Attributes:
         run: Run directory of the model; may be remote.
         output: Directory to write; may be remote.
         step: The run's checkpoint of that step.
+        format: Names of the weights: our own, or those of Llama, Mistral or Qwen, with a model
+            card.
     """
 
     run: str = field(location=True)
     output: str = field(location=True)
     step: int | None = field(default=None, ge=0, default_text="the best")
+    format: Literal["ping-llm", "hf"] = "ping-llm"
 
 
 class InspectRunSettings(Settings):

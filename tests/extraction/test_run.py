@@ -255,6 +255,24 @@ def test_a_reader_is_a_torch_dataset_also_in_spawned_workers(
     np.testing.assert_array_equal(whole, reader[:].astype(np.float32))
 
 
+def test_a_torch_dataset_gives_each_worker_and_process_rows_of_its_own(finished):
+    reader = ActivationReader(str(finished), layer=2)
+    chunks = len(reader._pieces())
+    assert chunks >= 4  # or there were nothing to share
+    dataset = reader.torch_dataset(1, epochs=1, seed=3)
+    alone = torch.cat(list(dataset)).numpy()
+    np.testing.assert_array_equal(alone, np.concatenate([*reader.batches(1, epochs=1, seed=3)]))
+    loader = torch.utils.data.DataLoader(
+        dataset, batch_size=None, num_workers=2, multiprocessing_context="spawn"
+    )
+    shared = torch.cat(list(loader)).numpy()
+    halves = [list(reader.torch_dataset(1, epochs=1, part=(i, 2))) for i in range(2)]
+    assert all(halves)
+    for rows in (shared, torch.cat(halves[0] + halves[1]).numpy()):
+        assert len(rows) == len(reader)
+        np.testing.assert_array_equal(rows[np.lexsort(rows.T)], alone[np.lexsort(alone.T)])
+
+
 def test_a_reader_says_that_it_cannot_be_used_after_a_fork(finished, monkeypatch):
     reader = ActivationReader(str(finished), layer=2)
     monkeypatch.setattr(os, "getpid", lambda: -1)

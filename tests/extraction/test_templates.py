@@ -144,6 +144,37 @@ def test_how_qwen2_cuts_words_is_known_whatever_the_file_says(name, tmp_path):
     assert ours == theirs
 
 
+LLAMA_PIECES = ["<unk>", "<s>", "</s>", *(f"<0x{i:02X}>" for i in range(256)), *"\u2581the<an>12"]
+AT_FRONT = [
+    {"type": "Prepend", "prepend": "\u2581"},
+    {"type": "Replace", "pattern": {"String": " "}, "content": "\u2581"},
+]
+
+
+@pytest.mark.parametrize("model_type", ["llama", "mistral"])
+@pytest.mark.parametrize("kind", ["LlamaTokenizerFast", "PreTrainedTokenizerFast"])
+@pytest.mark.parametrize(
+    "beside",
+    [{}, {"legacy": True}, {"add_prefix_space": False}, {"legacy": False, "add_bos_token": True}],
+    ids=str,
+)
+def test_the_tokenizer_of_llama_2_is_known_whatever_its_file_says(
+    beside, kind, model_type, tmp_path
+):
+    pieces = {piece: i for i, piece in enumerate([*LLAMA_PIECES, "\u2581t", "he"])}
+    merges = [("\u2581", "t"), ("h", "e")]
+    transformers.LlamaTokenizer(vocab=pieces, merges=merges).save_pretrained(tmp_path)
+    old = {"normalizer": {"type": "Sequence", "normalizers": AT_FRONT}, "pre_tokenizer": None}
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": model_type}))
+    change(tmp_path, tokenizer_class=kind, add_prefix_space=None)
+    change(tmp_path, **beside)
+    ours, theirs = both_ids(tmp_path)
+    assert ours == theirs
+    change(tmp_path, "tokenizer.json", **old)
+    ours, theirs = both_ids(tmp_path)
+    assert ours == theirs
+
+
 def test_dropout_saved_with_a_tokenizer_does_not_apply(tmp_path):
     write_tokenizer(tmp_path, qwen=False)
     expected, _ = both_ids(tmp_path)

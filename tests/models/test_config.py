@@ -3,7 +3,7 @@ import json
 import pytest
 
 from ping_llm.errors import ConfigError
-from ping_llm.models.config import PRESETS, DecoderConfig, YarnScaling
+from ping_llm.models.config import PRESETS, DecoderConfig, RopeScaling
 from ping_llm.settings import from_json, to_json
 
 SHAPE = dict(vocab_size=267, d_model=32, n_layers=2, n_heads=4, n_kv_heads=2, head_dim=8, d_ff=64)
@@ -20,7 +20,7 @@ def test_a_preset_has_the_parameters_it_states(preset, parameters):
 def test_a_config_survives_json():
     cfg = DecoderConfig(
         **SHAPE,
-        rope_scaling=YarnScaling(factor=4.0, original_max_positions=32_768),
+        rope_scaling=RopeScaling(factor=4.0, original_max_positions=32_768),
         sliding_window=16,
         sliding_layers=(False, True),
     )

@@ -7,12 +7,16 @@ import jax
 import numpy as np
 import pytest
 import torch
+import transformers
 from flax import nnx
 from hf_checkpoints import make_checkpoint
+from safetensors.numpy import save_file
+from tiny_runs import decoder
 
 from ping_llm.errors import CheckpointError, ConfigError, PingLLMError
 from ping_llm.extraction import parity
-from ping_llm.models import huggingface
+from ping_llm.models import families, huggingface
+from ping_llm.models.config import RopeScaling
 
 SITES = ("residual", "attn", "mlp", "embed", "final_norm")
 YARN = {"factor": 4.0, "original_max_position_embeddings": 64}
@@ -22,6 +26,13 @@ ALL_YARN = YARN | {
     "mscale": 0.7,
     "mscale_all_dim": 0.4,
     "truncate": False,
+}
+LLAMA3 = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
 }
 # What differs from a plain Qwen2 with grouped queries, an untied head and one file.
 VARIANTS = {
@@ -70,6 +81,19 @@ VARIANTS = {
         "head_dim": 12,
         "rms_norm_eps": 1e-5,
     },
+    "llama": {"model_type": "llama"},
+    "llama_rope_llama3": {
+        "model_type": "llama",
+        "head_dim": 20,
+        "tie_word_embeddings": True,
+        "rope_parameters": {"rope_theta": 5e5, **LLAMA3},
+    },
+    "llama_rope_linear": {
+        "model_type": "llama",
+        "config": {"rope_parameters": None, "rope_scaling": {"type": "linear", "factor": 3.0}},
+    },
+    "mistral": {"model_type": "mistral", "sliding_window": None},
+    "mistral_sliding": {"model_type": "mistral", "sliding_window": 6},
 }
 
 
@@ -113,8 +137,6 @@ def test_in_bfloat16_we_are_as_exact_as_transformers(tmp_path, prompts):
 
 def test_logits_are_those_of_transformers(tmp_path, prompts):
     directory = make_checkpoint(tmp_path)
-    import transformers
-
     theirs = transformers.AutoModelForCausalLM.from_pretrained(directory).eval()
     with torch.inference_mode():
         expected = theirs(torch.from_numpy(prompts[1])[None]).logits.numpy()
@@ -136,7 +158,13 @@ def test_parameters_keep_their_dtype_unless_asked(dtype, tmp_path):
 @pytest.mark.parametrize(
     ("change", "name"),
     [
-        ({"model_type": "llama"}, "model_type 'llama'"),
+        ({"model_type": "gemma"}, "model_type 'gemma'"),
+        ({"rope_scaling": LLAMA3 | {"factor": None}, "rope_parameters": None}, "needs factor"),
+        ({"rope_scaling": LLAMA3 | {"foo": 1}, "rope_parameters": None}, "foo=1"),
+        ({"rope_scaling": LLAMA3 | {"low_freq_factor": 9.0}, "rope_parameters": None}, "below"),
+        ({"model_type": "llama", "attention_bias": True}, "attention_bias"),
+        ({"model_type": "llama", "mlp_bias": True}, "mlp_bias"),
+        ({"model_type": "llama", "sliding_window": 8}, "sliding_window=8"),
         ({"hidden_act": "gelu"}, "hidden_act 'gelu'"),
         ({"rope_parameters": {"rope_type": "dynamic", "factor": 2.0}}, "'dynamic'"),
         ({"rope_parameters": {"rope_type": "yarn", "factor": 2.0, "foo": 1}}, "foo=1"),
@@ -279,7 +307,7 @@ def test_a_hub_id_that_cannot_be_had_says_why(monkeypatch, tmp_path):
 
 
 def test_layers_of_different_dtypes_lose_nothing(tmp_path):
-    from safetensors.numpy import load_file, save_file
+    from safetensors.numpy import load_file
 
     directory = make_checkpoint(tmp_path, dtype="float16")
     tensors = load_file(directory / "model.safetensors")
@@ -290,3 +318,43 @@ def test_layers_of_different_dtypes_lose_nothing(tmp_path):
     kernel = np.asarray(model.blocks.mlp.up.kernel[...])
     assert kernel.dtype == np.float32
     np.testing.assert_array_equal(kernel[1], tensors[name].T)
+
+
+WAYS_BACK = {
+    "llama": {"rope_scaling": RopeScaling(kind="llama3", factor=4.0, original_max_positions=16)},
+    "mistral": {"sliding_window": 5, "tie_embeddings": False},
+    "qwen2": {"qkv_bias": True, "rope_scaling": RopeScaling(factor=4.0, original_max_positions=9)},
+    "qwen3": {"qk_norm": True, "sliding_window": 7, "sliding_layers": (True, False)},
+}
+
+
+@pytest.mark.parametrize("member", WAYS_BACK)
+def test_transformers_reads_our_decoders(member, tmp_path):
+    graphdef, params = decoder(**WAYS_BACK[member])
+    cfg = nnx.merge(graphdef, params).cfg
+    content = families.llama.write_config(cfg)
+    assert content["model_type"] == member
+    (tmp_path / "config.json").write_text(json.dumps(content | {"max_position_embeddings": 64}))
+    rng = np.random.default_rng(0)
+    params = jax.tree.map(lambda leaf: leaf + rng.normal(0, 0.1, leaf.shape), params)
+    save_file(huggingface.to_tensors(cfg, params), tmp_path / "model.safetensors")
+    assert huggingface.read_config(tmp_path) == cfg
+    tokens = rng.integers(0, 267, (2, 60)).astype(np.int32)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+    with torch.inference_mode():
+        logits = theirs(torch.from_numpy(tokens.astype(np.int64))).logits.numpy()
+    np.testing.assert_allclose(nnx.merge(graphdef, params)(tokens), logits, rtol=1e-5, atol=2e-5)
+
+
+@pytest.mark.parametrize(
+    ("change", "name"),
+    [
+        ({"logit_softcap": 30.0}, "logit_softcap=30.0"),
+        ({"qk_norm": True, "qkv_bias": True}, "qk_norm=true with qkv_bias=true"),
+        ({"sliding_window": 5, "sliding_layers": (True, False)}, "sliding_layers"),
+    ],
+)
+def test_a_decoder_that_transformers_has_not_is_refused_by_name(change, name):
+    cfg = nnx.merge(*decoder(**change)).cfg
+    with pytest.raises(ConfigError, match=name):
+        families.llama.write_config(cfg)

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ping_llm.models import layers
-from ping_llm.models.config import DecoderConfig, YarnScaling
+from ping_llm.models.config import DecoderConfig, RopeScaling
 
 SHAPE = dict(vocab_size=11, d_model=32, n_layers=2, n_heads=4, n_kv_heads=2, head_dim=8, d_ff=64)
 PLAIN = DecoderConfig(**SHAPE, dtype="float32")
@@ -30,7 +30,7 @@ def test_a_rotated_product_depends_on_the_distance_only(start, distance, seed):
 def yarn(**changes):
     fields = dict(factor=4.0, original_max_positions=32_768) | changes
     shape = SHAPE | dict(head_dim=128)
-    return DecoderConfig(**shape, rope_theta=1e6, rope_scaling=YarnScaling(**fields))
+    return DecoderConfig(**shape, rope_theta=1e6, rope_scaling=RopeScaling(**fields))
 
 
 def test_yarn_keeps_fast_dimensions_and_divides_slow_ones():

@@ -2,7 +2,7 @@ import pytest
 from tiny_runs import train_settings
 
 from ping_llm.errors import ConfigError
-from ping_llm.models.config import PRESETS, YarnScaling
+from ping_llm.models.config import PRESETS, RopeScaling
 from ping_llm.settings import refuse_changes, to_json
 from ping_llm.tokenizer import FIELDS
 from ping_llm.training.settings import TrainSettings
@@ -61,7 +61,7 @@ def test_tables_and_lists_come_from_toml(tmp_path):
         "[model.rope_scaling]\nfactor = 4\noriginal_max_positions = 1024\n"
     )
     model = train_settings(config_file=toml).model
-    assert model.rope_scaling == YarnScaling(factor=4.0, original_max_positions=1024)
+    assert model.rope_scaling == RopeScaling(factor=4.0, original_max_positions=1024)
     assert model.windows == (8, None, 8, None)
 
 

@@ -1,16 +1,16 @@
 """Families of checkpoints. They differ in the values of a `DecoderConfig` and in a weight table.
 
-A family is a module: `read_config` makes a `DecoderConfig` of a `config.json`; `BLOCK` and `ENDS`
-name the tensor of each parameter.
+A family is a module: `read_config` makes a `DecoderConfig` of a `config.json`, `write_config` the
+other way round; `BLOCK` and `ENDS` name the tensor of each parameter.
 """
 
 from types import ModuleType
 from typing import Any
 
 from ping_llm.errors import ConfigError
-from ping_llm.models.families import qwen
+from ping_llm.models.families import llama
 
-FAMILIES = {"qwen2": qwen, "qwen3": qwen}  # by `model_type`
+FAMILIES: dict[Any, ModuleType] = dict.fromkeys(llama.MEMBERS, llama)  # by `model_type`
 
 
 def open(model_type: Any, where: str) -> ModuleType:  # noqa: A001

@@ -1,10 +1,41 @@
-"""Qwen2, Qwen2.5 and Qwen3: what their `config.json` means, and what their tensors are called."""
+"""Llama and its kin: what their `config.json` means, and what their tensors are called.
 
+Llama 2 and 3, Mistral, Qwen2, Qwen2.5 and Qwen3 name their tensors alike; `Traits` holds in what
+they differ.
+"""
+
+import dataclasses
 from collections.abc import Mapping
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 from ping_llm.errors import ConfigError
-from ping_llm.models.config import DTYPES, DecoderConfig, Dtype, YarnScaling
+from ping_llm.models.config import DTYPES, DecoderConfig, Dtype, RopeScaling
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Traits:
+    """In what a member of the family differs from the others.
+
+    Attributes:
+        qkv_bias: Whether queries, keys and values have a bias, whatever `attention_bias` says.
+        qk_norm: Whether queries and keys are normalised.
+        head_dim: Width of a head where the config does not say; None: d_model / heads.
+        sliding: Which settings the sliding window has: none, Mistral's (one width for all layers),
+            or Qwen's (a width, a switch, and the layers).
+    """
+
+    qkv_bias: bool = False
+    qk_norm: bool = False
+    head_dim: int | None = None
+    sliding: Literal["none", "mistral", "qwen"] = "none"
+
+
+MEMBERS = {  # by `model_type`
+    "llama": Traits(),
+    "mistral": Traits(sliding="mistral"),
+    "qwen2": Traits(qkv_bias=True, sliding="qwen"),
+    "qwen3": Traits(qk_norm=True, head_dim=128, sliding="qwen"),
+}
 
 # Keys of config.json that change nothing in a forward pass, of all that transformers has written.
 _NO_EFFECT = frozenset(
@@ -37,7 +68,15 @@ _NEUTRAL: dict[str, Any] = {
 _NUMBERS = ("rms_norm_eps", "rope_theta", "max_position_embeddings", "num_key_value_heads")
 _NUMBERS += ("head_dim", "sliding_window", "max_window_layers", "original_max_position_embeddings")
 _LARGEST = 2**31 - 1  # size of anything
+_ORIGINAL = "original_max_position_embeddings"
 _YARN_KEYS = ("beta_fast", "beta_slow", "attention_factor", "mscale", "mscale_all_dim", "truncate")
+# Settings of RoPE by its type, each with the field of `RopeScaling` that it becomes.
+_ROPE_KEYS: dict[str, dict[str, str]] = {
+    "default": {},
+    "linear": {},
+    "llama3": {"low_freq_factor": "beta_slow", "high_freq_factor": "beta_fast"},
+    "yarn": {key: key for key in _YARN_KEYS},
+}
 
 # Parameter of the decoder: (tensor in the checkpoint, whether that is stored [out, in]).
 BLOCK: dict[tuple[str, ...], tuple[str, bool]] = {
@@ -67,7 +106,7 @@ def read_config(fields: Mapping[str, Any], where: str) -> DecoderConfig:
     """Returns the decoder that the content of a `config.json` describes.
 
     Args:
-        fields: The content; its `model_type` is qwen2 or qwen3.
+        fields: The content; its `model_type` is one of `MEMBERS`.
         where: What messages call it.
 
     Raises:
@@ -86,15 +125,19 @@ def read_config(fields: Mapping[str, Any], where: str) -> DecoderConfig:
         return value
 
     model_type = take("model_type")
-    is_qwen3 = model_type == "qwen3"
+    traits = MEMBERS[cast(str, model_type)]
     if (act := take("hidden_act", "silu")) != "silu":
         raise ConfigError(f"{where}: hidden_act {act!r} is not supported; only 'silu' is")
     d_model, n_layers = size("hidden_size"), size("num_hidden_layers")
     n_heads = size("num_attention_heads")
     n_kv_heads = take("num_key_value_heads") or n_heads
-    head_dim = take("head_dim") or (128 if is_qwen3 else d_model // n_heads)
-    theta, yarn = _rope(left, fields.get("max_position_embeddings"), where)
-    window, flags = _sliding(left, n_layers, where)
+    head_dim = take("head_dim") or traits.head_dim or d_model // n_heads
+    theta, scaling = _rope(left, fields.get("max_position_embeddings"), where)
+    window, flags = None, ()
+    if traits.sliding == "qwen":
+        window, flags = _sliding(left, n_layers, where)
+    elif traits.sliding == "mistral":  # no window where it is null, 4,096 keys where it is absent
+        window = left.pop("sliding_window", 4096)
     dtype = _dtype(fields, where)
     config = DecoderConfig(
         vocab_size=size("vocab_size"),
@@ -106,17 +149,17 @@ def read_config(fields: Mapping[str, Any], where: str) -> DecoderConfig:
         d_ff=size("intermediate_size"),
         rms_norm_eps=take("rms_norm_eps", 1e-6),
         rope_theta=theta,
-        rope_scaling=yarn,
-        qkv_bias=not is_qwen3,
-        qk_norm=is_qwen3,
+        rope_scaling=scaling,
+        qkv_bias=traits.qkv_bias,
+        qk_norm=traits.qk_norm,
         tie_embeddings=bool(take("tie_word_embeddings", False)),
         sliding_window=window,
         sliding_layers=flags,
         dtype=dtype,
         param_dtype=dtype,
     )
-    # Qwen2 has its three biases whatever this says; with it, Qwen3 has a fourth.
-    if take("attention_bias", False) and is_qwen3:
+    # Qwen2 has its three biases whatever this says; with it, the others have a fourth.
+    if take("attention_bias", False) and not traits.qkv_bias:
         raise ConfigError(f"{where}: attention_bias=True is not supported for {model_type}")
     # A value of false or 0 may mean something: `is_causal` false makes every token see all others.
     refused = [
@@ -134,13 +177,76 @@ def read_config(fields: Mapping[str, Any], where: str) -> DecoderConfig:
     return config
 
 
+def write_config(cfg: DecoderConfig) -> dict[str, Any]:
+    """Returns the `config.json` of a decoder, for the member of the family that computes the same.
+
+    Raises:
+        ConfigError: None of them does.
+    """
+    slides = cfg.windows is not None
+    if cfg.qk_norm:
+        model_type = "qwen3"
+    elif cfg.qkv_bias:
+        model_type = "qwen2"
+    else:
+        model_type = "mistral" if slides else "llama"
+    unknown = {
+        f"logit_softcap={cfg.logit_softcap}": cfg.logit_softcap is not None,
+        "qk_norm=true with qkv_bias=true": cfg.qk_norm and cfg.qkv_bias,
+        "sliding_layers without qk_norm or qkv_bias": (
+            model_type == "mistral" and not all(cfg.windows or ())
+        ),
+        f"d_model={cfg.d_model} that is no multiple of n_heads={cfg.n_heads}": (
+            model_type == "llama" and cfg.d_model % cfg.n_heads > 0
+        ),
+    }
+    if refused := [setting for setting, is_so in unknown.items() if is_so]:
+        raise ConfigError(
+            f"no model of {', '.join(MEMBERS)} has {' or '.join(refused)}, so that such a run "
+            "cannot be written as one; export it in the format ping-llm"
+        )
+    content: dict[str, Any] = {
+        "architectures": [f"{model_type.capitalize()}ForCausalLM"],
+        "model_type": model_type,
+        "vocab_size": cfg.vocab_size,
+        "hidden_size": cfg.d_model,
+        "num_hidden_layers": cfg.n_layers,
+        "num_attention_heads": cfg.n_heads,
+        "num_key_value_heads": cfg.n_kv_heads,
+        "head_dim": cfg.head_dim,
+        "intermediate_size": cfg.d_ff,
+        "hidden_act": "silu",
+        "rms_norm_eps": cfg.rms_norm_eps,
+        "rope_theta": cfg.rope_theta,
+        "rope_scaling": None if cfg.rope_scaling is None else _rope_content(cfg.rope_scaling),
+        "tie_word_embeddings": cfg.tie_embeddings,
+        "dtype": cfg.param_dtype,
+    }
+    if model_type == "mistral":
+        content["sliding_window"] = cfg.sliding_window
+    elif slides:
+        kinds = ["full_attention" if w is None else "sliding_attention" for w in cfg.windows or ()]
+        content |= {"use_sliding_window": True, "sliding_window": cfg.sliding_window}
+        content["layer_types"] = kinds
+    return content
+
+
+def _rope_content(scaling: RopeScaling) -> dict[str, Any]:
+    fields = {key: getattr(scaling, field) for key, field in _ROPE_KEYS[scaling.kind].items()}
+    content = {"rope_type": scaling.kind, "factor": scaling.factor, **fields}
+    if scaling.kind != "linear":
+        content[_ORIGINAL] = scaling.original_max_positions
+    return {key: value for key, value in content.items() if value is not None}
+
+
 def _check_types(fields: Mapping[str, Any], where: str) -> None:
     """Raises a `ConfigError` where a value is of a kind that it cannot be."""
     kinds: dict[str, tuple[type, ...]] = dict.fromkeys(_NUMBERS, (int, float))
     kinds |= {"rope_scaling": (dict,), "rope_parameters": (dict,), "layer_types": (list,)}
     scaling = fields.get("rope_scaling") or fields.get("rope_parameters")
     inner = scaling if isinstance(scaling, dict) else {}
-    numbers = {key: inner[key] for key in (*_YARN_KEYS, "factor", "rope_theta") if key in inner}
+    names = ("factor", "rope_theta", *_ROPE_KEYS["llama3"], *_YARN_KEYS, _ORIGINAL)
+    numbers = {key: inner[key] for key in names if key in inner}
     inner_kinds = {"rope_type": (str,), "type": (str,), "partial_rotary_factor": (int, float)}
     kinds |= dict.fromkeys(numbers, (int, float)) | inner_kinds | {"a layer type": (str,)}
     named = {key: inner[key] for key in inner_kinds if key in inner}
@@ -167,7 +273,7 @@ def _dtype(fields: Mapping[str, Any], where: str) -> Dtype:
 
 def _rope(
     left: dict[str, Any], max_positions: int | None, where: str
-) -> tuple[float, YarnScaling | None]:
+) -> tuple[float, RopeScaling | None]:
     """Takes all of RoPE's settings out of `left`; returns (theta, scaling)."""
     scaling, parameters = left.pop("rope_scaling", None), left.pop("rope_parameters", None)
     if scaling and parameters and scaling != parameters:
@@ -175,7 +281,7 @@ def _rope(
     rope = dict(scaling or parameters or {})
     theta = left.pop("rope_theta", None)
     theta = rope.pop("rope_theta", None) or theta or 10_000.0
-    original = left.pop("original_max_position_embeddings", None)
+    original = left.pop(_ORIGINAL, None)
     kinds = {rope.pop("rope_type", None), rope.pop("type", None)} - {None} or {"default"}
     if len(kinds) > 1:
         raise ConfigError(
@@ -185,24 +291,30 @@ def _rope(
     partial = {rope.pop("partial_rotary_factor", None), left.pop("partial_rotary_factor", None)}
     if partial - {None, 1.0}:
         raise ConfigError(f"{where}: partial_rotary_factor other than 1 is not supported")
-    yarn = None
-    if kind == "yarn":
-        original = original or rope.pop("original_max_position_embeddings", None) or max_positions
-        rope.pop("original_max_position_embeddings", None)
-        if original is None:
-            raise ConfigError(f"{where}: YaRN needs original_max_position_embeddings")
-        factor = rope.pop("factor", None) or (max_positions or original) / original
-        given = {key: rope.pop(key, None) for key in _YARN_KEYS}
-        given = {key: value for key, value in given.items() if value is not None}
-        yarn = YarnScaling(factor=factor, original_max_positions=original, **given)
-    elif kind != "default":
+    if kind not in _ROPE_KEYS:
         raise ConfigError(
-            f"{where}: RoPE of type {kind!r} is not supported; only default and yarn are"
+            f"{where}: RoPE of type {kind!r} is not supported; only {', '.join(_ROPE_KEYS)} are"
         )
+    given = {field: rope.pop(key, None) for key, field in _ROPE_KEYS[kind].items()}
+    given = {field: value for field, value in given.items() if value is not None}
+    factor = 0.0 if kind == "default" else rope.pop("factor", None) or 0.0
+    if kind in ("yarn", "llama3"):
+        inner = rope.pop(_ORIGINAL, None)
+        original = original or inner or max_positions
+        if original is None:
+            raise ConfigError(f"{where}: RoPE of type {kind!r} needs {_ORIGINAL}")
     if rope:
         shown = ", ".join(f"{key}={value!r}" for key, value in sorted(rope.items()))
         raise ConfigError(f"{where}: RoPE setting not supported for type {kind!r}: {shown}")
-    return theta, yarn
+    if kind == "default":
+        return theta, None
+    if kind == "yarn" and not factor:
+        factor = (max_positions or original) / original
+    if missing := ["factor"] * (not factor) + ["low_freq_factor", "high_freq_factor"] * (
+        kind == "llama3" and len(given) < 2
+    ):
+        raise ConfigError(f"{where}: RoPE of type {kind!r} needs {', '.join(missing)}")
+    return theta, RopeScaling(kind=kind, factor=factor, original_max_positions=original, **given)
 
 
 def _sliding(
