@@ -1,5 +1,6 @@
 """Random changes to bytes and to JSON, for tests of what reads other people's files."""
 
+import copy
 import json
 import math
 
@@ -42,7 +43,7 @@ def mutate_json(content, rng):
     for _ in range(rng.integers(1, 4)):
         places = list(_places(content))
         if not places:
-            return VALUES[rng.integers(0, len(VALUES))]
+            return _value(rng)
         parent, key = places[rng.integers(0, len(places))]
         kind = rng.integers(0, 5)
         if kind == 0:
@@ -54,8 +55,12 @@ def mutate_json(content, rng):
             # A copy, or it would hold itself.
             parent[key] = json.loads(json.dumps(other[at])) if at in _keys(other) else None
         else:
-            parent[key] = VALUES[rng.integers(0, len(VALUES))]
+            parent[key] = _value(rng)
     return content
+
+
+def _value(rng):
+    return copy.deepcopy(VALUES[rng.integers(0, len(VALUES))])
 
 
 def _keys(parent):
