@@ -102,6 +102,9 @@ def parse_ripe_lines(
                 values[name][1][i] = columns.OK
             verdict.codes[i] = verdict.codes[i] or (found is None and _MALFORMED)
             hops += [(i, *hop) for hop in found.hops] if found and traceroutes == "hops" else []
+    for name in ("loss", "spread"):
+        if np.all(values[name][1] == columns.MISSING):
+            del values[name]
     table = check(verdict, src=src, dst=dst, time=time, family=family, **values)
     return MeasurementTable.concat([table, *_hops(hops, verdict, src, time[0], family[0])]), verdict
 
