@@ -13,7 +13,8 @@ from ping_llm import settings
 from ping_llm.data import rows
 from ping_llm.errors import DataError
 from ping_llm.hashing import digest
-from ping_llm.ingest.files import InputFile, find_files
+from ping_llm.ingest.fetch import fetched
+from ping_llm.ingest.files import InputFile
 from ping_llm.ingest.local import Engine, LocalEngine
 from ping_llm.ingest.settings import PrepareSettings
 from ping_llm.outputs import claim, digest_files, publish_directory
@@ -60,10 +61,12 @@ def prepare_data(chosen: PrepareSettings) -> PrepareResult:
         StorageError: An input is absent, or the output cannot be written.
     """
     started = time.monotonic()
-    output, files = (
-        Location.of(chosen.output),
-        find_files(chosen.inputs, traceroutes=chosen.traceroutes),
-    )
+    with fetched(chosen.inputs, chosen.reading) as files:
+        return _prepare(chosen, files, started)
+
+
+def _prepare(chosen: PrepareSettings, files: Sequence[InputFile], started: float) -> PrepareResult:
+    output = Location.of(chosen.output)
     workers = chosen.workers or len(os.sched_getaffinity(0))
 
     def stored() -> dict[str, Any] | None:

@@ -1,5 +1,7 @@
 """What a measurement is, and what a record must be to become one; the same for every format."""
 
+# pyarrow.compute makes its functions when it is imported:
+# pyright: reportAttributeAccessIssue=false
 import abc
 import dataclasses
 from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
@@ -7,11 +9,13 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from ping_llm.addresses import ADDRESS
-from ping_llm.columns import INVALID, MISSING, OK, parse_addresses
+from ping_llm.columns import INVALID, MISSING, OK, is_text, parse_addresses
 from ping_llm.data.rows import MEASURED
 from ping_llm.errors import DataError
+from ping_llm.ingest.files import Reading
 from ping_llm.measurements import COLUMNS, MeasurementTable
 from ping_llm.tokenizer import MAX_RTT_MS
 
@@ -28,8 +32,6 @@ REASONS = (
     "not UTF-8 text",
     "not a JSON object",
     "not a ping result",
-    "not a ping or traceroute result",
-    "malformed traceroute",
     "not a CSV row of the header's columns",
     "missing event_time",
     "invalid event_time",
@@ -39,6 +41,8 @@ REASONS = (
     "non-finite rtt",
     "rtt beyond the largest code",
     *(f"invalid {COLUMNS[name].arrow}" for name in COLUMNS if name not in NEEDED),
+    "not a ping or traceroute result",
+    "malformed traceroute",
 )
 REASON_CODES = {reason: np.uint8(code) for code, reason in enumerate(REASONS)}
 
@@ -136,16 +140,38 @@ def _optional(verdict: Verdict, name: str, values: np.ndarray, problems: np.ndar
     return np.where(given & accepted, values, column.missing).astype(column.dtype)
 
 
-def check_columns(arrays: Mapping[str, pa.Array]) -> tuple[MeasurementTable, Verdict]:
-    """Returns the good records of a table, given as its columns by name, and what is wrong."""
+def check_columns(
+    arrays: Mapping[str, pa.Array], reading: Reading
+) -> tuple[MeasurementTable, Verdict]:
+    """Returns the good records of a table, given as its columns by our names, and what is wrong."""
     fields: dict[str, Any] = {}
     for name in READ:
         column = COLUMNS[name]
         if column.arrow in arrays:
             read = parse_addresses if column.dtype == ADDRESS else column.read
-            fields[name] = read(arrays[column.arrow])
+            array = arrays[column.arrow]
+            fields[name] = read(_with_failures(array, reading.failed) if name == "rtt" else array)
     verdict = Verdict(len(arrays["rtt"]))
+    rtt, problems = fields["rtt"]
+    fields["rtt"] = np.where(rtt < 0, rtt, rtt * reading.rtt_scale), problems
+    if "family" not in fields:
+        fields["family"] = fields["dst"].family_of_records(), np.full(len(rtt), OK)
     return check(verdict, **fields), verdict
+
+
+def _with_failures(rtt: pa.Array, failed: Sequence[str]) -> pa.Array:
+    """Returns RTTs in which -1 stands for each value that means a failure."""
+    if not failed:
+        return rtt
+    if pa.types.is_dictionary(rtt.type):
+        rtt = rtt.dictionary_decode()
+    if is_text(rtt.type):
+        texts = pc.utf8_trim_whitespace(rtt.cast(pa.string()))
+        is_failed = pc.is_in(pc.utf8_lower(texts), pa.array([text.lower() for text in failed]))
+        return pc.if_else(is_failed, "-1", texts)
+    if "nan" in map(str.lower, failed) and pa.types.is_floating(rtt.type):
+        return pc.if_else(pc.is_nan(rtt), pa.scalar(-1, rtt.type), rtt)
+    return rtt
 
 
 class RawRecords(abc.ABC):
@@ -225,11 +251,11 @@ def names_to_read(path: object, names: Sequence[str]) -> list[str]:
     Raises:
         DataError: One is missing, or there twice.
     """
-    needed = [COLUMNS[name].arrow for name in NEEDED]
+    needed = [COLUMNS[name].arrow for name in NEEDED if name != "family"]  # which ends tell
     if missing := [name for name in needed if name not in names]:
         raise DataError(
             f"{path} has no column {', '.join(missing)}; expected {', '.join(needed)}, "
-            f"found {', '.join(names)[:200] or 'none'}"
+            f"found {', '.join(names)[:200] or 'none'}; --columns says which are which"
         )
     read = [COLUMNS[name].arrow for name in READ if COLUMNS[name].arrow in names]
     if repeated := [name for name in read if names.count(name) > 1]:

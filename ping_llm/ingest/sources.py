@@ -18,7 +18,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from ping_llm.errors import DataError
-from ping_llm.ingest.files import READ_ERRORS, InputFile, Unit, find_files, format_of
+from ping_llm.ingest.fetch import fetched
+from ping_llm.ingest.files import READ_ERRORS, InputFile, Reading, Unit, format_of
 from ping_llm.ingest.formats.csv import read_csv
 from ping_llm.ingest.formats.json_text import is_json_text
 from ping_llm.ingest.formats.lines import Text, decompressed, open_text
@@ -44,8 +45,15 @@ def read_measurements(
     Raises:
         DataError: A file is missing, empty, corrupt or of no known format.
     """
+    with fetched(inputs, Reading()) as files:
+        yield from _measurements(files, on_rejected)
+
+
+def _measurements(
+    files: Sequence[InputFile], on_rejected: Callable[[pa.RecordBatch], None] | None
+) -> Iterator[MeasurementTable]:
     before, lines, file = 0, 0, None
-    for unit in cut_into_units(find_files(inputs)):
+    for unit in cut_into_units(files):
         before, file = (before + lines if unit.files[0] == file else 0), unit.files[0]
         lines = 0
         for part in read_unit(unit):
@@ -158,7 +166,7 @@ def _read(file: InputFile, start: int, stop: int | None) -> Iterator[RawRecords]
             if file.format == "tar":
                 yield from _read_archive(file, stream, raw.tell)
             else:
-                text = Text(file, str(file.location), stream, raw.tell, start, stop)
+                text = Text(file, file.name, stream, raw.tell, start, stop)
                 yield from _TEXTS[file.format](text)
 
 
@@ -173,7 +181,7 @@ def _read_archive(
     found = False
     with tarfile.open(fileobj=stream, mode="r|") as archive:
         for member in archive:
-            name, format_, compression = f"{file.location}/{member.name}", *format_of(member.name)
+            name, format_, compression = f"{file.name}/{member.name}", *format_of(member.name)
             if format_ is None or not member.isfile() or re.search(r"(^|/)[._]", member.name):
                 continue
             if format_ not in _TEXTS:
@@ -183,7 +191,7 @@ def _read_archive(
             text = Text(file, name, decompressed(content, compression), read)
             yield from _TEXTS[format_](text)
     if not found:
-        raise DataError(f"{file.location} holds no file of a known ending")
+        raise DataError(f"{file.name} holds no file of a known ending")
 
 
 @contextlib.contextmanager
@@ -195,5 +203,5 @@ def _named_errors(file: InputFile) -> Iterator[None]:
         what = f"{file.compression or ''} {file.format}".strip()
         why = str(error).strip().split("\n")[0] or type(error).__name__
         raise DataError(
-            f"{file.location} cannot be read as {what}: {why}; get an intact copy"
+            f"{file.name} cannot be read as {what}: {why}; get an intact copy"
         ) from error

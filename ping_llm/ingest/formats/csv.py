@@ -12,6 +12,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from ping_llm.errors import DataError
+from ping_llm.ingest.files import Reading
 from ping_llm.ingest.formats.lines import Lines, Text, open_text
 from ping_llm.ingest.records import Verdict, check_columns, names_to_read
 from ping_llm.measurements import MeasurementTable
@@ -23,24 +24,24 @@ _LINE = r'^(([^",\r\n]*|"([^"\r\n]|"")*"),)*([^",\r\n]*|"([^"\r\n]|"")*")\r?\n$'
 class CsvLines(Lines):
     """Lines of a CSV file, which may be its header."""
 
-    def __init__(self, names: Sequence[str], *of_lines: Any):
+    def __init__(self, names: Sequence[str], reading: Reading, *of_lines: Any):
         super().__init__(*of_lines)
-        self._names = tuple(names)
+        self._names, self._reading = tuple(names), reading
 
     @property
-    def kind(self) -> tuple[str, ...]:
-        """The header."""
-        return self._names
+    def kind(self) -> tuple[tuple[str, ...], Reading]:
+        """The header, and how it is read."""
+        return self._names, self._reading
 
     @staticmethod
     def check(group: "Sequence[CsvLines]") -> tuple[MeasurementTable, np.ndarray]:
         """See `RawRecords.check`."""
-        names = group[0].kind
+        names, reading = group[0].kind
         read = names_to_read(group[0].file, names)
 
         def parse(lines: pa.Array) -> tuple[MeasurementTable, Verdict]:
             arrays, rows = _columns(lines, names, read)
-            table, found = check_columns(arrays)
+            table, found = check_columns(arrays, reading)
             verdict = Verdict(len(lines))
             malformed = np.ones(len(lines), bool)
             malformed[rows] = False
@@ -65,8 +66,10 @@ def read_csv(text: Text) -> Iterator[CsvLines]:
         names = next(csv.reader([header.decode().strip()], strict=True), [])
     except (UnicodeDecodeError, csv.Error) as error:
         raise DataError(f"{text.name}: its first line is no CSV header: {error}") from None
+    reading = text.file.reading
+    names = reading.ours(names, text.name)
     names_to_read(text.name, names)
-    return text.lines(text.line_blocks(), functools.partial(CsvLines, names))
+    return text.lines(text.line_blocks(), functools.partial(CsvLines, names, reading))
 
 
 def _columns(

@@ -1,7 +1,7 @@
 """Tables: Parquet and Arrow files."""
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -9,7 +9,7 @@ import pyarrow as pa
 
 from ping_llm.columns import is_text
 from ping_llm.errors import DataError
-from ping_llm.ingest.files import InputFile, Unit
+from ping_llm.ingest.files import InputFile, Reading, Unit
 from ping_llm.ingest.formats.lines import decode
 from ping_llm.ingest.records import RawRecords, check_columns, names_to_read
 from ping_llm.measurements import MeasurementTable
@@ -42,7 +42,7 @@ def _counts(file: InputFile, parquet: Any) -> list[int]:
     # Arrow aborts the process over a row group of too few columns.
     columns = {group.num_columns for group in groups} - {len(parquet.schema)}
     if columns or min(counts, default=0) < 0 or sum(counts) != metadata.num_rows:
-        raise DataError(f"{file.location}: its row groups do not fit its footer; it is corrupt")
+        raise DataError(f"{file.name}: its row groups do not fit its footer; it is corrupt")
     return counts
 
 
@@ -58,41 +58,54 @@ _EXPECTED = {
 }
 
 
-def _columns_to_read(file: InputFile, schema: pa.Schema) -> list[str]:
-    names = names_to_read(file.location, schema.names)
+def _columns_to_read(file: InputFile, schema: pa.Schema) -> dict[str, str]:
+    """Returns our name of each column that is read, by the file's."""
+    ours = file.reading.ours(schema.names, file.name)
+    read = names_to_read(file.name, ours)
+    theirs = {name: schema.names[ours.index(name)] for name in read}
     for name, (what, fits) in _EXPECTED.items():
-        kind = schema.field(name).type
+        if name not in theirs:
+            continue
+        kind = schema.field(theirs[name]).type
         kind = kind.value_type if pa.types.is_dictionary(kind) else kind
-        if not fits(kind):
-            raise DataError(f"{file.location}: column {name} is {kind}; expected {what}")
-    return names
+        if not fits(kind) and not (name == "rtt" and file.reading.failed and is_text(kind)):
+            raise DataError(f"{file.name}: column {theirs[name]} is {kind}; expected {what}")
+    return {their: name for name, their in theirs.items()}
 
 
-def _dictionaries(metadata: Any) -> list[str]:
-    """Returns the address columns that Arrow can read as dictionaries: not delta-encoded ones."""
+def _dictionaries(metadata: Any, addresses: Sequence[str]) -> list[str]:
+    """Returns which columns of addresses Arrow can read as dictionaries: no delta-encoded ones."""
     delta = set()
     for group in (metadata.row_group(i) for i in range(metadata.num_row_groups)):
         for column in (group.column(i) for i in range(group.num_columns)):
             if any("DELTA" in encoding for encoding in column.encodings):
                 delta.add(column.path_in_schema)
-    return [name for name in ("src_addr", "dst_addr") if name not in delta]
+    return [name for name in addresses if name not in delta]
 
 
 class TableRows(RawRecords):
     """Some rows of a table, those columns that are read."""
 
-    def __init__(self, file: object, batch: pa.RecordBatch, before: int, done: float):
-        super().__init__(file, before, done, batch.nbytes)
-        columns = list(map(_without_views, batch.columns))
-        self._batch = pa.RecordBatch.from_arrays(columns, batch.schema.names)
+    def __init__(
+        self,
+        file: InputFile,
+        names: Mapping[str, str],
+        batch: pa.RecordBatch,
+        before: int,
+        done: float,
+    ):
+        super().__init__(file.name, before, done, batch.nbytes)
+        self._reading = file.reading
+        columns = [_without_views(batch[their]) for their in names]
+        self._batch = pa.RecordBatch.from_arrays(columns, [*names.values()])
 
     def __len__(self) -> int:
         return len(self._batch)
 
     @property
-    def kind(self) -> pa.Schema:
-        """The columns and their types."""
-        return self._batch.schema
+    def kind(self) -> tuple[pa.Schema, Reading]:
+        """The columns and their types, and how they are read."""
+        return self._batch.schema, self._reading
 
     @staticmethod
     def check(group: "Sequence[TableRows]") -> tuple[MeasurementTable, np.ndarray]:
@@ -100,7 +113,7 @@ class TableRows(RawRecords):
         names, batches = group[0]._batch.schema.names, [rows._batch for rows in group]
         table = pa.Table.from_batches(batches)
         columns = [batches[0][n] if len(batches) == 1 else _joined(table[n]) for n in names]
-        table, verdict = check_columns(dict(zip(names, columns, strict=True)))
+        table, verdict = check_columns(dict(zip(names, columns, strict=True)), group[0]._reading)
         return table, verdict.codes
 
     def texts(self, which: np.ndarray) -> list[str]:
@@ -123,16 +136,15 @@ def read_parquet(file: InputFile, start: int, stop: int | None) -> Iterator[Tabl
     with file.location.open_input() as source, pq.ParquetFile(source) as parquet:
         names = _columns_to_read(file, parquet.schema_arrow)
         counts = _counts(file, parquet)[start:stop]
-        options["read_dictionary"] = _dictionaries(parquet.metadata)
+        ends = [their for their, name in names.items() if name in ("src_addr", "dst_addr")]
+        options["read_dictionary"] = _dictionaries(parquet.metadata, ends)
     with file.location.open_input() as source, pq.ParquetFile(source, **options) as parquet:
         groups, rows, done = range(start, start + len(counts)), sum(counts), 0
-        for batch in parquet.iter_batches(BATCH_ROWS, list(groups), names, use_threads=False):
-            yield TableRows(file.location, batch, done, (done + len(batch)) / rows)
+        for batch in parquet.iter_batches(BATCH_ROWS, list(groups), [*names], use_threads=False):
+            yield TableRows(file, names, batch, done, (done + len(batch)) / rows)
             done += len(batch)
         if done != rows:
-            raise DataError(
-                f"{file.location} holds {done} rows where it says {rows}; it is corrupt"
-            )
+            raise DataError(f"{file.name} holds {done} rows where it says {rows}; it is corrupt")
 
 
 def read_arrow(file: InputFile) -> Iterator[TableRows]:
@@ -143,8 +155,8 @@ def read_arrow(file: InputFile) -> Iterator[TableRows]:
             batch = reader.get_batch(i)
             batch.validate(full=True)
             for start in range(0, len(batch), BATCH_ROWS):
-                part = batch.slice(start, BATCH_ROWS).select(names)
-                yield TableRows(file.location, part, before, (i + 1) / reader.num_record_batches)
+                part = batch.slice(start, BATCH_ROWS)
+                yield TableRows(file, names, part, before, (i + 1) / reader.num_record_batches)
                 before += len(part)
 
 

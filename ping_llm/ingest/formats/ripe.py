@@ -59,7 +59,7 @@ def read_ripe(text: Text) -> Iterator[RipeLines]:
     """Yields the results in a share of a file."""
     is_text = is_json_text(text.head)
     blocks = record_lines(text.blocks(), text.name) if is_text else text.line_blocks()
-    return text.lines(blocks, functools.partial(RipeLines, text.file.traceroutes))
+    return text.lines(blocks, functools.partial(RipeLines, text.file.reading.traceroutes))
 
 
 def parse_ripe_lines(
