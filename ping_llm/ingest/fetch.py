@@ -215,6 +215,7 @@ def _retried(work, shown: str):
         try:
             return work()
         except urllib.error.HTTPError as error:
+            error.close()
             if (error.code < 500 and error.code != 429) or attempt == ATTEMPTS:
                 raise StorageError(
                     f"{shown} cannot be fetched: the server answers {error.code} {error.reason}"
