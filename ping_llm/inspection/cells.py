@@ -51,7 +51,7 @@ def summary(result: InspectDataResult) -> list[tuple[str, str]]:
         n = result.measurements_by_split[split]
         lines.append((f"{split} rows", f"{rows:,} with {n:,} measurements"))
     if result.places is not None:
-        lines.append(("sources of known place", _percent(result.places["known_fraction"])))
+        lines.append(("of known sources", _percent(result.places["known_fraction"])))
     if result.rejected:
         lines.append(("rejected", f"{sum(result.rejected.values()):,}"))
     return lines

@@ -1,5 +1,6 @@
 """How far measured RTTs of a pair are from what was predicted, beside two halves of them."""
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -8,9 +9,8 @@ from scipy.stats import wasserstein_distance
 
 from ping_llm.estimators.pairs import MIN_RTT_MS, runs
 from ping_llm.hashing import hash_addresses, mix
-from ping_llm.measurements import MeasurementTable
+from ping_llm.measurements import NO_TIME, MeasurementTable
 from ping_llm.prediction.distribution import Distribution
-from ping_llm.prediction.protocols import without_times
 
 MIN_MEASUREMENTS = 32  # of a pair, answered
 MAX_MEASUREMENTS = 64
@@ -21,7 +21,7 @@ BINS = 8
 Ask = Callable[[MeasurementTable], Any]
 
 
-def divergence(rows: MeasurementTable, ask: Ask) -> dict[str, Any] | None:
+def divergence(pairs: list[MeasurementTable], ask: Ask) -> dict[str, Any] | None:
     """Returns how far measurements of a pair are from their predicted distribution.
 
     `kl` is the Kullback-Leibler divergence in nats of the measured shares of RTTs from the
@@ -32,17 +32,16 @@ def divergence(rows: MeasurementTable, ask: Ask) -> dict[str, Any] | None:
     no time.
 
     Args:
-        rows: Measurements.
+        pairs: What `most_measured` returned.
         ask: What predicts them.
 
     Returns:
-        None where no pair has `MIN_MEASUREMENTS`.
+        None where there is no pair.
     """
-    pairs = _pairs(rows)
     if not pairs:
         return None
     whole = MeasurementTable.concat(pairs)
-    timed, plain = _asked(ask, whole), _asked(ask, without_times(_firsts(pairs)))
+    timed, plain = _asked(ask, whole), _asked(ask, _firsts(pairs))
     scores: dict[str, list[tuple[float, float]]] = {"half": [], "with_time": [], "without_time": []}
     start = 0
     for i, pair in enumerate(pairs):
@@ -71,8 +70,12 @@ def divergence(rows: MeasurementTable, ask: Ask) -> dict[str, Any] | None:
     }
 
 
-def _pairs(rows: MeasurementTable) -> list[MeasurementTable]:
-    """Returns the answered measurements, in time order, of the pairs that have most."""
+def most_measured(rows: MeasurementTable) -> list[MeasurementTable]:
+    """Returns the answered measurements, in time order, of the pairs that have most.
+
+    These are up to `MAX_PAIRS` of at least `MIN_MEASUREMENTS`, of which up to `MAX_MEASUREMENTS`,
+    evenly spread, are returned.
+    """
     answered = rows.take(rows.rtt >= 0)
     key = mix(hash_addresses(answered.src), hash_addresses(answered.dst))
     order = np.lexsort((answered.time, key))
@@ -86,7 +89,9 @@ def _pairs(rows: MeasurementTable) -> list[MeasurementTable]:
 
 
 def _firsts(pairs: list[MeasurementTable]) -> MeasurementTable:
-    return MeasurementTable.concat([pair.slice(0, 1) for pair in pairs])
+    """Returns one measurement of each pair, at no time."""
+    table = MeasurementTable.concat([pair.slice(0, 1) for pair in pairs])
+    return dataclasses.replace(table, time=np.full(len(table), NO_TIME))
 
 
 def _asked(ask: Ask, questions: MeasurementTable) -> list[tuple[np.ndarray, np.ndarray]]:

@@ -215,7 +215,7 @@ def _evaluate(chosen: EvaluateSettings) -> EvaluationResult:
             name: each.calibrated_on(condition.train) for name, each in predictors.items()
         },
         loss_per_field=_loss_per_field(first, data) if prepared and chosen.run else None,
-        divergence=divergence(rows, lambda some: first.answers(some, condition.train)),
+        divergence=divergence(task.repeated, lambda some: first.answers(some, condition.train)),
         field_orders=orders,
         tokens=tokens,
         seconds=round(time.monotonic() - started, 1),

@@ -23,6 +23,7 @@ from ping_llm.estimators.pairs import pair_keys
 from ping_llm.hashing import hash_addresses, mix
 from ping_llm.ingest.sources import read_table
 from ping_llm.measurements import NO_TIME, MeasurementTable
+from ping_llm.prediction.divergence import most_measured
 from ping_llm.prediction.metrics import others_median
 from ping_llm.storage import Location
 
@@ -56,6 +57,7 @@ class EvaluationTask:
         pair_medians: Median RTT of the other measurements of each row's pair among those, which no
             prediction that is the same for all of them can beat; NaN where there are none [n].
         context: What methods know, in words.
+        repeated: The measurements of each of the pairs among those that have most.
         conditions: Makers of the conditions, by how many measurements of a new source are known;
             for most protocols one, None. The last gives most.
     """
@@ -65,6 +67,7 @@ class EvaluationTask:
     available: int
     pair_medians: np.ndarray
     context: str
+    repeated: list[MeasurementTable]
     conditions: dict[int | None, Callable[[], Condition]]
 
 
@@ -107,7 +110,8 @@ def load_task(data: Location, *, known: MeasurementTable, max_rows: int | None) 
     else:
         context = "all train rows" if prepared else "what the run keeps of its train rows"
         conditions = {None: functools.partial(Condition, train)}
-    return EvaluationTask(protocol, scored, available, medians, context, conditions)
+    repeated = most_measured(rows)
+    return EvaluationTask(protocol, scored, available, medians, context, repeated, conditions)
 
 
 def without_times(table: MeasurementTable) -> MeasurementTable:

@@ -6,7 +6,7 @@ what completes a measurement best is by Bayes' rule what maximises their product
 
 import dataclasses
 import ipaddress
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 
@@ -18,6 +18,7 @@ from ping_llm.prediction.distribution import Distribution
 from ping_llm.prediction.joint import BYTES, Joint
 from ping_llm.prediction.predictor import LEVELS, Predictor, not_later
 from ping_llm.prediction.settings import QuerySettings, rtt_band
+from ping_llm.progress import progress
 from ping_llm.storage import Location
 
 HOURS = 24
@@ -378,15 +379,19 @@ def _read_candidates(path: str, count: int) -> list[tuple[bytes, ...]]:
 # --- RTTs ----------------------------------------------------------------------------------------
 
 
-def _answers(predictor: Predictor, table: MeasurementTable, history: MeasurementTable | None):
+def _answers(
+    predictor: Predictor, table: MeasurementTable, history: MeasurementTable | None
+) -> Iterator[tuple[np.ndarray, Distribution]]:
     """Yields (questions, the distributions of their RTTs), as `predict` answers them."""
     so_far = not_later(history, int(table.time.min()))
     both = [
         predictor.known if each is None else MeasurementTable.concat([predictor.known, each])
         for each in (so_far, history)
     ]
-    for rows, distribution, _ in predictor.answers(table, *both):
-        yield rows, distribution
+    with progress("query", total=len(table), unit="RTTs") as bar:
+        for rows, distribution, _ in predictor.answers(table, *both):
+            yield rows, distribution
+            bar.update(len(rows))
 
 
 def _probability(distribution: Distribution, rtt: str) -> np.ndarray:
@@ -399,7 +404,9 @@ def _probability(distribution: Distribution, rtt: str) -> np.ndarray:
     return share * (1 - distribution.p_failed)
 
 
-def _mixture(weights: np.ndarray, answers) -> Distribution:
+def _mixture(
+    weights: np.ndarray, answers: Iterator[tuple[np.ndarray, Distribution]]
+) -> Distribution:
     """Returns the one distribution of measurements of which each is asked with its weight."""
     values, probabilities, failed = [], [], 0.0
     for rows, each in answers:

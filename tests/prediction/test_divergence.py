@@ -3,7 +3,12 @@ import pytest
 
 from ping_llm.measurements import MeasurementTable
 from ping_llm.prediction.distribution import Distribution
-from ping_llm.prediction.divergence import MAX_MEASUREMENTS, MIN_MEASUREMENTS, divergence
+from ping_llm.prediction.divergence import (
+    MAX_MEASUREMENTS,
+    MIN_MEASUREMENTS,
+    divergence,
+    most_measured,
+)
 
 LEVELS = (np.arange(400) + 0.5) / 400
 
@@ -38,7 +43,7 @@ def ask(factor, by_time=False):
 
 
 def test_the_true_distribution_is_nearer_than_another_half_of_the_measurements():
-    found = divergence(rows(60), ask(1.0))
+    found = divergence(most_measured(rows(60)), ask(1.0))
     assert found["pairs"] == 4
     for which in ("kl", "wasserstein"):
         each = found[which]
@@ -47,7 +52,7 @@ def test_the_true_distribution_is_nearer_than_another_half_of_the_measurements()
 
 
 def test_rtts_of_twice_the_size_are_the_log_of_two_away():
-    found = divergence(rows(200), ask(2.0))
+    found = divergence(most_measured(rows(200)), ask(2.0))
     assert found["wasserstein"]["with_time"] == pytest.approx(np.log(2), abs=0.05)
     assert found["wasserstein"]["half"] < 0.1
     assert found["kl"]["with_time"] > 5 * found["kl"]["half"]
@@ -55,9 +60,9 @@ def test_rtts_of_twice_the_size_are_the_log_of_two_away():
 
 
 def test_predictions_at_times_and_at_none_are_told_apart():
-    found = divergence(rows(60), ask(1.0, by_time=True))
+    found = divergence(most_measured(rows(60)), ask(1.0, by_time=True))
     assert found["wasserstein"]["with_time"] > 0.1 > found["wasserstein"]["without_time"]
 
 
 def test_pairs_of_few_measurements_are_not_compared():
-    assert divergence(rows(MIN_MEASUREMENTS - 1), ask(1.0)) is None
+    assert divergence(most_measured(rows(MIN_MEASUREMENTS - 1)), ask(1.0)) is None

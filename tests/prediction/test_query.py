@@ -123,7 +123,7 @@ def test_pairs_sources_and_hours_are_asked_too(run, tmp_path):
     (tmp_path / "list").write_text("10.0.0.1\n\n10.0.0.7\n")
     sources = query(run, "src", dst="10.0.1.1", candidates=tmp_path / "list")
     assert {each.src for each in sources.completions} == {"10.0.0.1", "10.0.0.7"}
-    hours = query(run, "time", src="10.0.0.1", dst="10.0.1.1", top=24)
+    hours = query(run, "time", src="10.0.0.1", dst="10.0.1.1", beam=16, top=24)
     assert {each.hour for each in hours.completions} <= set(range(24))
     assert sum(each.probability for each in hours.completions) == pytest.approx(1)
 
