@@ -16,8 +16,8 @@ from flax import nnx
 
 from ping_llm import tokenizer
 from ping_llm.prediction import decode
-from ping_llm.prediction.reading import SHAPES
 
+SIZES = (16, 256)  # tails computed at once; few, since each is compiled
 BYTES = np.arange(tokenizer.VOCAB_SIZE) >= tokenizer.BYTE_0
 
 
@@ -37,7 +37,10 @@ class Joint:
 
     @functools.cached_property
     def _start(self) -> tuple[np.ndarray, decode.Cache]:
-        logits, cache = _read(self.graphdef, self.params, self.given[None].astype(np.int32))
+        # Always of one length, so that it is compiled once.
+        tokens = np.zeros(tokenizer.MAX_MEASUREMENT_TOKENS, np.int32)
+        tokens[: len(self.given)] = self.given
+        logits, cache = _read(self.graphdef, self.params, tokens[None], len(self.given))
         return np.asarray(logits, np.float64), cache
 
     def _logits(self, tails: np.ndarray) -> np.ndarray:
@@ -46,7 +49,7 @@ class Joint:
         n, width = tails.shape
         logits = np.empty((n, width, tokenizer.VOCAB_SIZE))
         logits[:, 0] = first
-        size = next((size for size in SHAPES if size >= n), SHAPES[-1])
+        size = next((size for size in SIZES if size >= n), SIZES[-1])
         for start in range(0, n if width > 1 else 0, size):
             block = np.zeros((size, width), np.int32)
             rows = tails[start : start + size]
@@ -63,11 +66,11 @@ class Joint:
             allowed: Which tokens may stand at each place [T, V], bool.
         """
         found = np.zeros(len(tails))
-        for start in range(0, len(tails), SHAPES[-1]):
-            rows = tails[start : start + SHAPES[-1]]
+        for start in range(0, len(tails), SIZES[-1]):
+            rows = tails[start : start + SIZES[-1]]
             log_p = normalised(self._logits(rows), allowed)
             each = np.take_along_axis(log_p, rows[..., None].astype(np.int64), 2)
-            found[start : start + SHAPES[-1]] = each.sum(axis=(1, 2))
+            found[start : start + SIZES[-1]] = each.sum(axis=(1, 2))
         return found
 
     def search(self, allowed: np.ndarray, width: int) -> tuple[np.ndarray, np.ndarray]:
@@ -87,8 +90,8 @@ class Joint:
             kept = np.argsort(-log_p, kind="stable")[:width]
             tails, log_p = tails[kept], log_p[kept]
             steps = []
-            for start in range(0, len(tails), SHAPES[-1]):
-                logits = self._logits(tails[start : start + SHAPES[-1]])[:, place]
+            for start in range(0, len(tails), SIZES[-1]):
+                logits = self._logits(tails[start : start + SIZES[-1]])[:, place]
                 steps.append(normalised(logits, allowed[place])[:, tokens])
             log_p = (log_p[:, None] + np.concatenate(steps)).reshape(-1)
             tails = np.repeat(tails, len(tokens), axis=0)
@@ -104,11 +107,12 @@ def normalised(logits: np.ndarray, allowed: np.ndarray) -> np.ndarray:
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _read(graphdef, params, tokens):
-    """Returns (the logits after tokens [1, g], their cache)."""
+def _read(graphdef, params, tokens, length):
+    """Returns (the logits after the first `length` of tokens [1, T], their cache)."""
     model = nnx.merge(graphdef, params)
-    x, cache = decode.read(model, tokens, jnp.arange(tokens.shape[1])[None])
-    return model.logits(x[:, -1:])[:, 0], cache
+    place = jnp.arange(tokens.shape[1])
+    x, cache = decode.read(model, tokens, jnp.where(place < length, place, -1)[None])
+    return model.logits(jax.lax.dynamic_slice_in_dim(x, length - 1, 1, 1))[:, 0], cache
 
 
 @functools.partial(jax.jit, static_argnums=0)

@@ -130,6 +130,19 @@ def test_time_has_online_methods_and_raw_files_take_the_runs_own_training_rows(r
     assert result.rows_available == 4000
 
 
+def test_pairs_of_many_measurements_are_compared_with_what_is_predicted(run, tmp_path):
+    simulate(tmp_path / "few.parquet", probes=4, days=1.0, measurements=400, seed=0)
+    page = tmp_path / "report.html"
+    result = evaluate(run, tmp_path / "few.parquet", max_rows=5, baselines="none", report=page)
+    assert result.divergence["pairs"] >= 2
+    for which in ("kl", "wasserstein"):
+        assert set(result.divergence[which]) == {"half", "with_time", "without_time"}
+        assert min(result.divergence[which].values()) >= 0
+    # An untrained decoder does not know the RTTs of these pairs.
+    assert result.divergence["wasserstein"]["half"] < result.divergence["wasserstein"]["with_time"]
+    assert "the other half of the measurements" in page.read_text()
+
+
 def test_fields_tokens_and_places_are_told_where_asked(run, raw, tmp_path):
     """Data prepared by AS: new sources, all systems in two countries; IPv6 is not known."""
     (tmp_path / "prefixes.csv").write_text(

@@ -13,7 +13,6 @@ from ping_llm import addresses, tokenizer
 from ping_llm.cli import cli
 from ping_llm.errors import CheckpointError, ConfigError, DataError
 from ping_llm.prediction.joint import BYTES, Joint
-from ping_llm.prediction.predictor import Predictor
 from ping_llm.prediction.query import query
 
 BANDS = ("failed", "0..12", "12.0000001..15", "15.0000001..1e12")
@@ -130,7 +129,7 @@ def test_pairs_sources_and_hours_are_asked_too(run, tmp_path):
 
 def test_the_probabilities_of_a_list_are_of_all_addresses():
     """The four values of an address's last byte, in a list, have the share of those four."""
-    model = Predictor(predictor().model, max_tokens=64).model
+    model = predictor().model
     given = np.array([tokenizer.MEASUREMENT_START, tokenizer.SRC_IPV4, *map(token, (10, 0, 0, 1))])
     joint = Joint(model.graphdef, model.params, given)
     tails = np.array([[tokenizer.DST_IPV4, *map(token, (10, 0, 1, i))] for i in range(256)])
