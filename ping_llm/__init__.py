@@ -11,9 +11,11 @@ if TYPE_CHECKING:
     from ping_llm.measurements import MeasurementTable
     from ping_llm.prediction.evaluate import evaluate
     from ping_llm.prediction.predictor import Predictor
+    from ping_llm.prediction.query import query
     from ping_llm.sae.autoencoder import SparseAutoencoder
     from ping_llm.sae.inspection import inspect_sae
     from ping_llm.sae.loop import train_sae
+    from ping_llm.training.inspect_run import inspect_run
     from ping_llm.training.loop import train
 
 __version__ = "0.1.0"
@@ -25,8 +27,10 @@ __all__ = [
     "evaluate",
     "extract_activations",
     "inspect_data",
+    "inspect_run",
     "inspect_sae",
     "prepare_data",
+    "query",
     "train",
     "train_sae",
 ]
@@ -40,8 +44,10 @@ _HOMES = {
     "evaluate": "prediction.evaluate",
     "extract_activations": "extraction.run",
     "inspect_data": "inspection.dataset",
+    "inspect_run": "training.inspect_run",
     "inspect_sae": "sae.inspection",
     "prepare_data": "ingest.prepare",
+    "query": "prediction.query",
     "train": "training.loop",
     "train_sae": "sae.loop",
 }

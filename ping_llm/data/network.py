@@ -201,5 +201,6 @@ def _digest(batches: list[RowBatch]) -> bytes:
     sha256 = hashlib.sha256()
     for batch in batches:
         for values in vars(batch).values():
-            sha256.update(np.ascontiguousarray(values).tobytes())
+            if values is not None:  # a column that older runs do not know of
+                sha256.update(np.ascontiguousarray(values).tobytes())
     return sha256.hexdigest().encode()
