@@ -4,6 +4,7 @@ import csv
 import dataclasses
 import hashlib
 import io
+import re
 from collections.abc import Callable, Iterator, Sequence
 from typing import Literal
 
@@ -15,6 +16,7 @@ from ping_llm.hashing import hash_addresses
 from ping_llm.storage import Location
 
 COLUMNS = ("prefix", "asn", "country", "place", "latitude", "longitude")
+_ALSO = {"address": "prefix", "name": "place"}  # other names of columns
 EARTH_RADIUS_KM = 6371.0
 LIGHT_KM_PER_MS = 299.792458
 UNKNOWN = ""
@@ -46,8 +48,9 @@ class Places:
     def read(cls, file: str | Location) -> "Places":
         """Returns the prefixes of a file.
 
-        It is CSV with a header: `prefix` and some of asn, country, place, latitude, longitude. Or
-        pyasn's text: a prefix, a tab and an AS number a line, and comments after `;`.
+        It is CSV with a header: `prefix` (or `address`) and some of asn, country, place (or name),
+        latitude, longitude. Or pyasn's text: a prefix, a tab and an AS number a line, and comments
+        after `;`. An address is a prefix of its whole length.
 
         Raises:
             DataError: A line cannot be read, or a prefix stands there twice.
@@ -58,7 +61,7 @@ class Places:
         content = [line for line in text.splitlines() if line.strip() and line[0] != ";"]
         if not content:
             raise DataError(f"{location} holds no prefix")
-        is_pyasn = "prefix" not in content[0].lower()
+        is_pyasn = not re.search("prefix|address", content[0].lower())
         records = _pyasn_lines(text, location) if is_pyasn else _csv_lines(text, location)
         numbers, rows = [], []
         for number, row in records:
@@ -72,11 +75,14 @@ class Places:
             for i in np.flatnonzero(bad).tolist():
                 raise DataError(f"{location}, line {numbers[i]}: {say(i)}")
 
-        starts, _, lengths = zip(*(text.partition("/") for text in columns["prefix"]), strict=True)
+        starts, slashes, lengths = zip(
+            *(text.partition("/") for text in columns["prefix"]), strict=True
+        )
         first, families = _parse(starts)
         refuse(families == 0, lambda i: f"{columns['prefix'][i]!r} is no prefix like 192.0.2.0/24")
         most = np.where(families == 4, 32, 128)
         bits = np.array([int(t) if t.isdecimal() and len(t) < 4 else -1 for t in lengths])
+        bits = np.where(np.array(slashes) == "", most, bits)
         wrong = (bits < 0) | (bits > most)
         refuse(wrong, lambda i: f"{columns['prefix'][i]!r} has no length up to {most[i]}")
         cut = addresses.prefix(first, bits) != first
@@ -111,6 +117,11 @@ class Places:
             place=np.array(columns["place"]),
             coordinates=coordinates,
         )
+
+    @property
+    def located(self) -> bool:
+        """Whether the file tells coordinates."""
+        return not np.isnan(self.coordinates).all()
 
     def told(self) -> list[Attribute]:
         """Returns which of AS and country the file tells."""
@@ -177,6 +188,7 @@ def great_circle_km(a: np.ndarray, b: np.ndarray) -> np.ndarray:
 def _csv_lines(text: str, location: Location) -> Iterator[tuple[int, list[str]]]:
     reader = csv.reader(io.StringIO(text))
     header = [name.strip().lower() for name in next(reader, [])]
+    header = [_ALSO.get(name, name) for name in header]
     if "prefix" not in header or len(set(header)) < len(header):
         raise DataError(
             f"{location} has the columns {', '.join(header)}; expected prefix and some of "

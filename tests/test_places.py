@@ -93,7 +93,9 @@ def test_addresses_of_one_as_share_a_group_and_unknown_ones_have_their_own(place
         ("", "holds no prefix"),
         ("prefix,asn\n", "holds no prefix"),
         ("prefix,asn\n192.0.2.0/33,1\n", r"line 2: '192.0.2.0/33' has no length up to 32"),
-        ("prefix,asn\n192.0.2.0,1\n", "has no length"),
+        ("prefix,asn\n192.0.2.0/,1\n", "has no length"),
+        ("prefix,address\n192.0.2.0/24,192.0.2.1\n", "each once"),
+        ("prefix,latitude,longitude\n10.0.0.0/8,nan,0\n", r"\(nan, 0\) is no latitude"),
         ("prefix,asn\n\n192.0.2.1/24,1\n", r"line 3: '192.0.2.1/24' has bits set"),
         ("prefix,asn\nhere/24,1\n", "'here/24' is no prefix"),
         ("prefix,asn\n10.0.0.0/8,1\n10.0.0.0/8,2\n", "line 3: 10.0.0.0/8 stands in line 2"),
@@ -108,6 +110,16 @@ def test_a_file_that_cannot_be_read_is_refused_by_line(tmp_path, text, message):
     (tmp_path / "prefixes").write_text(text)
     with pytest.raises(DataError, match=message):
         Places.read(str(tmp_path / "prefixes"))
+
+
+def test_columns_may_be_called_address_and_name(tmp_path):
+    (tmp_path / "places.csv").write_text("address,name\n10.1.2.3,Here\nfd00::/16,Six\n")
+    places = Places.read(str(tmp_path / "places.csv"))
+    assert places.labels(ends("10.1.2.3", "10.1.2.4", "fd00::1"), "place").tolist() == [
+        "Here",
+        "",
+        "Six",
+    ]
 
 
 def test_what_the_file_does_not_tell_is_asked_for(tmp_path):

@@ -16,11 +16,12 @@ from prometheus_client.process_collector import ProcessCollector
 from ping_llm import __version__, addresses
 from ping_llm.errors import DataError
 from ping_llm.measurements import NO_TIME, MeasurementTable
+from ping_llm.places import Places
 from ping_llm.prediction.predictor import LEVELS, Predictor
 from ping_llm.serve import api
 from ping_llm.serve.engine import Answered, AnswerQueue, BusyError
 from ping_llm.serve.guard import Guard
-from ping_llm.serve.places import Places
+from ping_llm.serve.places import places_of
 from ping_llm.serve.scaling import classical_scaling
 
 LANDMARKS, MAPPED = 16, 500  # nodes that the others are placed by, and all that are placed
@@ -60,7 +61,7 @@ class Service:
         self.count = len(nodes)
         self.addresses = nodes.addresses[order]
         self.texts, self.measurements = addresses.to_text(self.addresses), counts[order]
-        self.places = (places or Places({})).of(self.addresses)
+        self.places = places_of(places, self.addresses)
         self.map: np.ndarray | None = None if len(order) else np.zeros((0, 2))
 
     async def place(self) -> None:

@@ -12,15 +12,14 @@ import uvicorn
 
 from ping_llm import settings
 from ping_llm.data.rows import ProbeRows
-from ping_llm.errors import ConfigError
+from ping_llm.errors import ConfigError, DataError
 from ping_llm.ingest.sources import read_table
 from ping_llm.measurements import MeasurementTable
+from ping_llm.places import Places
 from ping_llm.prediction.predictor import Predictor
 from ping_llm.serve.app import Service, create_app
 from ping_llm.serve.guard import LOOPBACK
-from ping_llm.serve.places import Places
 from ping_llm.serve.settings import ServeSettings
-from ping_llm.storage import Location
 
 TOKEN = "PING_LLM_SERVE_TOKEN"
 MOST_CONNECTIONS = 512
@@ -95,7 +94,9 @@ def _listen(host: str, port: int) -> socket.socket:
 
 
 def _service(chosen: ServeSettings) -> Service:
-    places = None if chosen.places is None else Places.read(Location.of(chosen.places))
+    places = None if chosen.places is None else Places.read(chosen.places)
+    if places is not None and not places.located:
+        raise DataError(f"{chosen.places} lacks latitude and longitude, which a map is made of")
     predictor = Predictor.pretrained() if chosen.run is None else Predictor.load(chosen.run)
     known = [predictor.known]
     if chosen.data is not None:

@@ -16,7 +16,7 @@ class ServeSettings(Settings):
         pretrained: Serve the model in the box, which knows what --history tells, or a request.
         history: Measurements of the network, to be known beside what the run knows.
         data: Probe rows whose train measurements are known, likewise.
-        places: CSV of address (or prefix), name, latitude and longitude, for a map of the world.
+        places: CSV of prefix (or address), place, latitude and longitude, for a map of the world.
         host: Address to listen on.
         port: Port to listen on; 0 takes a free one.
     """

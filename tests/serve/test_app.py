@@ -8,10 +8,10 @@ import pytest
 from fastapi.testclient import TestClient
 
 from ping_llm import MeasurementTable
+from ping_llm.places import Places
 from ping_llm.prediction.predictor import LEVELS
 from ping_llm.serve import engine, guard
 from ping_llm.serve.app import PAGE, Service, create_app
-from ping_llm.serve.places import Place, Places
 
 PAIR = {"src": "10.0.0.1", "dst": "10.0.1.2"}
 HISTORY = [
@@ -140,9 +140,12 @@ def test_nodes_are_placed_on_a_map_that_shows_what_is_near(client, predictor):
     assert {each["measurements"] for each in nodes["nodes"]} == {18, 12}
 
 
-def test_places_are_told_of_nodes(predictor):
-    place = Places({(4, bytes(10) + b"\xff\xff\x0a\0\0\0", 24): Place("Here", 1.5, -2.5)})
-    service = Service(predictor, model="run", places=place)
+def test_places_are_told_of_nodes(predictor, tmp_path):
+    (tmp_path / "places.csv").write_text(
+        "prefix,name,latitude,longitude\n10.0.0.0/24,Here,1.5,-2\n"
+    )
+    places = Places.read(str(tmp_path / "places.csv"))
+    service = Service(predictor, model="run", places=places)
     service.engine.close()
     assert [each and each.name for each in service.places] == [
         "Here" if text.startswith("10.0.0.") else None for text in service.texts

@@ -67,7 +67,7 @@ def test_what_cannot_be_served_is_told_in_one_line(tmp_path):
     assert "either --run or --pretrained" in refused()
     assert "nowhere" in refused("--run", str(tmp_path / "nowhere"), "--port", "0")
     places = tmp_path / "places.csv"
-    places.write_text("a,b\n1,2\n")
+    places.write_text("prefix,name\n10.0.0.0/8,Here\n")
     assert "lacks latitude" in refused("--pretrained", "--places", str(places), "--port", "0")
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = str(taken.getsockname()[1])
