@@ -13,7 +13,7 @@ from ping_llm.sae.evaluation import encoded
 from ping_llm.sae.properties import TokenProperty, token_properties
 from ping_llm.sae.tokens import TokenChoice
 
-ROWS_AT_ONCE = 8192  # of whole prompts
+ROWS_AT_ONCE, VALUES_AT_ONCE = 8192, 1 << 26  # tokens, of whole prompts; their features
 _CHOOSING_PROMPTS = 1 << 62  # a key that no epoch has
 
 
@@ -114,7 +114,7 @@ def gather_statistics(
     strengths, rows = np.zeros((contexts, F), np.float32), np.zeros((contexts, F), np.int64)
     seen, first_token = 0, 0
     with progress("features", total=int(np.diff(spans).sum()), unit="tokens") as bar:
-        for group in _groups(spans):
+        for group in _groups(spans, max(min(ROWS_AT_ONCE, VALUES_AT_ONCE // F), 1)):
             numbers = np.concatenate([np.arange(first, stop) for first, stop in group.tolist()])
             chosen = np.concatenate([choice.chosen(reader, slice(*s)) for s in group.tolist()])
             activations = np.concatenate([reader[slice(*span)] for span in group.tolist()])
@@ -148,10 +148,10 @@ def gather_statistics(
     )
 
 
-def _groups(spans: np.ndarray) -> Iterator[np.ndarray]:
-    """Yields prompts that have about `ROWS_AT_ONCE` tokens together."""
+def _groups(spans: np.ndarray, tokens: int) -> Iterator[np.ndarray]:
+    """Yields prompts that have about `tokens` tokens together."""
     ends = np.cumsum(np.diff(spans, axis=1)[:, 0])
-    cuts = np.searchsorted(ends, np.arange(ROWS_AT_ONCE, ends[-1], ROWS_AT_ONCE)) + 1
+    cuts = np.searchsorted(ends, np.arange(tokens, ends[-1], tokens)) + 1
     yield from (group for group in np.split(spans, np.unique(cuts)) if len(group))
 
 

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
@@ -312,7 +311,7 @@ class _SaeTrainer:
     def _take_step(self, batch: list[np.ndarray]) -> None:
         index, count = sharding.batch_share(self.mesh, self.cfg.batch_size)
         own = self.cfg.batch_size // count
-        number, metrics = jnp.int32(self.step), []
+        number, metrics = np.int32(self.step), []
         for (name, state), rows in zip(self.states.items(), batch, strict=True):
             mine = {"rows": rows[index * own : (index + 1) * own]}
             placed = sharding.place_batch(self.mesh, mine)["rows"]
