@@ -45,6 +45,19 @@ class UnitPrompts:
     empty: int
 
     @property
+    def positions(self) -> np.ndarray:
+        """Position of each token in its sample [n], int64."""
+        lengths = np.diff(self.offsets)
+        return np.arange(len(self.tokens)) - np.repeat(self.offsets[:-1], lengths)
+
+    @property
+    def is_last(self) -> np.ndarray:
+        """Whether each token is the last of its sample [n], bool."""
+        last = np.zeros(len(self.tokens), bool)
+        last[self.offsets[1:][np.diff(self.offsets) > 0] - 1] = True
+        return last
+
+    @property
     def counts(self) -> dict[str, int]:
         """How many samples and tokens there are, and how many samples are overlong or empty."""
         counted = {"samples": len(self.ids), "tokens": len(self.tokens)}
