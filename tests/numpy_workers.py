@@ -85,7 +85,8 @@ def work(kv, prompts, *, lease_s=60.0, worker=None, forward=None, clock=time.mon
     identity = open_store(kv, manifest)
     claims = Claims(kv, len(prompts.units), worker=worker, lease_s=lease_s, clock=clock)
     forward = forward or NumpyForward()
-    Worker(kv, CONFIG, prompts, forward, claims, store_identity=identity, d_model=WIDTH).run()
+    widths = dict.fromkeys(site_arrays(CONFIG.sites, CONFIG.kept_layers), WIDTH)
+    Worker(kv, CONFIG, prompts, forward, claims, store_identity=identity, widths=widths).run()
     return claims
 
 

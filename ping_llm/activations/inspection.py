@@ -77,7 +77,7 @@ class InspectActivationsResult:
     stale_leases: list[int] | None
     lease_seconds: float
     eta_seconds: float | None
-    statistics: dict[str, dict[str, float]]
+    statistics: dict[str, dict[str, float | None]]
     made_from: dict[str, str]
     errors: list[str]
 

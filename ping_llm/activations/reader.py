@@ -44,11 +44,11 @@ class Rows:
 
 
 class ActivationReader:
-    """The activations of one site and layer, as if they were one array [tokens, d_model].
+    """The activations of one site and layer, as if they were one array [tokens, width].
 
     Attributes:
         manifest: What the store says of itself.
-        shape: (tokens, d_model).
+        shape: (tokens, width of the site).
         dtype: Of the stored activations.
     """
 
@@ -79,7 +79,7 @@ class ActivationReader:
         self._kv = KeyValueStore(url)
         self.manifest = store.open_manifest(self._kv)
         self._name = store.array_name(site, None if site in END_SITES else layer)
-        held = [entry["name"] for entry in self.manifest["arrays"]]
+        held = {entry["name"]: entry for entry in self.manifest["arrays"]}
         if self._name not in held:
             raise ConfigError(f"{url} does not hold {site=}, {layer=}; it has {', '.join(held)}")
         units = len(self.manifest["units"])
@@ -92,7 +92,8 @@ class ActivationReader:
         self._done = [done[unit] for unit in sorted(done)]
         self._starts = np.cumsum([0, *(entry["tokens"] for entry in self._done)])
         self._arrays: dict[tuple[int, str], ts.TensorStore] = {}
-        self.shape = int(self._starts[-1]), int(self.manifest["d_model"])
+        width = held[self._name].get("width", self.manifest["d_model"])  # unsaid in older stores
+        self.shape = int(self._starts[-1]), int(width)
         self.dtype = np.dtype(ts.dtype(self.manifest["settings"]["dtype"]).numpy_dtype)
 
     def __len__(self) -> int:

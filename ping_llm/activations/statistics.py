@@ -27,21 +27,22 @@ def unit_statistics(norms: np.ndarray, positions: np.ndarray, mean: np.ndarray) 
         "norm_max": float(norms.max()),
         "norm_of_mean": float(np.linalg.norm(mean)),
         "first_tokens": int(first.sum()),
-        "first_token_norm_mean": float(norms[first].mean(dtype=np.float64)),
+        # Where only last tokens are stored there may be no first one; it then weighs nothing.
+        "first_token_norm_mean": float(norms[first].sum(dtype=np.float64)) / max(first.sum(), 1),
         "sink_tokens": int(sinks.sum()),
         "sink_tokens_at_first": int((sinks & first).sum()),
     }
 
 
-def combine(units: list[dict[str, Any]]) -> dict[str, float]:
-    """Returns the statistics of units as those of their union."""
+def combine(units: list[dict[str, Any]]) -> dict[str, float | None]:
+    """Returns the statistics of units as those of their union; None where there is no token."""
     units = [unit for unit in units if unit["tokens"]]
     if not units:
         return {}
 
-    def mean(name: str, weight: str) -> float:
+    def mean(name: str, weight: str) -> float | None:
         weights = sum(unit[weight] for unit in units)
-        return sum(unit[name] * unit[weight] for unit in units) / weights
+        return sum(unit[name] * unit[weight] for unit in units) / weights if weights else None
 
     return {
         "norm_mean": mean("norm_mean", "tokens"),

@@ -66,7 +66,7 @@ class _UnitStatistics(TypedDict, total=False):
     norm_mean: Amount
     norm_max: Amount
     first_tokens: Count
-    first_token_norm_mean: Amount
+    first_token_norm_mean: Amount | None
     sink_tokens: Count
     sink_tokens_at_first: Count
 
@@ -106,6 +106,19 @@ class UnitPrompts:
     ids: list[str]
     overlong: int
     empty: int
+
+    @property
+    def positions(self) -> np.ndarray:
+        """Position of each token in its sample [n], int64."""
+        lengths = np.diff(self.offsets)
+        return np.arange(len(self.tokens)) - np.repeat(self.offsets[:-1], lengths)
+
+    @property
+    def is_last(self) -> np.ndarray:
+        """Whether each token is the last of its sample [n], bool."""
+        last = np.zeros(len(self.tokens), bool)
+        last[self.offsets[1:][np.diff(self.offsets) > 0] - 1] = True
+        return last
 
     @property
     def counts(self) -> dict[str, int]:

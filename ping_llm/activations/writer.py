@@ -4,7 +4,7 @@ import itertools
 import time
 import zlib
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -36,10 +36,10 @@ class UnitWriter:
         kv: KeyValueStore,
         unit: int,
         attempt: str,
-        names: Sequence[str],
+        widths: Mapping[str, int],
         prompts: UnitPrompts,
         *,
-        d_model: int,
+        kept: np.ndarray | None = None,
         dtype: np.dtype,
         zstd: bool,
         store_identity: str,
@@ -51,9 +51,9 @@ class UnitWriter:
             kv: The store.
             unit: Which unit.
             attempt: Name of the attempt; the processes of a group share it.
-            names: The activation arrays, such as `residual.00007`.
+            widths: The activation arrays, such as `residual.00007`, with their width.
             prompts: The unit's prompts.
-            d_model: Width of an activation.
+            kept: Which of the unit's tokens are stored [n], bool; None: all.
             dtype: Of the stored activations.
             zstd: Whether activations are compressed.
             store_identity: Hash of what decides the store's content.
@@ -67,33 +67,41 @@ class UnitWriter:
         self._prefix = attempt_prefix(unit, attempt)
         self._writes: deque[tuple[ts.WriteFutures, int]] = deque()
         self._in_flight = 0
-        n = len(prompts.tokens)
-        sharding = {"shard_bytes": min(SHARD_BYTES, OPEN_BYTES // len(names)), "columns": columns}
+        self._kept = np.ones(len(prompts.tokens), bool) if kept is None else kept
+        self._row_of = np.append(0, np.cumsum(self._kept))  # of each token, counting those stored
+        n = int(self._row_of[-1])
+        sharding = {"shard_bytes": min(SHARD_BYTES, OPEN_BYTES // len(widths)), "columns": columns}
         self._arrays = {
-            name: ShardedArray(kv, self._prefix + name, (n, d_model), dtype, zstd=zstd, **sharding)
-            for name in names
+            name: ShardedArray(kv, self._prefix + name, (n, width), dtype, zstd=zstd, **sharding)
+            for name, width in widths.items()
         }
-        self._norms = {name: np.zeros(n, np.float32) for name in names}
-        self._sums = {name: np.zeros(d_model, np.float64) for name in names}
+        self._norms = {name: np.zeros(n, np.float32) for name in widths}
+        self._sums = {name: np.zeros(width, np.float64) for name, width in widths.items()}
 
     def put(self, name: str, start: int, rows: np.ndarray, norms: np.ndarray) -> None:
         """Takes the activations of tokens `start`... of the unit, this part's, and whole norms.
 
+        Those that are not kept are left out.
+
         Waits while too much is still on its way to disk.
         """
-        if not np.isfinite(norms).all():
-            row = int(np.flatnonzero(~np.isfinite(norms))[0]) + start
+        kept = self._kept[start : start + len(rows)]
+        if not np.isfinite(norms[kept]).all():
+            token = int(np.flatnonzero(~np.isfinite(norms) & kept)[0]) + start
             offsets = self._prompts.offsets
-            sample = self._prompts.ids[int(np.searchsorted(offsets, row, "right")) - 1]
+            sample = self._prompts.ids[int(np.searchsorted(offsets, token, "right")) - 1]
             raise DataError(
                 f"{name} of sample {sample} is not finite in {self._arrays[name].dtype}; "
                 "store bfloat16 or float32, or look at the model's weights"
             )
-        self._norms[name][start : start + len(rows)] = norms
-        self._send(self._arrays[name].put(start, rows))
+        if not kept.all():
+            rows, norms = rows[kept], norms[kept]
+        first = int(self._row_of[start])
+        self._norms[name][first : first + len(rows)] = norms
+        self._send(self._arrays[name].put(first, rows))
 
     def add_sum(self, name: str, total: np.ndarray) -> None:
-        """Takes the sum of some tokens' activations [D]; of every token once."""
+        """Takes the sum of some tokens' activations [D]; of every one kept once."""
         self._sums[name] += total
 
     def _send(self, writes: list[tuple[ts.WriteFutures, int]]) -> None:
@@ -121,16 +129,17 @@ class UnitWriter:
             sums = {name: array.checksums for name, array in self._arrays.items()}
             self._kv.write(self._part_key(self._slice.index), seal(sums))
             return None
-        prompts, lengths = self._prompts, np.diff(self._prompts.offsets)
+        prompts = self._prompts
         encoded = [sample.encode() for sample in prompts.ids]
-        first = np.repeat(prompts.offsets[:-1], lengths)
-        positions = (np.arange(len(prompts.tokens)) - first).astype(np.int32)
-        means = np.stack(list(self._sums.values())) / max(len(prompts.tokens), 1)
+        positions = prompts.positions[self._kept].astype(np.int32)
+        means = np.zeros((len(self._sums), max(map(len, self._sums.values()))))
+        for mean, total in zip(means, self._sums.values(), strict=True):
+            mean[: len(total)] = total / max(len(positions), 1)
         small = {
-            "tokens": prompts.tokens,
+            "tokens": prompts.tokens[self._kept],
             "positions": positions,
-            "roles": prompts.roles,
-            "sample_offsets": prompts.offsets,
+            "roles": prompts.roles[self._kept],
+            "sample_offsets": self._row_of[prompts.offsets],
             "sample_ids": np.frombuffer(b"".join(encoded), np.uint8),
             "sample_id_offsets": np.cumsum([0, *map(len, encoded)]),
             "means": means.astype(np.float32),
@@ -147,6 +156,8 @@ class UnitWriter:
             "attempt": self.attempt,
             "identity": self._identity,
             **prompts.counts,
+            "tokens": len(positions),
+            "prompt_tokens": len(prompts.tokens),
             "bytes": sum(array.nbytes for array in self._arrays.values()),
             **notes,
             "arrays": {name: self._entry(name) for name in self._arrays},

@@ -11,7 +11,7 @@ import jax
 import numpy as np
 
 from ping_llm import settings, sharding
-from ping_llm.activations.store import UnitPrompts
+from ping_llm.activations.store import UnitPrompts, site_arrays
 from ping_llm.activations.writer import UnitWriter
 from ping_llm.bench.settings import BenchExtractSettings
 from ping_llm.errors import ConfigError
@@ -133,9 +133,11 @@ def _forward_seconds(options: ExtractSettings) -> float:
     cfg = source.fill_in(options)
     prompts = open_source(cfg, model=source.checkpoint, vocab_size=source.cfg.vocab_size)
     extractor = Extractor(source, cfg, sharding.make_mesh())
+    arrays = site_arrays(cfg.sites, cfg.kept_layers).values()
+    values = sum(source.cfg.width_of(site) for site, _ in arrays)
     started = time.perf_counter()
     for unit in prompts.units:
-        for batch in make_batches(prompts.read(unit), cfg, d_model=source.cfg.d_model):
+        for batch in make_batches(prompts.read(unit), cfg, values=values):
             jax.block_until_ready(extractor(batch))
     return time.perf_counter() - started - extractor.compile_seconds
 
@@ -161,8 +163,8 @@ def _write_speeds(directory: Path, *, seed: int) -> tuple[float, float]:
     )
     kv, norms = KeyValueStore(directory / "written"), np.ones(rows, np.float32)
     started = time.perf_counter()
-    stored = {"d_model": WIDTH, "dtype": values.dtype, "zstd": False, "store_identity": ""}
-    writer = UnitWriter(kv, 0, "attempt", [ARRAY], prompts, **stored)
+    stored = {"dtype": values.dtype, "zstd": False, "store_identity": ""}
+    writer = UnitWriter(kv, 0, "attempt", {ARRAY: WIDTH}, prompts, **stored)
     for first in range(0, rows, 2048):
         some = slice(first, first + 2048)
         writer.put(ARRAY, first, values[some], norms[some])

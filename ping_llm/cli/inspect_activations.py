@@ -34,9 +34,11 @@ def command(chosen: InspectActivationsSettings) -> tuple[object, str, int]:
         lines.append(f"time left: {left}")
     for name, values in result.statistics.items():
         if values:
+            at_first = values["first_token_norm_mean"]
+            first = "" if at_first is None else f"at position 0 {at_first:,.2f}, "
             lines.append(
-                f"{safe(name):>16}  norm {values['norm_mean']:,.2f}, at position 0 "
-                f"{values['first_token_norm_mean']:,.2f}, most {values['norm_max']:,.2f}; "
+                f"{safe(name):>16}  norm {values['norm_mean']:,.2f}, {first}"
+                f"most {values['norm_max']:,.2f}; "
                 f"{values['sink_tokens']:,} sinks, {values['sink_tokens_at_first']:,} at position 0"
             )
     lines += [f"error: {error}" for error in result.errors]

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from ping_llm.activations.store import UnitPrompts, site_arrays
+from ping_llm.activations.store import UnitPrompts
 from ping_llm.extraction.settings import ExtractSettings
 from ping_llm.packing import best_fit, pack
 
@@ -50,16 +50,20 @@ def row_widths(cfg: ExtractSettings) -> tuple[int, ...]:
 
 
 def make_batches(
-    prompts: UnitPrompts, cfg: ExtractSettings, *, d_model: int
+    prompts: UnitPrompts, cfg: ExtractSettings, *, values: int
 ) -> Iterator[PackedBatch]:
-    """Yields the batches of a unit; they depend on its prompts, the settings and `d_model` only.
+    """Yields the batches of a unit; they depend on what is given here only.
 
     Prompts stay near their order, so that finished rows can be written while others are computed.
+
+    Args:
+        prompts: The unit's prompts.
+        cfg: The settings, nothing left open.
+        values: How many numbers are taken from the device for each token, of all arrays.
     """
     assert cfg.batch_tokens is not None
     widths = np.array(row_widths(cfg))
-    arrays = len(site_arrays(cfg.sites, cfg.kept_layers))
-    row_bytes = int(widths[-1]) * d_model * arrays * (4 if cfg.dtype == "float32" else 2)
+    row_bytes = int(widths[-1]) * values * (4 if cfg.dtype == "float32" else 2)
     window_rows = int(np.clip(WAITING_BYTES // row_bytes, *WINDOW_ROWS))
     waiting: dict[int, list[list[int]]] = {int(width): [] for width in widths}
     for row in _rows(np.diff(prompts.offsets), widths, window_rows):

@@ -30,7 +30,8 @@ class Extractor:
     def __init__(self, source: ModelSource, cfg: ExtractSettings, mesh: Mesh):
         self._mesh = mesh
         self._exact = source.compute_dtype(cfg.dtype) == "float32"
-        self.columns = _column_slice(mesh, source.cfg.d_model)
+        slices = {_column_slice(mesh, site, source.cfg.width_of(site)) for site in cfg.sites}
+        (self.columns,) = slices  # the same part of each
         self._multiple = mesh.shape["data"] * mesh.shape["fsdp"]  # of the rows of a batch
         graphdef, self._params = source.load(cfg, mesh)
         self._forward = _make_forward(graphdef, cfg, mesh)
@@ -40,7 +41,8 @@ class Extractor:
     def __call__(self, batch: PackedBatch) -> dict[str, tuple[jax.Array, jax.Array, jax.Array]]:
         """Returns {site: (activations [n, B, T, D], their norms [n, B, T], their sums [n, D])}.
 
-        Norms are those of the stored values: not finite where one does not fit the dtype.
+        Sums are of the tokens that are kept. Norms are 0 at others, and those of the stored values:
+        not finite where one does not fit the dtype.
         """
         by_rows = NamedSharding(self._mesh, sharding.BATCH_BT)
         missing = -len(batch.tokens) % self._multiple
@@ -82,8 +84,8 @@ def _columns(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, P(None, None, None, sharding.MESH_AXES))
 
 
-def _column_slice(mesh: Mesh, d_model: int) -> ColumnSlice:
-    """Returns which columns this process holds.
+def _column_slice(mesh: Mesh, site: str, site_width: int) -> ColumnSlice:
+    """Returns which columns of a site this process holds.
 
     Raises:
         ConfigError: Columns cannot be dealt out equally, or not in one piece each.
@@ -91,13 +93,14 @@ def _column_slice(mesh: Mesh, d_model: int) -> ColumnSlice:
     processes, devices = jax.process_count(), mesh.size
     if processes == 1:
         return ColumnSlice()
-    if d_model % devices:
+    if site_width % devices:
         raise ConfigError(
-            f"{d_model=} must be a multiple of the {devices} devices of the processes"
+            f"the width of {site}, {site_width}, must be a multiple of the {devices} devices of "
+            "the processes"
         )
-    indices = _columns(mesh).addressable_devices_indices_map((1, 1, 1, d_model)).values()
-    spans = sorted(index[3].indices(d_model)[:2] for index in indices if index is not None)
-    start, stop, width = spans[0][0], spans[-1][1], d_model // processes
+    indices = _columns(mesh).addressable_devices_indices_map((1, 1, 1, site_width)).values()
+    spans = sorted(index[3].indices(site_width)[:2] for index in indices if index is not None)
+    start, stop, width = spans[0][0], spans[-1][1], site_width // processes
     if stop - start != width or start % width:
         raise ConfigError(
             f"this mesh gives process {jax.process_index()} columns that are not one piece; order "
@@ -119,11 +122,12 @@ def _make_forward(graphdef: Any, cfg: ExtractSettings, mesh: Mesh) -> jax.stages
         kept = model.activations(
             tokens, segment_ids, positions, sites=cfg.sites, of_layers=cfg.kept_layers
         )
-        real = (segment_ids != 0)[..., None]
+        follows = jnp.pad(segment_ids[:, 1:], ((0, 0), (0, 1))) == segment_ids
+        stays = (segment_ids != 0) & cfg.kept_tokens(positions, ~follows)
 
         def finish(x):
             stored = x.astype(cfg.dtype)
-            exact = jnp.where(real, stored.astype(jnp.float32), 0.0)
+            exact = jnp.where(stays[..., None], stored.astype(jnp.float32), 0.0)
             return stored, jnp.linalg.norm(exact, axis=-1), exact.sum((1, 2))
 
         return {site: finish(x) for site, x in kept.items()}

@@ -70,12 +70,20 @@ def reference_activations(
 
         return hook
 
+    def keep_input(site: str, layer: int):
+        return lambda module, inputs: keep(site, layer)(module, (), inputs[0])
+
     model.embed_tokens.register_forward_hook(keep("embed", 0))
     model.norm.register_forward_hook(keep("final_norm", 0))
     for layer, block in enumerate(model.layers):
         block.register_forward_hook(keep("residual", layer))
         block.self_attn.register_forward_hook(keep("attn", layer))
         block.mlp.register_forward_hook(keep("mlp", layer))
+        for site in "qkv":
+            projection = getattr(block.self_attn, f"{site}_proj")
+            projection.register_forward_hook(keep(site, layer))
+        block.self_attn.o_proj.register_forward_pre_hook(keep_input("heads", layer))
+        block.mlp.down_proj.register_forward_pre_hook(keep_input("mlp_inner", layer))
     results = []
     with torch.inference_mode():
         for prompt in prompts:

@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -31,9 +31,9 @@ class ExtractResult:
 
     Attributes:
         samples: Number of prompts.
-        tokens: Number of tokens, each one row of every array.
+        tokens: Number of tokens stored, each one row of every array.
         seconds: Time that workers spent on units, loading, compiling and waiting aside.
-        tokens_per_second: Of a worker in this time, on average.
+        tokens_per_second: Tokens of prompts that a worker computed in this time, on average.
         bytes_written: Size of all arrays, before compression.
         units_done: Number of published work units.
         units: Number of all work units.
@@ -64,7 +64,7 @@ class DryRunResult:
 
     Attributes:
         samples: Number of prompts.
-        tokens: Number of tokens.
+        tokens: Number of tokens that would be stored.
         units: Number of work units.
         bytes_by_array: Size of each array, before compression.
         bytes: Of all of them.
@@ -100,12 +100,14 @@ def extract_activations(chosen: ExtractSettings) -> ExtractResult | DryRunResult
     """
     sharding.start_processes(chosen.coordinator, chosen.num_processes, chosen.process_id)
     model = open_model(chosen.model)
-    cfg, d_model = model.fill_in(chosen), model.cfg.d_model
+    cfg = model.fill_in(chosen)
+    arrays = store.site_arrays(cfg.sites, cfg.kept_layers)
+    widths = {name: model.cfg.width_of(site) for name, (site, _) in arrays.items()}
     prompts = open_source(
         cfg, model=model.checkpoint, vocab_size=model.cfg.vocab_size, sampling=model.sampling
     )
     if cfg.dry_run:
-        return _dry_run(cfg, prompts, d_model=d_model)
+        return _dry_run(cfg, prompts, widths)
     mesh = sharding.make_mesh(**sharding.parse_mesh(cfg.mesh))
     output = Location.of(cfg.output)
     with outputs.claim(output, what="extract-activations", shared=True):
@@ -114,7 +116,7 @@ def extract_activations(chosen: ExtractSettings) -> ExtractResult | DryRunResult
         claims = _open_claims(kv, len(prompts.units), cfg)
         if claims.left:
             forward = Extractor(model, cfg, mesh)
-            store_facts = {"store_identity": identity, "d_model": d_model}
+            store_facts = {"store_identity": identity, "widths": widths}
             Worker(kv, cfg, prompts, forward, claims, **store_facts).run()
         if jax.process_index() == 0:
             done = claims.done
@@ -135,7 +137,12 @@ def _manifest(cfg: ExtractSettings, model: ModelSource, prompts: PromptSource) -
         "lease_seconds": cfg.lease_seconds,
         "d_model": model.cfg.d_model,
         "arrays": [
-            {"name": name, "site": site, "layer": layers[index] if "." in name else None}
+            {
+                "name": name,
+                "site": site,
+                "layer": layers[index] if "." in name else None,
+                "width": model.cfg.width_of(site),
+            }
             for name, (site, index) in store.site_arrays(cfg.sites, layers).items()
         ],
         "units": [dataclasses.astuple(unit) for unit in prompts.units],
@@ -166,7 +173,8 @@ def _open_claims(kv: KeyValueStore, units: int, cfg: ExtractSettings) -> Claims 
 def _result(done: list[dict[str, Any]], output: str) -> ExtractResult:
     counts = store.totals(done, "samples", "tokens", "seconds", "overlong", "empty")
     sizes = store.totals(done, "bytes", "computed_tokens")
-    tokens, seconds = counts["tokens"], counts["seconds"]
+    seconds = counts["seconds"]
+    tokens = sum(entry.get("prompt_tokens", entry["tokens"]) for entry in done)
     return ExtractResult(
         **counts,
         tokens_per_second=tokens / seconds if seconds else 0.0,
@@ -179,25 +187,27 @@ def _result(done: list[dict[str, Any]], output: str) -> ExtractResult:
     )
 
 
-def _dry_run(cfg: ExtractSettings, prompts: PromptSource, *, d_model: int) -> DryRunResult:
+def _dry_run(
+    cfg: ExtractSettings, prompts: PromptSource, widths: Mapping[str, int]
+) -> DryRunResult:
     counts: Counter[str] = Counter()
-    computed, shapes = 0, set()
+    tokens, computed, shapes = 0, 0, set()
     with progress("tokenise", total=len(prompts.units), unit="units") as bar:
         for unit in prompts.units:
             read = prompts.read(unit)
             counts.update(read.counts)
-            for batch in make_batches(read, cfg, d_model=d_model):
+            tokens += int(np.count_nonzero(cfg.kept_tokens(read.positions, read.is_last)))
+            for batch in make_batches(read, cfg, values=sum(widths.values())):
                 shapes.add(batch.tokens.shape)
                 computed += batch.tokens.size
             bar.update(1)
-    arrays = store.site_arrays(cfg.sites, cfg.kept_layers)
-    tokens = counts["tokens"]
-    by_array = dict.fromkeys(arrays, tokens * d_model * jnp.dtype(cfg.dtype).itemsize)
+    itemsize = jnp.dtype(cfg.dtype).itemsize
+    by_array = {name: tokens * width * itemsize for name, width in widths.items()}
     return DryRunResult(
-        **counts,
+        **counts | {"tokens": tokens},
         units=len(prompts.units),
         bytes_by_array=by_array,
         bytes=sum(by_array.values()),
         shapes=[list(shape) for shape in sorted(shapes)],
-        padding_fraction=1 - tokens / max(computed, 1),
+        padding_fraction=1 - counts["tokens"] / max(computed, 1),
     )

@@ -1,8 +1,9 @@
 """The settings of `ping-llm extract-activations` and `ping-llm verify-parity`."""
 
 import dataclasses
+import re
 from collections.abc import Iterable
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 from ping_llm.errors import ConfigError
 from ping_llm.models.config import Dtype, Site
@@ -30,6 +31,8 @@ class ExtractSettings(Settings):
         format: What a record of the input is.
         layers: all, or numbers such as 0,5; -1 is the last layer.
         sites: Where to read activations.
+        positions: Tokens of a prompt to store: all, last, or every-8 for the first and each eighth
+            after it. All are computed.
         max_length: Tokens per prompt.
         overlong: What to do with longer prompts.
         batch_tokens: Tokens to compute at once, with padding.
@@ -58,6 +61,7 @@ class ExtractSettings(Settings):
     format: Literal["text", "chat", "tokens", "arc", "measurements"] = "text"
     layers: str = "all"
     sites: tuple[Site, ...] = ("residual",)
+    positions: str = "all"
     max_length: int | None = field(default=None, gt=0, default_text="2048, or that of the run")
     overlong: Literal["error", "truncate-left", "truncate-right", "split"] = "error"
     batch_tokens: int | None = field(default=None, gt=0, default_text="8192")
@@ -89,6 +93,11 @@ class ExtractSettings(Settings):
             from ping_llm.extraction.arc import parse_encoder
 
             parse_encoder(self.arc_encoder)
+        if not re.fullmatch(r"all|last|every-[1-9][0-9]{0,8}", self.positions):
+            raise ConfigError(
+                f"positions={self.positions!r}: expected all, last, or every- and a number, such "
+                "as every-8"
+            )
         if not self.sites:
             raise ConfigError(f"sites is empty; choose some of {', '.join(get_args(Site))}")
         if self.batch_tokens is not None and self.batch_tokens < (self.max_length or 0):
@@ -96,6 +105,17 @@ class ExtractSettings(Settings):
                 f"batch_tokens={self.batch_tokens} is less than max_length={self.max_length}, so "
                 "the longest prompt does not fit a batch; raise the one or lower the other"
             )
+
+    def kept_tokens(self, positions: Any, is_last: Any) -> Any:
+        """Returns which tokens are stored, bool, of arrays of NumPy or JAX of any one shape.
+
+        Args:
+            positions: Place of each in its prompt, from 0.
+            is_last: Whether each is the last of its prompt.
+        """
+        if self.positions == "last":
+            return is_last
+        return positions % (1 if self.positions == "all" else int(self.positions[6:])) == 0
 
     def for_model(self, *, n_layers: int, max_length: int, dtype: str) -> "ExtractSettings":
         """Returns these settings with nothing left open.

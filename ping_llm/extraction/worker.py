@@ -78,7 +78,7 @@ class Worker:
         claims: Claims | Follower,
         *,
         store_identity: str,
-        d_model: int,
+        widths: Mapping[str, int],
     ):
         """Takes what it works with.
 
@@ -90,13 +90,12 @@ class Worker:
             claims: This worker's claims on the store's units, or where in its group to look for
                 them.
             store_identity: Hash of what decides the store's content.
-            d_model: Width of an activation.
+            widths: The activation arrays with their width.
         """
         self._kv, self._cfg, self._source = kv, cfg, source
         self._forward, self._claims = forward, claims
-        self._identity, self._d_model = store_identity, d_model
+        self._identity, self._widths = store_identity, widths
         self._stored = {
-            "d_model": d_model,
             "dtype": np.dtype(ts.dtype(cfg.dtype or "").numpy_dtype),
             "zstd": cfg.compression == "zstd",
             "store_identity": store_identity,
@@ -161,7 +160,7 @@ class Worker:
     def _steps(self) -> Iterator[_UnitStep]:
         for claim in self._claims.available():
             prompts = self._source.read(self._source.units[claim.unit])
-            for batch in make_batches(prompts, self._cfg, d_model=self._d_model):
+            for batch in make_batches(prompts, self._cfg, values=sum(self._widths.values())):
                 yield _UnitStep(claim, prompts, batch)
             yield _UnitStep(claim, prompts, None)
 
@@ -181,8 +180,9 @@ class Worker:
     def _begun(self, step: _UnitStep) -> UnitWriter:
         if self._writer is None:
             unit, attempt = step.claim.unit, step.claim.attempt
+            kept = self._cfg.kept_tokens(step.prompts.positions, step.prompts.is_last)
             self._writer = UnitWriter(
-                self._kv, unit, attempt, list(self._sites), step.prompts, **self._stored
+                self._kv, unit, attempt, self._widths, step.prompts, kept=kept, **self._stored
             )
         return self._writer
 

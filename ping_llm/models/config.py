@@ -7,8 +7,11 @@ from ping_llm.settings import Settings, field
 
 Dtype = Literal["float32", "bfloat16", "float16"]
 DTYPES = get_args(Dtype)
-Site = Literal["embed", "attn", "mlp", "residual", "final_norm"]  # in the order of the decoder
-SITES = ("attn", "mlp", "residual")  # of each block
+# Places where activations are read, in the order of the decoder.
+Site = Literal[
+    "embed", "q", "k", "v", "heads", "attn", "mlp_inner", "mlp", "residual", "final_norm"
+]
+SITES = ("q", "k", "v", "heads", "attn", "mlp_inner", "mlp", "residual")  # of each block
 END_SITES = ("embed", "final_norm")  # once in the model
 
 
@@ -115,6 +118,12 @@ class DecoderConfig(Settings):
             return None
         flags = self.sliding_layers or (True,) * self.n_layers
         return tuple(self.sliding_window if slides else None for slides in flags)
+
+    def width_of(self, site: str) -> int:
+        """Returns how many numbers a site holds for a token."""
+        q_width, kv_width = self.n_heads * self.head_dim, self.n_kv_heads * self.head_dim
+        widths = {"q": q_width, "k": kv_width, "v": kv_width, "heads": q_width}
+        return (widths | {"mlp_inner": self.d_ff}).get(site, self.d_model)
 
     def parameter_count(self) -> int:
         """Returns the number of parameters, each counted once."""

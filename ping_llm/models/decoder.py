@@ -33,13 +33,13 @@ class Block(nnx.Module):
         sin: Float[Array, "B T 1 h"],
         window: Int[Array, ""] | None = None,
         attend: Attend = attention,
-    ) -> tuple[Float[Array, "B T D"], dict[str, Float[Array, "B T D"]]]:
+    ) -> tuple[Float[Array, "B T D"], dict[str, Float[Array, "B T _"]]]:
         """Returns the residual stream after the block, and {site: what it held}."""
-        attn = self.attn(self.attn_norm(x), segment_ids, cos, sin, window, attend)
+        attn, in_attn = self.attn(self.attn_norm(x), segment_ids, cos, sin, window, attend)
         x = sharding.constrain(x + attn, sharding.RESIDUAL_BTD)
-        mlp = self.mlp(self.mlp_norm(x))
+        mlp, in_mlp = self.mlp(self.mlp_norm(x))
         x = sharding.constrain(x + mlp, sharding.RESIDUAL_BTD)
-        return x, {"attn": attn, "mlp": mlp, "residual": x}
+        return x, in_attn | {"attn": attn} | in_mlp | {"mlp": mlp, "residual": x}
 
 
 class Decoder(nnx.Module):
@@ -119,7 +119,7 @@ class Decoder(nnx.Module):
         *,
         sites: tuple[str, ...],
         of_layers: tuple[int, ...],
-    ) -> dict[str, Float[Array, "n B T D"]]:
+    ) -> dict[str, Float[Array, "n B T _"]]:
         """Returns {site: what it held in each of `of_layers`}, in one pass; n is 1 for `END_SITES`.
 
         Nothing after the last chosen site is computed, and the stacked weights are not copied.
@@ -147,8 +147,9 @@ class Decoder(nnx.Module):
             put = jax.lax.dynamic_update_index_in_dim
             return x, {site: put(kept[site], held[site], slot[layer], 0) for site in kept}
 
-        empty = jnp.zeros((len(of_layers), *x.shape), x.dtype)
-        x, kept = jax.lax.fori_loop(0, depth, apply, (x, dict.fromkeys(inner, empty)))
+        shape = len(of_layers), *tokens.shape
+        kept = {site: jnp.zeros((*shape, self.cfg.width_of(site)), x.dtype) for site in inner}
+        x, kept = jax.lax.fori_loop(0, depth, apply, (x, kept))
         if "final_norm" in sites:
             x, _ = jax.lax.fori_loop(depth, self.cfg.n_layers, apply, (x, {}))
             ends["final_norm"] = self.final_norm(x)[None]

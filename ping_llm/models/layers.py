@@ -182,14 +182,16 @@ class Attention(nnx.Module):
         sin: Float[Array, "B T 1 h"],
         window: Int[Array, ""] | None,
         attend: Attend = attention,
-    ) -> Float[Array, "B T D"]:
-        """Returns what attention adds to the residual stream."""
-        q, k, v = (self._heads(project(x)) for project in (self.q, self.k, self.v))
+    ) -> tuple[Float[Array, "B T D"], dict[str, Float[Array, "B T _"]]]:
+        """Returns what attention adds to the residual stream, and {site inside: what it held}."""
+        held = {"q": self.q(x), "k": self.k(x), "v": self.v(x)}
+        q, k, v = map(self._heads, held.values())
         if self.qk_norm:
             q, k = self.q_norm(q), self.k_norm(k)
         q, k = rotate(q, cos, sin), rotate(k, cos, sin)
         attended = attend(q, k, v, segment_ids, window)  # [B, T, N, H]
-        return self.out(attended.reshape(*x.shape[:2], -1))
+        held["heads"] = attended.reshape(*x.shape[:2], -1)
+        return self.out(held["heads"]), held
 
     def _heads(self, x: Array) -> Array:
         heads = x.reshape(*x.shape[:2], -1, self.head_dim)
@@ -205,7 +207,9 @@ class MLP(nnx.Module):
         scale = output_scale(cfg)
         self.down = linear(cfg, cfg.d_ff, cfg.d_model, sharding.DOWN_FD, scale=scale, rngs=rngs)
 
-    def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
-        """Returns what the MLP adds to the residual stream."""
+    def __call__(
+        self, x: Float[Array, "B T D"]
+    ) -> tuple[Float[Array, "B T D"], dict[str, Float[Array, "B T F"]]]:
+        """Returns what the MLP adds to the residual stream, and {site inside: what it held}."""
         hidden = jax.nn.silu(self.gate(x)) * self.up(x)  # [B, T, F]
-        return self.down(hidden)
+        return self.down(hidden), {"mlp_inner": hidden}

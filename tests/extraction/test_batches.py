@@ -22,7 +22,7 @@ def test_every_token_is_in_one_place_with_its_position_and_its_own_segment(lengt
     prompts = prompts_of(lengths)
     cfg = settings(max_length=100, batch_tokens=batch_tokens)
     seen = np.zeros(len(prompts.tokens), int)
-    for batch in make_batches(prompts, cfg, d_model=8):
+    for batch in make_batches(prompts, cfg, values=8):
         assert batch.tokens.shape[1] in row_widths(cfg)
         assert batch.tokens.size <= batch_tokens
         real = np.zeros(batch.tokens.shape, bool)
@@ -44,7 +44,7 @@ def test_long_prompts_get_wide_rows_and_short_ones_do_not():
     rng = np.random.default_rng(0)
     lengths = [*rng.integers(100, 600, 200).tolist(), 5000, 12_000]
     cfg = settings(max_length=12_000, batch_tokens=16_384)
-    batches = list(make_batches(prompts_of(lengths), cfg, d_model=8))
+    batches = list(make_batches(prompts_of(lengths), cfg, values=8))
     assert {batch.tokens.shape[1] for batch in batches} == {2048, 8192, 12_000}
     narrow = [batch for batch in batches if batch.tokens.shape[1] == 2048]
     assert sum(len(batch.pieces) for batch in narrow) > 150
@@ -53,7 +53,7 @@ def test_long_prompts_get_wide_rows_and_short_ones_do_not():
 def test_there_is_little_padding_and_there_are_few_shapes():
     lengths = np.random.default_rng(0).integers(200, 1501, 400)
     cfg = settings(max_length=1500, batch_tokens=8192)
-    batches = list(make_batches(prompts_of(lengths), cfg, d_model=8))
+    batches = list(make_batches(prompts_of(lengths), cfg, values=8))
     padding = np.mean(np.concatenate([(batch.segment_ids == 0).ravel() for batch in batches]))
     assert padding < 0.03
     assert {batch.tokens.shape for batch in batches} <= {(4, 2048), (1, 2048)}
@@ -66,7 +66,7 @@ def test_finished_tokens_are_never_far_behind():
     prompts = prompts_of(lengths)
     done = np.zeros(len(prompts.tokens), bool)
     furthest = 0
-    for batch in make_batches(prompts, cfg, d_model=8):
+    for batch in make_batches(prompts, cfg, values=8):
         for _, _, length, start in batch.pieces.tolist():
             done[start : start + length] = True
         last = int(np.flatnonzero(done)[-1])

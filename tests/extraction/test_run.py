@@ -20,7 +20,7 @@ from hf_checkpoints import make_checkpoint
 from stores import assert_equal_stores, everything
 
 from ping_llm.activations import store
-from ping_llm.activations.arrays import ShardedArray
+from ping_llm.activations.arrays import ShardedArray, open_array
 from ping_llm.activations.inspection import inspect_activations
 from ping_llm.activations.reader import ActivationReader
 from ping_llm.activations.statistics import unit_statistics
@@ -90,6 +90,59 @@ def test_another_model_and_another_input_are_refused(
     other = make_checkpoint(tmp_path / "other", rms_norm_eps=1e-5)
     with pytest.raises(ConfigError, match="model config="):
         extract_activations(other, documents, finished, **small | {"format": "tokens"})
+
+
+@pytest.mark.parametrize("positions", ["last", "every-5"])
+def test_only_the_tokens_asked_for_are_stored(
+    positions, finished, checkpoint, documents, small, tmp_path
+):
+    settings = small | {"positions": positions, "sites": "residual,embed"}
+    said = extract_activations(checkpoint, documents, tmp_path / "s", dry_run=True, **settings)
+    done = extract_activations(checkpoint, documents, tmp_path / "s", **settings)
+    whole, rows = everything(finished)
+    if positions == "last":
+        kept = np.append(np.array(rows.samples[:-1]) != np.array(rows.samples[1:]), True)
+    else:
+        kept = rows.positions % 5 == 0
+    assert said.tokens == done.tokens == kept.sum()
+    assert said.padding_fraction == pytest.approx(done.padding_fraction)
+    arrays, stored = everything(tmp_path / "s")
+    for name in ("tokens", "positions", "roles"):
+        np.testing.assert_array_equal(getattr(stored, name), getattr(rows, name)[kept])
+    assert stored.samples == np.array(rows.samples)[kept].tolist()
+    for name, values in arrays.items():
+        np.testing.assert_array_equal(values, whole[name][kept])
+    found = inspect_activations(str(tmp_path / "s"), verify=True)
+    assert found.errors == []
+    norms = np.linalg.norm(arrays["residual.00002"], axis=1)
+    assert found.statistics["residual.00002"]["norm_mean"] == pytest.approx(norms.mean(), rel=1e-5)
+    kv = KeyValueStore(tmp_path / "s")
+    first = store.read_done(kv, 0)
+    mean = np.asarray(open_array(kv, first, "means").read().result())[1]
+    np.testing.assert_allclose(mean, arrays["residual.00000"][: first["tokens"]].mean(0), atol=1e-5)
+
+
+def test_sites_of_other_widths_are_stored_as_transformers_has_them(
+    checkpoint, documents, small, tmp_path
+):
+    widths = {"k": 16, "heads": 32, "mlp_inner": 48}
+    settings = small | {"sites": "k,heads,mlp_inner", "limit": 8}
+    extract_activations(checkpoint, documents, tmp_path / "s", **settings)
+    arrays, rows = everything(tmp_path / "s")
+    changes = np.flatnonzero(np.array(rows.samples[:-1]) != np.array(rows.samples[1:])) + 1
+    expected = parity.reference_activations(checkpoint, np.split(rows.tokens, changes))
+    for name, values in arrays.items():
+        site, _, layer = name.partition(".")
+        theirs = np.concatenate([prompt[site, int(layer)] for prompt in expected])
+        assert values.shape == (len(rows.tokens), widths[site])
+        assert parity.relative_l2(values, theirs) < 1e-5
+    assert inspect_activations(str(tmp_path / "s"), verify=True).errors == []
+
+
+@pytest.mark.parametrize("positions", ["first", "every-0", "every-", "every--2", "every-1.5"])
+def test_positions_that_cannot_be_are_refused(positions, checkpoint, documents, tmp_path):
+    with pytest.raises(ConfigError, match="expected all, last, or every-"):
+        extract_activations(checkpoint, documents, tmp_path / "s", positions=positions)
 
 
 def test_a_start_that_failed_before_anything_was_published_does_not_block_the_next_one(
