@@ -45,8 +45,8 @@ def fetched(inputs: Sequence[str], reading: Reading) -> Iterator[list[InputFile]
         local = list(inputs)
         for i, url in enumerate(inputs):
             if url == "-" or url.startswith(("https://", "http://", "hf://")):
-                made = stack.enter_context(tempfile.TemporaryDirectory(prefix="ping-llm-"))
-                local[i] = str(_fetch(url, Path(made)))
+                temporary = stack.enter_context(tempfile.TemporaryDirectory(prefix="ping-llm-"))
+                local[i] = str(_fetch(url, Path(temporary)))
                 urls[local[i]] = "standard input" if url == "-" else _without_secrets(url)
         files = find_files(local, reading)
         yield [dataclasses.replace(file, url=_url_of(str(file.location), urls)) for file in files]
