@@ -1,4 +1,5 @@
 import pytest
+from stores import marker
 
 from ping_llm.activations import store
 from ping_llm.activations.begin import check_store, open_store
@@ -19,6 +20,9 @@ def manifest(**changes):
         "settings": {"dtype": "float32"} | changes,
         "model": {"weights": "abc"},
         "input": {"files": [{"name": "x"}]},
+        "made_from": {},
+        "arrays": [],
+        "d_model": 8,
         "lease_seconds": 0.3,
         "units": [[0, 0, 1], [0, 1, 2]],
     }
@@ -28,7 +32,7 @@ def test_equal_settings_join_and_others_are_refused_once_a_unit_is_published(kv)
     identity = open_store(kv, manifest())
     with Claims(kv, 2) as claims:
         claim = next(claims.available())
-    kv.create(store.done_key(claim.unit), seal({"unit": claim.unit}))
+    kv.create(store.done_key(claim.unit), seal(marker(claim.unit)))
     assert open_store(kv, manifest()) == identity
     with pytest.raises(ConfigError, match="dtype='float16', was 'float32'"):
         open_store(kv, manifest(dtype="float16"))

@@ -4,6 +4,7 @@ import sys
 import time
 
 import pytest
+from stores import marker
 
 from ping_llm import storage
 from ping_llm.activations import store
@@ -34,7 +35,7 @@ def worker(kv, *, units=1, clock=None, name=None):
 
 
 def publish(kv, unit):
-    kv.create(store.done_key(unit), seal({"unit": unit}))
+    kv.create(store.done_key(unit), seal(marker(unit)))
 
 
 def test_a_claim_names_worker_nonce_and_counter_and_no_time(kv):
@@ -173,9 +174,9 @@ def test_what_is_let_go_is_free_at_once_and_what_is_published_is_done(kv):
     claims = {claim.unit: claim for claim in first.available()}
     first.release(claims[0])
     publish(kv, 1)
-    first.release(claims[1], {"unit": 1})
+    first.release(claims[1], marker(1))
     assert [claim.unit for claim in second.available()] == [0]
-    assert second.done == {1: {"unit": 1}}
+    assert second.done == {1: marker(1)}
     assert first.left == [0]
 
 
