@@ -9,6 +9,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from ping_llm import sharding
+from ping_llm.errors import ConfigError
 from ping_llm.models import layers
 from ping_llm.models.attention import Attend, attention
 from ping_llm.models.config import SITES, DecoderConfig
@@ -171,10 +172,15 @@ class Decoder(nnx.Module):
             tokens: Token ids.
             segment_ids: Segment of each token, equal ids side by side.
             positions: Place of each token in its segment.
-            site: Which of `SITES` and `END_SITES`.
+            site: Which of `SITES` and `END_SITES`, but for `q`, `k` and `v`.
             layer: Of which layer; None for `END_SITES`.
             replace: What is to stand there.
+
+        Raises:
+            ConfigError: The site is one of these three.
         """
+        if site in ("q", "k", "v"):
+            raise ConfigError(f"{site=} cannot be replaced; heads, attn and residual can")
         cos, sin = layers.rope_angles(self.cfg, positions)
         stacked = self.blocks, self.layer_windows(tokens.shape[1])
 
@@ -190,11 +196,13 @@ class Decoder(nnx.Module):
             block, after, held = run(layer, x)
             if site == "residual":
                 x = replace(after)
-            elif site == "mlp":
-                x = after - held["mlp"] + replace(held["mlp"])
+            elif site in ("mlp", "mlp_inner"):
+                new = replace(held[site])
+                x = after - held["mlp"] + (new if site == "mlp" else block.mlp.down(new))
             else:  # what the MLP reads changes too
-                x = x + replace(held["attn"])
-                x = x + block.mlp(block.mlp_norm(x))
+                new = replace(held[site])
+                x = x + (new if site == "attn" else block.attn.out(new))
+                x = x + block.mlp(block.mlp_norm(x))[0]
             done = layer + 1
         x = jax.lax.fori_loop(done, self.cfg.n_layers, lambda index, x: run(index, x)[1], x)
         if site == "final_norm":

@@ -72,8 +72,15 @@ def inspect_sae(chosen: InspectSaeSettings) -> InspectSaeResult:
     source = _find_model(chosen.model, reader.manifest)
     spans = choice.held_out(reader)
     measured = evaluate_rows(sae, held_out_rows(reader, choice, spans))
-    losses = source and replacement_losses(sae, source, reader, choice, spans)
-    named = reader.manifest["settings"].get("format") == "measurements"
+    whole = _are_whole(reader, spans)
+    can_be_replaced = site not in ("q", "k", "v")
+    losses = None
+    if source is not None and whole and can_be_replaced:
+        losses = replacement_losses(sae, source, reader, choice, spans)
+    elif source is not None:
+        reason = f"site={site!r} cannot be replaced" if whole else "the store lacks some tokens"
+        print(f"{reason}: the model's loss is not measured", file=sys.stderr, flush=True)
+    named = whole and reader.manifest["settings"].get("format") == "measurements"
     statistics = gather_statistics(
         sae,
         reader,
@@ -118,6 +125,12 @@ def _choice(facts: Mapping[str, Any]) -> TokenChoice:
     """Returns which tokens the autoencoder is about; of one made elsewhere, as by default."""
     defaults = {"seed": 0, "held_out_tokens": 16384, "min_position": 1, "special_tokens": False}
     return TokenChoice(**{name: facts.get(name, value) for name, value in defaults.items()})
+
+
+def _are_whole(reader: ActivationReader, spans: np.ndarray) -> bool:
+    """Returns whether the store holds every token of these prompts."""
+    positions = (reader.column("positions", slice(*span)) for span in spans.tolist())
+    return all(np.array_equal(each, np.arange(len(each))) for each in positions)
 
 
 def _find_model(given: str | None, manifest: Mapping[str, Any]) -> ModelSource | None:

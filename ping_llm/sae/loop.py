@@ -50,7 +50,12 @@ CENTERED_TOKENS = 8192  # by which activations are centred and scaled
 _TOTALS = ("tokens", "seconds", "skipped", "skipped_in_a_row")
 _HOOKS = {  # TransformerLens's names
     "embed": "hook_embed",
+    "q": "blocks.{}.attn.hook_q",
+    "k": "blocks.{}.attn.hook_k",
+    "v": "blocks.{}.attn.hook_v",
+    "heads": "blocks.{}.attn.hook_z",
     "attn": "blocks.{}.hook_attn_out",
+    "mlp_inner": "blocks.{}.mlp.hook_post",
     "mlp": "blocks.{}.hook_mlp_out",
     "residual": "blocks.{}.hook_resid_post",
     "final_norm": "ln_final.hook_normalized",
@@ -97,7 +102,7 @@ def train_sae(chosen: TrainSaeSettings) -> TrainSaeResult:
     """
     readers = _open_readers(chosen)
     manifest = next(iter(readers.values())).manifest
-    cfg = _filled_in(chosen, d_model=int(manifest["d_model"]))
+    cfg = _filled_in(chosen, width=next(iter(readers.values())).shape[1])
     sharding.start_processes(cfg.coordinator, cfg.num_processes, cfg.process_id)
     mesh = sharding.make_mesh(**sharding.parse_mesh(cfg.mesh))
     sharding.batch_share(mesh, cfg.batch_size)
@@ -141,8 +146,8 @@ def _open_readers(cfg: TrainSaeSettings) -> dict[str, ActivationReader]:
     }
 
 
-def _filled_in(cfg: TrainSaeSettings, *, d_model: int) -> TrainSaeSettings:
-    features = cfg.features or 16 * d_model
+def _filled_in(cfg: TrainSaeSettings, *, width: int) -> TrainSaeSettings:
+    features = cfg.features or 16 * width
     given = {"features": features, "learning_rate": cfg.learning_rate, "sparsity": cfg.sparsity}
     if cfg.learning_rate is None:
         given["learning_rate"] = 2e-4 * (2**14 / features) ** 0.5

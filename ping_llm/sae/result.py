@@ -60,7 +60,7 @@ class InspectSaeResult:
         held_out: Whether the evaluation is on prompts that it was not trained on.
         explained_variance: On these prompts.
         l0: Mean number of active features there.
-        losses: Of the model with and without it, by what was predicted; None: no model at hand.
+        losses: Of the model with and without it, by what was predicted; None: not measured.
         tokens: Number of tokens over which features were looked at.
         never_active: Features that none of these activates.
         features: As many of the active ones as asked for: of a latency model those first whose

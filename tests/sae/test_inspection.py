@@ -64,7 +64,10 @@ def language(tmp_path_factory):
 
 @pytest.mark.parametrize(
     ("site", "layer"),
-    [("embed", None), ("attn", 0), ("mlp", 1), ("residual", 0), ("final_norm", None)],
+    [
+        *(("embed", None), ("heads", 1), ("attn", 0), ("mlp_inner", 0), ("mlp", 1)),
+        *(("residual", 0), ("final_norm", None)),
+    ],
 )
 def test_a_site_can_be_replaced_by_what_it_held_and_by_something_else(site, layer):
     graphdef, params = decoder()
@@ -216,3 +219,19 @@ def test_on_the_command_line(latency):
     done = CliRunner().invoke(cli, ["inspect-sae", sae, "--features", "0"])
     assert done.exit_code == 2
     assert "must be at least" in done.output or "must be above 0" in done.output
+
+
+def test_where_it_cannot_be_measured_the_loss_is_left_out_and_said(latency, tmp_path, capsys):
+    given = {"format": "measurements", "sites": "q,residual", "layers": "1", "limit": 30}
+    acts = tmp_path / "acts"
+    extract_activations(
+        latency / "run", latency / "rows", acts, max_length=128, positions="every-2", **given
+    )
+    identity(32, **described(acts)).save(tmp_path / "sae")
+    result = inspect_sae(tmp_path / "sae", model=str(latency / "run"), features=1)
+    assert result.losses is None
+    assert (
+        "the store lacks some tokens: the model's loss is not measured" in capsys.readouterr().err
+    )
+    assert result.features[0].associations == []
+    assert result.explained_variance == pytest.approx(1.0, abs=1e-6)
