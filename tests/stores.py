@@ -75,9 +75,9 @@ def write_store(path, rows, lengths, *, roles=None, unit_prompts=20):
             overlong=0,
             empty=0,
         )
-        form = {"d_model": width, "dtype": np.dtype(np.float32), "zstd": False}
-        attempt, held = store.new_attempt(), list(names.values())
-        writer = UnitWriter(kv, number, attempt, held, prompts, store_identity=identity, **form)
+        form = {"dtype": np.dtype(np.float32), "zstd": False, "store_identity": identity}
+        widths = dict.fromkeys(names.values(), width)
+        writer = UnitWriter(kv, number, store.new_attempt(), widths, prompts, **form)
         for layer, name in names.items():
             own = rows[layer][begin:end]
             writer.put(name, 0, own, np.linalg.norm(own, axis=1))
