@@ -201,8 +201,9 @@ def read_metadata(directory: str | Path | Location) -> dict[str, Any]:
         metadata = json.loads(path.read_bytes())
     except ValueError as error:
         raise DataError(f"{path} cannot be read as JSON: {error}; prepare the data again") from None
-    stated = metadata.get("fingerprint") if isinstance(metadata, dict) else None
-    if stated is not None and stated != fingerprint({**metadata, "fingerprint": None}):
+    stated = str(metadata.get("fingerprint")) if isinstance(metadata, dict) else ""
+    others = {key: v for key, v in metadata.items() if key != "fingerprint"} if stated else {}
+    if len(stated) == FINGERPRINT_DIGITS and stated != fingerprint(others):
         raise DataError(f"{path} is damaged: it is not what was written; prepare the data again")
     version = metadata.get("schema_version") if isinstance(metadata, dict) else None
     if version != SCHEMA_VERSION:
@@ -215,9 +216,11 @@ def read_metadata(directory: str | Path | Location) -> dict[str, Any]:
 
 def fingerprint(metadata: Mapping[str, Any]) -> str:
     """Returns the name of the content that `metadata`, of `dataset.json`, describes."""
-    if metadata.get("fingerprint"):
-        return metadata["fingerprint"]
-    content = {key: value for key, value in metadata.items() if key not in (*COSTS, "fingerprint")}
+    stored = str(metadata.get("fingerprint"))
+    if len(stored) == FINGERPRINT_DIGITS:
+        return stored
+    # What earlier versions wrote there is hashed too: runs know their data by this.
+    content = {key: value for key, value in metadata.items() if key not in COSTS}
     digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode())
     return digest.hexdigest()[:FINGERPRINT_DIGITS]
 

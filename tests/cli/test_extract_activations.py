@@ -5,6 +5,7 @@ from click.testing import CliRunner
 from hf_checkpoints import add_tokenizer, make_checkpoint
 
 from ping_llm.cli import cli
+from ping_llm.models.config import END_SITES, SITES
 
 
 @pytest.fixture(scope="module")
@@ -68,7 +69,7 @@ def test_a_dry_run_writes_nothing_and_says_how_much_it_would_be(place):
     [
         (["--layers", "7"], "layers: the model has 3, 0..2; 7 is none"),
         (["--layers", "x"], "layers='x'"),
-        (["--sites", ""], "sites is empty; choose some of embed, attn, mlp"),
+        (["--sites", ""], "sites is empty; choose some of embed, q, k"),
         (["--batch-tokens", "10"], "batch_tokens=10 is less than max_length=64"),
         (["--arc-seed", "1"], "arc_seed=1 does not go with format='text'"),
         (["--mesh", "data=3"], "mesh"),
@@ -84,7 +85,7 @@ def test_a_setting_that_can_not_be_is_one_line_and_exit_code_1(place, arguments,
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--sites", "head"], "sites='head' is not one of embed, attn, mlp, residual, final_norm"),
+        (["--sites", "head"], "sites='head' is not one of embed, q, k, v, heads, attn"),
         (["--format", "poem"], "'poem' is not one of 'text', 'chat', 'tokens'"),
         (["--overlong", "drop"], "'drop' is not one of 'error', 'truncate-left'"),
         (["--dtype", "int8"], "'int8' is not one of 'float32', 'bfloat16', 'float16'"),
@@ -101,7 +102,7 @@ def test_a_value_that_no_extraction_may_have_is_wrong_usage(place, arguments, me
 def test_parity_is_shown_by_site(place):
     result = run("verify-parity", "--model", place / "model", "--layers", "1", "--json")
     found = json.loads(result.stdout)
-    assert set(found["by_site"]) == {"residual.1", "attn.1", "mlp.1", "embed", "final_norm"}
+    assert set(found["by_site"]) == {f"{site}.1" for site in SITES} | {*END_SITES}
     assert found["max_relative_l2"] < 1e-5
 
 
