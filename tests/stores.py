@@ -61,7 +61,6 @@ def write_store(path, rows, lengths, *, roles=None, unit_prompts=20):
         "arrays": [{"name": n, "site": "residual", "layer": i} for i, n in names.items()],
         "units": [(0, *unit) for unit in units],
         "made_from": {"model": "nobody's", "input": "nothing"},
-        "lease_seconds": 60.0,
     }
     kv = KeyValueStore(path)
     identity = open_store(kv, manifest)
