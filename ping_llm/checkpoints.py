@@ -78,6 +78,8 @@ class Checkpoints:
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         try:
+            if kind is None:
+                self.wait()  # the last one too has its list before the pool ends
             with _failing_with(self._not_written):
                 self._manager.close()
         except CheckpointError:
