@@ -11,6 +11,7 @@ from ping_llm.storage import Location
 _HEADINGS = {
     "family": "By family",
     "rtt_band": "By actual RTT",
+    "kind": "By kind of measurement",
     "history": "By measurements that the answer was drawn from",
     "hour_utc": "By hour of the day (UTC)",
     "asn": "By autonomous system of the source",

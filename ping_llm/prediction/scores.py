@@ -101,8 +101,9 @@ def breakdowns(
 ) -> dict[str, dict[str, Any]]:
     """Returns point metrics by groups of measurements.
 
-    These are by family, actual RTT, `history` [n] behind the answer, and hour; and as far as places
-    are known by AS and country of the source, and distance.
+    These are by family, actual RTT, `history` [n] behind the answer, and hour; where there are
+    traceroutes, by kind; and as far as places are known by AS and country of the source, and
+    distance.
     """
     actual, answered = actual_rtt(rows), rows.rtt >= 0
     band = np.searchsorted(BANDS_MS, actual, side="right")
@@ -115,6 +116,8 @@ def breakdowns(
         "hour_utc": (rows.time // 3600 % 24 // HOURS, hours),
         **({} if places is None else _by_place(rows, places)),
     }
+    if (kinds := rows.column("kind")).any():
+        groupings["kind"] = kinds, ["pings", "routers on the way", "ends of traceroutes"]
     result: dict[str, dict[str, Any]] = {name: {} for name in groupings}
     for name, (group, labels) in groupings.items():
         for i, label in enumerate(labels):

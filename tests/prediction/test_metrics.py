@@ -1,9 +1,14 @@
+import dataclasses
+
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from ping_llm import addresses
+from ping_llm.measurements import MeasurementTable
 from ping_llm.prediction import metrics
+from ping_llm.prediction.scores import breakdowns
 
 NUMBERS = st.lists(st.integers(0, 6), min_size=2, max_size=30)
 
@@ -92,3 +97,25 @@ def test_ranking_counts_regret_and_recall():
         "sources": 1,
     }
     assert metrics.ranking(predicted[5:], actual[5:], np.array([1, 1])) is None
+
+
+def test_traceroutes_are_scored_apart_from_pings():
+    n = 6
+    address = addresses.parse(["192.0.2.1"] * n)[0]
+    rows = MeasurementTable(
+        time=np.arange(n),
+        src=address,
+        dst=address,
+        family=np.full(n, 4, np.int8),
+        rtt=np.array([10, 10, 10, 10, -1, 10], np.float32),
+        kind=np.array([0, 1, 1, 2, 2, 0], np.uint8),
+    )
+    predicted = {"exact": np.full(n, 10.0)}
+    by = breakdowns(rows, np.zeros(n, int), predicted)
+    assert {name: each["n"] for name, each in by["kind"].items()} == {
+        "pings": 2,
+        "routers on the way": 2,
+        "ends of traceroutes": 1,  # answered
+    }
+    without = dataclasses.replace(rows, kind=None)
+    assert "kind" not in breakdowns(without, np.zeros(n, int), predicted)
