@@ -13,6 +13,7 @@ from ping_llm.errors import DataError
 from ping_llm.storage import Location, StoredFile
 
 ENDINGS = {".parquet": "parquet", ".pq": "parquet", ".arrow": "arrow", ".feather": "arrow"}
+ENDINGS |= {".arrows": "arrow"}
 ENDINGS |= {".csv": "csv", ".ndjson": "ripe", ".jsonl": "ripe", ".json": "ripe", ".tar": "tar"}
 COMPRESSIONS = {".gz": "gzip", ".bz2": "bz2", ".zst": "zstd", ".xz": "xz"}
 _SHORT = {".tgz": ".tar.gz", ".tbz2": ".tar.bz2", ".txz": ".tar.xz"}
@@ -143,7 +144,7 @@ _MAGIC = {b"\x1f\x8b": "gzip", b"BZh": "bz2", b"\x28\xb5\x2f\xfd": "zstd", b"\xf
 
 def _format_of_text(head: bytes) -> str | None:
     """Returns the format of a file that begins so, if it is known."""
-    if head.startswith((b"PAR1", b"ARROW1")):
+    if head.startswith((b"PAR1", b"ARROW1", b"\xff\xff\xff\xff")):  # the last: an Arrow stream
         return "parquet" if head.startswith(b"PAR1") else "arrow"
     if head[257:262] == b"ustar":
         return "tar"

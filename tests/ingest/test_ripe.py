@@ -169,3 +169,27 @@ def test_deeply_nested_replies_are_no_crash():
         '"result": 0', '"result": ' + '[{"rtt":' * 5000 + "1" + "}]" * 5000
     )
     assert parse_line(line) in REASONS
+
+
+SCAMPER = {
+    "type": "ping",
+    "version": "0.4",
+    "method": "icmp-echo",
+    "src": "193.0.0.1",
+    "dst": "198.51.100.7",
+    "start": {"sec": 1_700_000_000, "usec": 5},
+    "ping_sent": 4,
+    "responses": [{"from": "198.51.100.7", "seq": 0, "rtt": 9.2}],
+    "statistics": {"replies": 3, "loss": 0.25, "min": 9.2, "max": 10.7, "avg": 9.9, "stddev": 0.6},
+}
+
+
+def test_a_ping_of_scamper_is_read_as_one_of_ripe():
+    line = json.dumps(SCAMPER)
+    assert parse_line(line)[1:] == ("193.0.0.1", "198.51.100.7", 1_700_000_000)
+    table, _ = parse_ripe_lines(pa.array([line]))
+    assert table.rtt[0] == np.float32(9.2)
+    assert table.loss[0] == 0.25
+    assert table.spread[0] == pytest.approx(1.5)
+    none = SCAMPER | {"responses": [], "statistics": {"replies": 0, "loss": 1}}
+    assert parse_line(json.dumps(none))[0] == -1.0

@@ -302,6 +302,21 @@ def test_what_is_rejected_and_what_is_read_add_up_to_what_was_there(tmp_path):
     assert max(collections.Counter(rejected["line"].to_pylist()).values()) == 1
 
 
+def test_an_arrow_stream_is_read_as_a_file_is(tmp_path):
+    with pa.ipc.new_file(tmp_path / "x.arrow", table().schema) as writer:
+        writer.write_table(table(), max_chunksize=2)
+    sink = pa.BufferOutputStream()
+    with pa.ipc.new_stream(sink, table().schema) as writer:
+        writer.write_table(table(), max_chunksize=2)
+    stream = sink.getvalue().to_pybytes()
+    for name in ("y.arrow", "y.arrows", "y"):
+        (tmp_path / name).write_bytes(stream)
+        assert read(tmp_path / name) == read(tmp_path / "x.arrow")
+    (tmp_path / "y.arrow").write_bytes(stream[:-300])
+    with pytest.raises(DataError, match=r"y\.arrow cannot be read as arrow"):
+        read(tmp_path / "y.arrow")
+
+
 def test_strings_as_other_writers_store_them_are_read(tmp_path):
     expected, _ = read(write(tmp_path / "x.parquet", table()))
     delta = {"src_addr": "DELTA_LENGTH_BYTE_ARRAY", "dst_addr": "DELTA_BYTE_ARRAY"}
@@ -550,6 +565,10 @@ BROKEN = {
         "is no CSV header",
     ),
     "csv header in latin-1": (lambda p: make(p, "x.csv", b"\xe9v\n"), "is no CSV header"),
+    "feather of version 1": (
+        lambda p: make(p, "x.feather", b"FEA1" + bytes(60) + b"FEA1"),
+        "is Feather version 1; write it again",
+    ),
     "utf-16 csv": (
         lambda p: make(p, "x.csv", CSV_HEADER.decode().encode("utf-16")),
         "is UTF-16 text",

@@ -148,16 +148,36 @@ def read_parquet(file: InputFile, start: int, stop: int | None) -> Iterator[Tabl
 
 
 def read_arrow(file: InputFile) -> Iterator[TableRows]:
-    """Yields the rows of an Arrow file."""
-    with file.location.open_input() as source, pa.ipc.open_file(source) as reader:
-        names, before = _columns_to_read(file, reader.schema), 0
-        for i in range(reader.num_record_batches):
-            batch = reader.get_batch(i)
-            batch.validate(full=True)
-            for start in range(0, len(batch), BATCH_ROWS):
-                part = batch.slice(start, BATCH_ROWS)
-                yield TableRows(file, names, part, before, (i + 1) / reader.num_record_batches)
-                before += len(part)
+    """Yields the rows of an Arrow file or stream.
+
+    Raises:
+        DataError: It is of Feather's first version, which is another format.
+    """
+    with file.location.open_input() as source:
+        magic = source.read(6)
+        source.seek(0)
+        if magic.startswith(b"FEA1"):
+            raise DataError(
+                f"{file.name} is Feather version 1; write it again as version 2: "
+                "pyarrow.feather.write_feather(pyarrow.feather.read_table(OLD), NEW)"
+            )
+        opened = pa.ipc.open_file if magic == b"ARROW1" else pa.ipc.open_stream
+        with opened(source) as reader:
+            names, before = _columns_to_read(file, reader.schema), 0
+            for batch in _batches(reader):
+                batch.validate(full=True)
+                for start in range(0, len(batch), BATCH_ROWS):
+                    part = batch.slice(start, BATCH_ROWS)
+                    yield TableRows(file, names, part, before, source.tell() / file.size)
+                    before += len(part)
+
+
+def _batches(reader: Any) -> Iterator[pa.RecordBatch]:
+    """Yields the record batches of a file, or of a stream."""
+    if isinstance(reader, pa.ipc.RecordBatchStreamReader):
+        yield from reader
+    else:
+        yield from map(reader.get_batch, range(reader.num_record_batches))
 
 
 def _without_views(column: pa.Array) -> pa.Array:

@@ -8,6 +8,8 @@ numeric `rtt` of the replies that are neither late nor duplicate, else -1 (faile
 `from`, the public address, or `src_addr` where `from` is absent or of the other family; the
 destination is `dst_addr`, or `addr` or `name` when that is an address. Numbers may be strings. A
 traceroute is a measurement of its destination, and one of each public address on the way.
+
+Pings of scamper, as `sc_warts2json` prints them, are read likewise.
 """
 
 # pyarrow.compute makes its functions when it is imported:
@@ -31,6 +33,9 @@ from ping_llm.measurements import KINDS, MeasurementTable
 from ping_llm.tokenizer import MAX_RTT_MS
 
 _FIELDS = "type timestamp af from src_addr dst_addr addr name min max sent rcvd result".split()  # noqa: SIM905
+# What scamper calls these (sc_warts2json, pings).
+_SCAMPER = {"timestamp": "start.sec", "from": "src", "dst_addr": "dst", "min": "statistics.min"}
+_SCAMPER |= {"max": "statistics.max", "sent": "ping_sent", "rcvd": "statistics.replies"}
 _TYPES = ("ping", "traceroute")
 _MALFORMED = REASON_CODES["malformed traceroute"]
 _threads = threading.local()
@@ -170,8 +175,15 @@ def _extract(lines: pa.Array) -> dict[str, pa.Array]:
         import duckdb
 
         _threads.duckdb = duckdb.connect(config={"threads": 1})
-    paths = ", ".join(f"'$.{field}'" for field in _FIELDS)
-    selected = ", ".join(f'x[{i + 1}] AS "{field}"' for i, field in enumerate(_FIELDS))
+    names = [*_FIELDS, *_SCAMPER.values()]
+    paths = ", ".join(f"'$.{name}'" for name in names)
+    place = {name: f"x[{i + 1}]" for i, name in enumerate(names)}
+    selected = ", ".join(
+        f'coalesce({place[f]}, {place[_SCAMPER[f]]}) AS "{f}"'
+        if f in _SCAMPER
+        else f'{place[f]} AS "{f}"'
+        for f in _FIELDS
+    )
     _threads.duckdb.register("lines", pa.table({"line": lines}))
     result = _threads.duckdb.sql(
         f"SELECT {selected}, x IS NOT NULL AS parsed "
