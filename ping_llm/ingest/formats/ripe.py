@@ -171,23 +171,24 @@ def _without_messages(lines: pa.Array) -> pa.Array:
 
 def _extract(lines: pa.Array) -> dict[str, pa.Array]:
     """Returns each of `_FIELDS` as text, null where absent, and `parsed`, false for no JSON."""
+    fields = _at_paths(lines, _FIELDS)
+    if fields["timestamp"].null_count:
+        other = _at_paths(lines, list(_SCAMPER.values()))
+        fields |= {name: pc.coalesce(fields[name], other[p]) for name, p in _SCAMPER.items()}
+    return fields
+
+
+def _at_paths(lines: pa.Array, paths: Sequence[str]) -> dict[str, pa.Array]:
     if not hasattr(_threads, "duckdb"):
         import duckdb
 
         _threads.duckdb = duckdb.connect(config={"threads": 1})
-    names = [*_FIELDS, *_SCAMPER.values()]
-    paths = ", ".join(f"'$.{name}'" for name in names)
-    place = {name: f"x[{i + 1}]" for i, name in enumerate(names)}
-    selected = ", ".join(
-        f'coalesce({place[f]}, {place[_SCAMPER[f]]}) AS "{f}"'
-        if f in _SCAMPER
-        else f'{place[f]} AS "{f}"'
-        for f in _FIELDS
-    )
+    wanted = ", ".join(f"'$.{path}'" for path in paths)
+    selected = ", ".join(f'x[{i + 1}] AS "{path}"' for i, path in enumerate(paths))
     _threads.duckdb.register("lines", pa.table({"line": lines}))
     result = _threads.duckdb.sql(
         f"SELECT {selected}, x IS NOT NULL AS parsed "
-        f"FROM (SELECT TRY(json_extract_string(line, [{paths}])) AS x FROM lines)"
+        f"FROM (SELECT TRY(json_extract_string(line, [{wanted}])) AS x FROM lines)"
     )
     table = result.to_arrow_table()
     _threads.duckdb.unregister("lines")
