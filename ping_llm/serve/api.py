@@ -7,8 +7,10 @@ from pydantic import BaseModel, ConfigDict, Field
 MOST_PAIRS, MOST_HISTORY, MOST_NODES = 1000, 5000, 1000
 
 Address = Annotated[str, Field(min_length=2, max_length=45, examples=["10.0.0.1"])]
+_Text = Annotated[str, Field(min_length=4, max_length=40)]
+_Seconds = Annotated[int, Field(ge=0, lt=2**32, strict=True)]
 Time = Annotated[
-    str | int | None,
+    _Text | _Seconds | None,
     Field(description="ISO 8601 or seconds since 1970, UTC", examples=["2024-01-02T12:00:00Z"]),
 ]
 Share = Annotated[float, Field(ge=0, le=1)]
@@ -172,7 +174,7 @@ class Health(BaseModel):
     map_done: bool
 
 
-class Problem(BaseModel):
+class Refusal(BaseModel):
     """Why there is no answer."""
 
     detail: str

@@ -18,7 +18,7 @@ from ping_llm.errors import DataError
 from ping_llm.measurements import NO_TIME, MeasurementTable
 from ping_llm.prediction.predictor import LEVELS, Predictor
 from ping_llm.serve import api
-from ping_llm.serve.engine import Answered, BusyError, Engine
+from ping_llm.serve.engine import Answered, AnswerQueue, BusyError
 from ping_llm.serve.guard import Guard
 from ping_llm.serve.places import Places
 from ping_llm.serve.scaling import classical_scaling
@@ -27,7 +27,7 @@ LANDMARKS, MAPPED = 16, 500  # nodes that the others are placed by, and all that
 MEASURED_SHOWN = 200  # measurements of a pair
 PAGE = ("index.html", "page.js", "charts.js", "land.js", "page.css")
 PROBLEMS: dict[int | str, dict[str, Any]] = {
-    status: {"model": api.Problem, "description": text}
+    status: {"model": api.Refusal, "description": text}
     for status, text in {
         400: "A value cannot be, or nothing is known to answer from.",
         401: "The token is absent or wrong.",
@@ -52,7 +52,7 @@ class Service:
             model: What to call it.
             places: Where nodes are.
         """
-        self.engine, self.model = Engine(predictor), model
+        self.engine, self.model = AnswerQueue(predictor), model
         known, nodes = predictor.known, predictor.network.nodes
         ends = np.concatenate([nodes.lookup(end) for end in (known.src, known.dst)])
         counts = np.bincount(ends, minlength=len(nodes))

@@ -64,7 +64,7 @@ class _Job:
     at: int = 0  # questions that were answered
 
 
-class Engine:
+class AnswerQueue:
     """Answers what is submitted to it, in one thread, as `Predictor.ask` does."""
 
     def __init__(self, predictor: Predictor):

@@ -19,6 +19,8 @@ class SimulateSettings(Settings):
         days: Time span, from 2024-01-01 UTC.
         measurements: How many to write.
         seed: Another seed, another internet.
+        events: JSON lines of the outages and route changes, to judge what finds them.
+        no_events: Let nothing happen but load, noise and single losses.
     """
 
     output: str = field(location=True, stored=False)
@@ -26,8 +28,12 @@ class SimulateSettings(Settings):
     days: float = field(default=14.0, ge=1 / DAY, le=20_000)
     measurements: int = field(default=1_000_000, ge=1, le=10**12)
     seed: int = field(default=0, ge=0, lt=2**63)
+    events: str | None = field(default=None, location=True, stored=False)
+    no_events: bool = False
 
     def check(self) -> None:
         """Raises a `ConfigError` if the output is not named as Parquet."""
         if not self.output.endswith(".parquet"):
             raise ConfigError(f"output={self.output} must be a name that ends in .parquet")
+        if self.no_events and self.events is not None:
+            raise ConfigError("--no-events has no events to write; leave out --events")

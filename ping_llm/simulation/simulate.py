@@ -14,6 +14,7 @@ and symmetric in its lasting part. All of it is a pure function of the settings.
 import dataclasses
 import json
 import math
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -96,7 +97,10 @@ class _Hosts:
 class World:
     """The hosts, who measures whom, and how long round trips take, for one seed."""
 
-    def __init__(self, *, probes: int, days: float, measurements: int, seed: int):
+    def __init__(
+        self, *, probes: int, days: float, measurements: int, seed: int, no_events: bool = False
+    ):
+        self._quiet = no_events
         rng = np.random.default_rng([seed, 0])
         self._seed, self._measurements, self._span = seed, measurements, days * DAY
         self._cities = load_cities()
@@ -135,9 +139,8 @@ class World:
     def _rtt_ms(self, source, target, ipv6, time, rng: np.random.Generator) -> np.ndarray:
         """Returns the round-trip times of measurements that succeed."""
         hosts, n = self._hosts, len(source)
-        as_a = np.minimum(hosts.asn[source], hosts.asn[target])
-        as_b = np.maximum(hosts.asn[source], hosts.asn[target])
-        pair = as_a * np.int64(MAX_AS) + as_b
+        pair = self._as_pair(source, target)
+        as_a, as_b = np.divmod(pair, MAX_AS)
         pair_uniform = self._hash(1, pair)
         # A part of each AS and a part of the pair: unseen pairs are predictable, but not wholly.
         quality = 0.3 * (self._as_quality[as_a] + self._as_quality[as_b])
@@ -159,12 +162,24 @@ class World:
         rtt[spike] += 40.0 * np.exp(rng.standard_normal(np.count_nonzero(spike)))
         return rtt
 
+    def _as_pair(self, source: np.ndarray, target: np.ndarray) -> np.ndarray:
+        """Returns the numbers of unordered pairs of ASes: the lower one times MAX_AS, + the other."""
+        asn = self._hosts.asn
+        low, high = np.minimum(asn[source], asn[target]), np.maximum(asn[source], asn[target])
+        return low * np.int64(MAX_AS) + high
+
     def _route(self, pair: np.ndarray, time: np.ndarray) -> np.ndarray:
         """Returns the factor of the route in use: a level, shifting at the pair's change points."""
-        period = DAY * np.exp(3.4 * self._hash(3, pair))  # a change every 1 to 30 days
-        x = time / period + self._hash(4, pair)
-        number = np.floor(x).astype(np.int64)
-        number -= x - number < self._hash(5, pair, number)  # change points off the regular grid
+        x = time / self._route_period(pair) + self._hash(4, pair)
+        number = np.floor(np.zeros_like(x) if self._quiet else x).astype(np.int64)
+        if not self._quiet:
+            number -= x - number < self._hash(5, pair, number)  # change points off the regular grid
+        return self._route_factor(pair, number)
+
+    def _route_period(self, pair: np.ndarray) -> np.ndarray:
+        return DAY * np.exp(3.4 * self._hash(3, pair))  # a change every 1 to 30 days
+
+    def _route_factor(self, pair: np.ndarray, number: np.ndarray) -> np.ndarray:
         level = self._hash(6, pair, number)
         return 1.0 + 0.5 * np.maximum(level - 0.6, 0.0)  # mostly the shortest route
 
@@ -173,14 +188,62 @@ class World:
         access = self._hosts.access
         loss = ACCESS[access[source], 5] + ACCESS[access[target], 5]
         failed = rng.random(len(source)) < loss
-        day = time // DAY
-        for host in (source, target):
-            # At most one outage a day, of minutes to hours, on one day in fifty.
-            length = DAY * 0.01 * np.exp(3.0 * self._hash(8, host, day))
-            start = day * DAY + self._hash(9, host, day) * (DAY - length)
-            out = (time >= start) & (time < start + length)
-            failed |= out & (self._hash(7, host, day) < 0.02)
+        for host in () if self._quiet else (source, target):
+            there, start, end = self._outage(host, time // DAY)
+            failed |= there & (time >= start) & (time < end)
         return failed
+
+    def _outage(self, host: np.ndarray, day: np.ndarray) -> tuple[np.ndarray, ...]:
+        """Returns whether hosts have an outage on a day, when it starts and when it ends.
+
+        There is at most one a day, of minutes to hours, on one day in fifty.
+        """
+        length = DAY * 0.01 * np.exp(3.0 * self._hash(8, host, day))
+        start = day * DAY + self._hash(9, host, day) * (DAY - length)
+        return self._hash(7, host, day) < 0.02, start, start + length
+
+    def events(self) -> Iterator[dict[str, Any]]:
+        """Yields what happens in the time span: all outages, then all route changes of its streams.
+
+        An outage has `start`, `end` (seconds since 1970 UTC) and `addresses`, those of the host. A
+        route change has `start`, the `pairs` of addresses measured on the route, and the factors
+        `before` and `after` of their distance in fibre.
+        """
+        if self._quiet:
+            return
+        hosts, span = self._hosts, self._span
+        n_days = math.ceil(span / DAY)
+        host, day = (each.ravel() for each in np.mgrid[0 : len(hosts.asn), 0:n_days])
+        there, start, end = self._outage(host, day)
+        for i in np.flatnonzero(there & (start < span)):
+            addresses = [
+                hosts.ipv4[host[i]],
+                *[hosts.ipv6[host[i]]] * bool(hosts.has_ipv6[host[i]]),
+            ]
+            times = {"start": START_TIME + start[i], "end": START_TIME + min(end[i], span)}
+            yield {"kind": "outage", **times, "addresses": addresses}
+        source, target, ipv6 = self._source, self._target, self._ipv6
+        pair, stream = np.unique(self._as_pair(source, target), return_inverse=True)
+        period, phase = self._route_period(pair), self._hash(4, pair)
+        for i, key in enumerate(pair):
+            number = np.arange(int(phase[i]), int(span / period[i] + phase[i]) + 1)
+            key = np.full(len(number), key)
+            time = (number + self._hash(5, key, number) - phase[i]) * period[i]
+            before, after = self._route_factor(key, number - 1), self._route_factor(key, number)
+            changes = np.flatnonzero((time > 0) & (time < span) & (before != after))
+            if len(changes):
+                rows = np.flatnonzero(stream == i)
+                of = [hosts.ipv6 if six else hosts.ipv4 for six in ipv6[rows]]
+                ends = zip(of, source[rows].tolist(), target[rows].tolist(), strict=True)
+                pairs = [[texts[a], texts[b]] for texts, a, b in ends]
+                for k in changes:
+                    factors = {"before": round(before[k], 4), "after": round(after[k], 4)}
+                    yield {
+                        "kind": "route",
+                        "start": START_TIME + time[k],
+                        **factors,
+                        "pairs": pairs,
+                    }
 
     def _hash(self, what: int, *keys: np.ndarray) -> np.ndarray:
         """Returns numbers uniform on [0, 1), functions of the seed, `what` and `keys` alone."""
@@ -251,7 +314,7 @@ def _make_streams(
 def simulate(chosen: SimulateSettings) -> SimulateResult:
     """Writes the measurements of a synthetic internet to a Parquet file, in time order.
 
-    A finished file with the same settings is left as it is.
+    A finished file with the same settings is left as it is; `events` are written anew.
 
     Raises:
         ConfigError: A setting cannot be, or the output was made with other settings, or is another
@@ -261,14 +324,21 @@ def simulate(chosen: SimulateSettings) -> SimulateResult:
     """
     output = Location.of(chosen.output)
     stored = settings.to_json(chosen)
+    if not chosen.no_events:  # files told nothing of it before there was a choice
+        del stored["no_events"]
 
     def made_with() -> dict[str, Any] | None:
-        return _read_settings(output) if output.is_file() else None
+        return {"no_events": False} | _read_settings(output) if output.is_file() else None
 
     with claim(output, what="simulate", settings=chosen, stored=made_with) as held:
         if not output.is_file():
             with publish_file(output, claim=held) as path:
                 _write(path, stored)
+        if chosen.events is not None:
+            lines = (json.dumps(event) + "\n" for event in World(**stored).events())
+            with publish_file(Location.of(chosen.events)) as path, path.open("w") as file:
+                file.writelines(lines)
+        stored.pop("no_events", None)
         return SimulateResult(output=chosen.output, bytes=output.size(), **stored)
 
 
