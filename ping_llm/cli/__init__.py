@@ -15,6 +15,7 @@ from ping_llm.errors import ConfigError, PingLLMError, Stopped
 # imports no command, which would take longer than all the rest.
 COMMANDS = {
     "bench": "Measure the throughput of one part on this machine.",
+    "detect": "Find what is strange in a stream of measurements.",
     "evaluate": "Compare a model with classical methods.",
     "export": "Write a run's model as safetensors and a config.",
     "extract-activations": "Write a model's activations over a data set into a store.",

@@ -64,6 +64,34 @@ class PredictSettings(Settings):
             raise ConfigError(f"output {self.output} must be a .parquet file")
 
 
+class DetectSettings(Settings):
+    """Find what is strange in a stream of measurements.
+
+    Each is judged by what was known before it, in time order. What belongs together is one event:
+    when, from where, to where, how much slower or failing.
+
+    Attributes:
+        input: Measurements with times: a file, directory or glob.
+        run: Run directory of the model.
+        pretrained: Ask the model in the box, which needs a --history.
+        history: Measurements from before, to be known first.
+        false_alarms: Alarms a day and source to expect where nothing happens.
+    """
+
+    input: str = field(location=True, argument=True)
+    run: str | None = field(default=None, location=True)
+    pretrained: bool = False
+    history: str | None = field(default=None, location=True)
+    false_alarms: float = field(default=1.0, gt=0)
+
+    def check(self) -> None:
+        """Raises a `ConfigError` without one model, or without what the one in the box needs."""
+        if (self.run is None) != self.pretrained:
+            raise ConfigError("give either --run or --pretrained")
+        if self.pretrained and self.history is None:
+            raise ConfigError("--pretrained knows no network; give --history with measurements")
+
+
 class EvaluateSettings(Settings):
     """Compare a model with classical methods.
 
