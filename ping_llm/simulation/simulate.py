@@ -163,7 +163,7 @@ class World:
         return rtt
 
     def _as_pair(self, source: np.ndarray, target: np.ndarray) -> np.ndarray:
-        """Returns the numbers of unordered pairs of ASes: the lower one times MAX_AS, + the other."""
+        """Returns numbers of unordered pairs of ASes: the lower one times MAX_AS, + the other."""
         asn = self._hosts.asn
         low, high = np.minimum(asn[source], asn[target]), np.maximum(asn[source], asn[target])
         return low * np.int64(MAX_AS) + high
