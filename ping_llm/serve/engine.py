@@ -132,17 +132,15 @@ class AnswerQueue:
         while (parts := self._next()) is not None:
             jobs = [job for job, _, _ in parts]
             try:
-                answered = self._answer(parts)
+                answered, first = self._answer(parts), 0
+                for job, start, stop in parts:
+                    job.done.append(answered.slice(first, first + stop - start))
+                    first += stop - start
+                    if stop == len(job.questions):
+                        self._settle(job, Answered.concat(job.done))
             except Exception as error:  # it belongs to those who asked
                 for job in jobs:
                     self._settle(job, error)
-                continue
-            first = 0
-            for job, start, stop in parts:
-                job.done.append(answered.slice(first, first + stop - start))
-                first += stop - start
-                if stop == len(job.questions):
-                    self._settle(job, Answered.concat(job.done))
 
     # Jobs of 1, 40 and 3 questions are answered in blocks of 1 + 15, 3 + 13, and 12: a long one
     # goes to the end after each, so that short ones hardly wait for it.

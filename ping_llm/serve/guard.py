@@ -82,6 +82,10 @@ class Guard:
             if begun:  # nothing can be said any more
                 raise
             await _refuse(refused, sending)
+        except asyncio.CancelledError:  # the server stops, and has waited as long as it does
+            if begun:
+                raise
+            await _refuse(_Refused(503, "the server stops"), sending)
         finally:
             route = getattr(scope.get("route"), "path", "other")
             self._told(route, status, time.monotonic() - started)

@@ -186,37 +186,56 @@ def test_a_model_that_knows_nothing_answers_from_the_history_of_the_request(pred
 # --- who may ask, how much, for how long ----------------------------------------------------------
 
 
+def held(predictor):
+    """Returns (a service that answers when it may, whether it has something to, whether it may)."""
+    service, begun, gate = Service(predictor, model="x"), threading.Event(), threading.Event()
+    service.map = np.zeros((10, 2))  # no map is made beside
+    answer = service.engine._answer
+
+    def wait(parts):
+        begun.set()
+        gate.wait()
+        return answer(parts)
+
+    service.engine._answer = wait
+    return service, begun, gate
+
+
+def test_a_defect_is_told_to_who_asked_and_the_next_one_is_answered(predictor):
+    service, _, gate = held(predictor)
+    gate.set()
+    answer, service.engine._answer = service.engine._answer, lambda parts: None
+    app = create_app(service)
+    with TestClient(app, base_url="http://localhost", raise_server_exceptions=False) as alone:
+        assert alone.post("/predict", json={"pairs": [PAIR]}).status_code == 500
+        service.engine._answer = answer
+        assert alone.post("/predict", json={"pairs": [PAIR]}).status_code == 200
+
+
 def test_requests_that_find_too_many_waiting_are_refused_and_the_others_answered(
     predictor, monkeypatch
 ):
     monkeypatch.setattr(engine, "MOST_JOBS", 4)
-    gate = threading.Event()
-    service = Service(predictor, model="x")
-    service.map = np.zeros((10, 2))  # no map is made beside
-    answer = service.engine._answer
-    service.engine._answer = lambda parts: gate.wait(30) and answer(parts)
+    service, begun, gate = held(predictor)
     with TestClient(create_app(service), base_url="http://localhost") as alone:
         ask = lambda _: alone.post("/predict", json={"pairs": [PAIR]})  # noqa: E731
         with ThreadPoolExecutor(12) as pool:
-            asked = [pool.submit(ask, i) for i in range(12)]
-            while sum(each.done() for each in asked) < 7:  # 1 is answered, 4 wait at most
+            asked = [pool.submit(ask, 0)]
+            begun.wait()  # 1 is being answered, 4 of the others may wait
+            asked += [pool.submit(ask, i) for i in range(11)]
+            while sum(each.done() for each in asked) < 7:
                 time.sleep(0.01)
             gate.set()
             answers = [each.result() for each in asked]
-    statuses = [each.status_code for each in answers]
-    assert set(statuses) == {200, 429}
-    assert 4 <= statuses.count(200) <= 5
+    assert [each.status_code for each in answers].count(429) == 7
+    assert [each.status_code for each in answers].count(200) == 5
     refused = next(each for each in answers if each.status_code == 429)
     assert refused.headers["retry-after"] == "1"
 
 
 def test_an_answer_that_takes_too_long_is_given_up_and_the_next_one_comes(predictor, monkeypatch):
     monkeypatch.setattr(guard, "ANSWER_SECONDS", 0.2)
-    gate = threading.Event()
-    service = Service(predictor, model="x")
-    service.map = np.zeros((10, 2))
-    answer = service.engine._answer
-    service.engine._answer = lambda parts: gate.wait(30) and answer(parts)
+    service, _, gate = held(predictor)
     with TestClient(create_app(service), base_url="http://localhost") as alone:
         late = alone.post("/predict", json={"pairs": [PAIR]})
         assert late.status_code == 503

@@ -1,5 +1,6 @@
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -7,11 +8,14 @@ import sys
 import threading
 import urllib.request
 
+import numpy as np
 import pytest
 from click.testing import CliRunner
 from tiny_runs import write_run
 
 from ping_llm.cli import cli
+from ping_llm.serve.run import _service
+from ping_llm.serve.settings import ServeSettings
 
 
 @pytest.fixture(scope="module")
@@ -25,29 +29,34 @@ def test_it_answers_until_a_signal_and_what_is_under_way_is_answered_first(run, 
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment) as server:
         assert server.stderr is not None
         url = server.stderr.readline().split()[0]
-        asked = {"pairs": [{"src": "10.0.0.1", "dst": "10.0.1.1"}]}
+        pairs = [{"src": "10.0.0.1", "dst": f"10.0.1.{1 + i % 6}"} for i in range(1000)]
         request = urllib.request.Request(
-            url + "predict", json.dumps(asked).encode(), {"content-type": "application/json"}
+            url + "predict",
+            json.dumps({"pairs": pairs}).encode(),
+            {"content-type": "application/json"},
         )
         answers = []
 
         def ask():
-            with urllib.request.urlopen(request, timeout=60) as answer:
-                answers.append(json.load(answer))
+            with urllib.request.urlopen(request, timeout=120) as answer:
+                answers.append(len(json.load(answer)["answers"]))
 
-        asking = threading.Thread(target=ask)  # the first one waits for a compiler
+        def blocks():
+            with urllib.request.urlopen(url + "metrics", timeout=120) as answer:
+                return float(re.search(rb"ping_llm_blocks ([0-9.]+)", answer.read())[1])
+
+        ask()  # compiles what the next one needs
+        asking, before = threading.Thread(target=ask), blocks()
         asking.start()
-        metrics = url + "metrics"
-        while True:
-            with urllib.request.urlopen(metrics, timeout=60) as answer:
-                if b"ping_llm_blocks 0.0" in answer.read() and asking.is_alive():
-                    break
+        while blocks() == before:
+            pass
+        assert asking.is_alive()
         server.send_signal(signal.SIGTERM)
         rest = server.stderr.read()
         assert server.wait(60) == 143, rest
         asking.join()
     assert "Traceback" not in rest
-    assert answers[0]["answers"][0]["src"] == "10.0.0.1"
+    assert answers == [1000, 1000]
     assert not (tmp_path / "cache").exists()  # nothing is written
 
 
@@ -61,6 +70,23 @@ def test_a_host_that_is_open_to_others_needs_a_token():
     for host in ("0.0.0.0", "::", "192.0.2.1", "example.org"):
         error = refused("--pretrained", "--host", host, PING_LLM_SERVE_TOKEN="")
         assert "PING_LLM_SERVE_TOKEN" in error
+
+
+def test_what_is_known_comes_from_the_run_the_rows_and_the_history(run, tmp_path, probe_rows):
+    pings = "event_time,src_addr,dst_addr,ip_version,rtt\n1700000000,10.8.0.1,10.8.0.2,4,5\n"
+    (tmp_path / "pings.csv").write_text(pings)
+    counts = []
+    for more in ({}, {"data": probe_rows}, {"history": tmp_path / "pings.csv"}):
+        service = _service(ServeSettings(run=run, **more))
+        service.engine.close()
+        counts.append(len(service.engine.predictor.known))
+    assert np.diff(counts).tolist() == [12 * 40, 1 - 12 * 40]
+    assert "10.8.0.1" in service.texts
+
+
+def test_without_the_extra_the_command_names_it(monkeypatch):
+    monkeypatch.setitem(sys.modules, "uvicorn", None)
+    assert "uvicorn is not installed; run pip install 'ping-llm[serve]'" in refused("--pretrained")
 
 
 def test_what_cannot_be_served_is_told_in_one_line(tmp_path):
