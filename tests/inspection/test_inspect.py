@@ -427,12 +427,12 @@ BROKEN = {
     "dataset.json a list": (metadata_is(b"[]"), "schema_version None"),
     "dataset.json of the future": (metadata_is(b'{"schema_version": 99}'), "schema_version 99"),
     "dataset.json without counts": (metadata_is(b'{"schema_version": 1}'), "rows"),
-    "cut rows": (changed_rows(cut_train), r"train-.*arrow is not a readable Arrow file"),
-    "no rows": (changed_rows(lambda d: train_file(d).write_bytes(b"")), "not a readable Arrow"),
-    "rows of another kind": (changed_rows(wrong_schema), "does not hold probe rows"),
+    "cut rows": (changed_rows(cut_train), r"train-.*arrow is damaged: it is not what was"),
+    "no rows": (changed_rows(lambda d: train_file(d).write_bytes(b"")), "arrow is damaged"),
+    "rows of another kind": (changed_rows(wrong_schema), "arrow is damaged"),
     "rows missing": (changed_rows(lambda d: train_file(d).unlink()), "train"),
     "a file missing": (changed_rows(fewer_files), "names say"),
-    "rows miscounted": (changed_rows(one_split_less), "dataset.json says"),
+    "rows miscounted": (changed_rows(one_split_less), "dataset.json is damaged"),
 }
 
 
